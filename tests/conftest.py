@@ -1,0 +1,61 @@
+"""Fixtures for every room: a small model on disk, and real images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SAMPLE = Path(os.environ.get("VIT_IMAGE_SAMPLE", Path(__file__).parents[2] / "shared/data/imagenet_sample"))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a model with random weights: 32 x 32 RGB, five classes, temperature 1.5.  Read only."""
+    import torch
+
+    from vit.data.preprocess import Preprocessing
+    from vit.inference.bundle import write_bundle
+    from vit.inference.description import Description
+    from vit.model import VisionTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = VisionTransformer(image_size=32, patch_size=8, num_classes=5, size="nano", depth=2).eval()
+        with torch.no_grad():
+            model.head.weight.mul_(20)  # so that images differ in their answers
+    description = Description(
+        architecture=model.architecture,
+        class_names=["cat", "dog", "größe", 'a, "b"', "x\ty"],
+        preprocessing=Preprocessing(image_size=(32, 32)),
+        temperature=1.5,
+        data={"name": "folder", "root": "photos"},
+        metrics={"test": {"top1": 0.9, "loss": 0.3}},
+        training={"seed": 0},
+    )
+    folder = tmp_path_factory.mktemp("small") / "bundle"
+    write_bundle(folder, model, description, onnx=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Twelve JPEG files of different sizes, smooth and distinct, sorted by name.  Read only."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for number in range(12):
+        coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((40 + 7 * number, 90 - 5 * number), Image.Resampling.BICUBIC).save(folder / f"{number:02}.jpg")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def real_photographs() -> list[Path]:
+    """JPEG photographs from a camera; the test is skipped where there are none (VIT_IMAGE_SAMPLE names the folder)."""
+    files = sorted(SAMPLE.glob("*.JPEG")) if SAMPLE.is_dir() else []
+    if not files:
+        pytest.skip("no sample of photographs here (VIT_IMAGE_SAMPLE names a folder of *.JPEG)")
+    return files

@@ -1,0 +1,65 @@
+"""A Vision Transformer image classifier to train, use and see through.
+
+    import vit
+
+    model = vit.create_model("vit_tiny", image_size=32, patch_size=4, num_classes=10)  # a torch.nn.Module
+    classifier = vit.load("runs/digits/2026-01-01_10-00-00")
+    results = classifier.classify(["photo.jpg"])
+
+Notable: `import vit` imports nothing else.  Each name below is fetched from its room when it is first used, so a
+program that only classifies never pays for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "create_model": "vit.model",
+    "VisionTransformer": "vit.model",
+    "load": "vit.inference.loading",
+    "load_torch": "vit.inference.loading",
+    "Classifier": "vit.inference.classifier",
+    "Result": "vit.inference.classifier",
+    "Description": "vit.inference.description",
+    "Preprocessing": "vit.data.preprocess",
+    "ImageError": "vit.data.decode",
+    "VitError": "vit.errors",
+}
+
+__all__ = [
+    "Classifier",
+    "Description",
+    "ImageError",
+    "Preprocessing",
+    "Result",
+    "VisionTransformer",
+    "VitError",
+    "create_model",
+    "load",
+    "load_torch",
+]
+
+if TYPE_CHECKING:
+    from vit.data.decode import ImageError
+    from vit.data.preprocess import Preprocessing
+    from vit.errors import VitError
+    from vit.inference.classifier import Classifier, Result
+    from vit.inference.description import Description
+    from vit.inference.loading import load, load_torch
+    from vit.model import VisionTransformer, create_model
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its room, once (PEP 562)."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'vit' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_ROOMS[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

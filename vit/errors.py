@@ -1,0 +1,39 @@
+"""Mistakes a person can mend.
+
+Everything that goes wrong because of what was asked for (a key, a file, a value) is a `VitError`: one line that
+names the thing, says what was expected and, where there is one, the nearest thing that would work.  Commands print
+that line and leave with status 2; a traceback is for faults of the program itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitError(Exception):
+    """A request that cannot be met, explained in one line for the person who made it."""
+
+    status = 2
+    """The exit status of a command that ends with this error."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
+    """Name the choices closest to `word`, as a phrase to end a message with.
+
+    Returns `"did you mean 'a' or 'b'?"`, or `"choose from a, b, c"` when nothing is close and the list is short,
+    or the first few with a count when it is long.
+    """
+    names = list(dict.fromkeys(str(choice) for choice in choices))
+    folded = {name.lower(): name for name in names}
+    close = [folded[name] for name in difflib.get_close_matches(word.lower(), list(folded), count, 0.6)]
+    if not close and len(word) > 2:
+        close = [name for name in names if word.lower() in name.lower()][:count]  # mnist: fashion_mnist
+    if close:
+        return "did you mean " + " or ".join(repr(name) for name in close) + "?"
+    if len(names) <= 16:
+        return "choose from " + ", ".join(names)
+    return f"choose from {', '.join(names[:8])}, ... ({len(names)} in all)"

@@ -1,0 +1,135 @@
+"""The arguments of a Vision Transformer: which there are, what they imply, and which contradict each other.
+
+Notable: every refusal is one line that names the argument as a configuration spells it (`model.heads`) and ends with
+something that would work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from vit.errors import VitError, nearest
+from vit.model.initialisation import SCHEMES
+from vit.model.patches import pair
+
+
+class Size(NamedTuple):
+    """Width of a token, number of blocks, number of heads."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "nano": Size(64, 4, 4),
+    "tiny": Size(192, 12, 3),
+    "small": Size(384, 12, 6),
+    "base": Size(768, 12, 12),
+    "large": Size(1024, 24, 16),
+    "huge": Size(1280, 32, 16),
+}
+"""Tiny and small are those of Touvron et al. 2021; base to huge of Dosovitskiy et al. 2021; nano, for small images."""
+
+CHOICES = {
+    "size": tuple(SIZES),
+    "attention": ("multi_head", "scaled_dot_product", "dot_product"),
+    "norm": ("pre", "post"),
+    "position": ("learned", "sincos", "rotary", "none"),
+    "pool": ("token", "mean", "attention"),
+    "init": SCHEMES,
+}
+
+
+def resolve(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the arguments of `VisionTransformer` and fill in what they imply.
+
+    Returns a new dictionary of plain JSON types, without `size` and with every number that it stood for; given to
+    `resolve` again, it stays as it is.  Raises `VitError` when an argument is impossible or two contradict each other.
+    """
+    a = dict(given)
+    for key, choices in CHOICES.items():
+        if a[key] not in choices:
+            raise VitError(f"model.{key}: no {a[key]!r}; {nearest(str(a[key]), choices)}")
+    for key, value in SIZES[a.pop("size")]._asdict().items():
+        a[key] = value if a[key] is None else a[key]
+    if a["attention"] != "multi_head":
+        a["heads"] = 1
+    if a["class_token"] is None:
+        a["class_token"] = a["pool"] == "token"
+    if a["qk_norm"] is None:
+        a["qk_norm"] = a["attention"] != "dot_product"
+    for key in ("width", "depth", "heads", "in_channels", "num_classes"):
+        _check(key, a[key], type(a[key]) is int and a[key] >= 1, "a whole number, at least 1")
+    _check(
+        "registers", a["registers"], type(a["registers"]) is int and a["registers"] >= 0, "a whole number, at least 0"
+    )
+    for key in ("class_token", "position_prefix", "qk_norm", "qkv_bias"):
+        _check(key, a[key], isinstance(a[key], bool), "true or false")
+    for key in ("dropout", "attention_dropout", "drop_path", "patch_dropout"):
+        _check(key, a[key], _number(a[key]) and 0 <= a[key] < 1, "a share from 0 to under 1")
+    _check("mlp_ratio", a["mlp_ratio"], _number(a["mlp_ratio"]) and a["mlp_ratio"] > 0, "a positive number")
+    scale = a["layer_scale"]
+    _check("layer_scale", scale, scale is None or _number(scale), "a number such as 1e-5, or null for none")
+    a["image_size"] = list(pair(a["image_size"], "data.image_size"))
+    a["patch_size"] = list(pair(a["patch_size"], "model.patch_size"))
+    _check_fits(a)
+    return a
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(key: str, value: Any, right: bool, expected: str) -> None:
+    if not right:
+        raise VitError(f"model.{key}: expected {expected}, not {value!r}")
+
+
+def _near(candidates: Iterable[int], wanted: int) -> str:
+    """The three candidates closest to `wanted`, in order."""
+    return ", ".join(map(str, sorted(sorted(candidates, key=lambda n: abs(n - wanted))[:3])))
+
+
+def _divisors(n: int) -> list[int]:
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _check_fits(a: dict[str, Any]) -> None:
+    """Raise `VitError` when two arguments, each possible alone, contradict each other."""
+    width, heads = a["width"], a["heads"]
+    if a["attention"] == "dot_product":
+        nothing = "model.attention=dot_product has no queries and keys"
+        if a["qk_norm"]:
+            raise VitError(f"model.qk_norm: {nothing} to normalise; set model.qk_norm=false")
+        if a["position"] == "rotary":
+            raise VitError(f"model.position: {nothing} to rotate; choose from learned, sincos, none")
+    if width % heads:
+        raise VitError(
+            f"model.heads: width {width} does not divide into {heads} heads; "
+            f"heads that divide it: {_near(_divisors(width), heads)}"
+        )
+    if a["position"] == "sincos" and width % 4:
+        fits = _near(range(4, width + 8, 4), width)
+        raise VitError(f"model.width: sine-cosine positions need a width divisible by 4, not {width}, such as {fits}")
+    if a["position"] == "rotary" and width // heads % 4:
+        fits = _near([n for n in _divisors(width) if width // n % 4 == 0], heads)
+        raise VitError(
+            f"model.heads: rotary positions need a width per head divisible by 4, not {width} / {heads} = "
+            f"{width // heads}; " + (f"heads that give one: {fits}; or " if fits else "") + "set model.position=learned"
+        )
+    if width * a["mlp_ratio"] < 1:
+        raise VitError(
+            f"model.mlp_ratio: {a['mlp_ratio']!r} of a width of {width} leaves the MLP no hidden channel; "
+            f"at least {math.ceil(1e4 / width) / 1e4:g}"
+        )
+    for image, patch, axis in zip(a["image_size"], a["patch_size"], ("height", "width"), strict=True):
+        if image % patch:
+            raise VitError(
+                f"model.patch_size: an image {axis} of {image} pixels does not divide into patches of {patch}; "
+                f"sizes that divide it: {_near(_divisors(image), patch)}"
+            )
+    if a["pool"] == "token" and not a["class_token"]:
+        raise VitError("model.pool=token reads the class token: set model.class_token=true, or pool=mean or attention")

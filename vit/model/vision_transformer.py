@@ -1,0 +1,180 @@
+"""The Vision Transformer: an image becomes a sequence of patches, attention relates them, a token tells the class.
+
+`VisionTransformer.forward` is the whole model on one screen.  What is notable:
+
+- every decision is a keyword, and `size` sets width, depth and heads together;
+- parameters carry timm's names, so the field's checkpoints load one to one, and the model goes back the same way;
+- the mechanisms of the lecture are options: `attention`, `norm`, `pool="attention"` (cross-attention);
+- `architecture` holds the arguments that build the same model again, as plain JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vit.errors import VitError, nearest
+from vit.model.arguments import SIZES, resolve
+from vit.model.attention import DotProductAttention, MultiHeadAttention
+from vit.model.blocks import Block, PostNormBlock
+from vit.model.heads import AttentionPool
+from vit.model.initialisation import initialise
+from vit.model.patches import PatchEmbed, drop_patches
+from vit.model.positions import Rotary, rotary_2d, sincos_2d
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, in_channels, height, width) -> logits (B, num_classes).
+
+    Arguments
+        image_size, patch_size: one number or (height, width), in pixels; the image must divide into whole patches.
+        size: "nano", "tiny", "small", "base", "large" or "huge" sets width, depth and heads; each may be set alone.
+        mlp_ratio: width of the MLP's hidden layer, in widths.
+        attention: "multi_head"; "scaled_dot_product", the same with one head whatever `heads` says; "dot_product",
+            no parameters, and one head.
+        norm: "pre" (norm before each branch) or "post" (after each sum, as the original Transformer).
+        position: "learned", "sincos", "rotary" or "none"; `position_prefix` gives learned positions to the class token
+            and registers too, as timm's plain ViTs have it.
+        pool: "token" (class token), "mean" (of the patches) or "attention" (a learned query cross-attends to them).
+        class_token: whether there is one; by default only where `pool` needs it.
+        registers: extra learned tokens that no head reads (Darcet et al. 2024).
+        layer_scale: start of each branch's scale, None for none; qk_norm: normalise queries and keys, None
+            to do so where attention has them.
+        dropout, attention_dropout, drop_path, patch_dropout: shares in [0, 1), in training only; drop_path grows
+            linearly from 0 in the first block to its value in the last.
+        init: "trunc_normal", "xavier" or "mimetic".
+
+    Raises `VitError` naming the argument when one is impossible or two contradict each other.
+    """
+
+    rotary: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        num_classes: int,
+        in_channels: int = 3,
+        size: str = "tiny",
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        mlp_ratio: float = 4.0,
+        attention: Literal["multi_head", "scaled_dot_product", "dot_product"] = "multi_head",
+        norm: Literal["pre", "post"] = "pre",
+        position: Literal["learned", "sincos", "rotary", "none"] = "learned",
+        position_prefix: bool = True,
+        pool: Literal["token", "mean", "attention"] = "token",
+        class_token: bool | None = None,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        qk_norm: bool | None = False,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        patch_dropout: float = 0.0,
+        init: str = "trunc_normal",
+    ) -> None:
+        super().__init__()
+        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        a = self.architecture = resolve(given)
+        width, depth, heads = a["width"], a["depth"], a["heads"]
+        self.image_size, self.patch_size = tuple(a["image_size"]), tuple(a["patch_size"])
+        self.num_classes, self.width = num_classes, width
+        self.pool, self.patch_dropout = pool, patch_dropout
+        self.num_prefix_tokens = int(a["class_token"]) + registers
+
+        self.patch_embed = PatchEmbed(self.image_size, self.patch_size, in_channels, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if a["class_token"] else None
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.pos_embed, rotary = self._positions(position, position_prefix, width // heads)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.embed_drop = nn.Dropout(dropout)
+        drops = dict(dropout=dropout, attention_dropout=attention_dropout)
+        self.blocks = nn.ModuleList(
+            (Block if norm == "pre" else PostNormBlock)(
+                width,
+                DotProductAttention(**drops)
+                if attention == "dot_product"
+                else MultiHeadAttention(width, heads, qk_norm=a["qk_norm"], qkv_bias=qkv_bias, **drops),
+                int(width * mlp_ratio),
+                dropout=dropout,
+                drop_path=drop_path * layer / max(1, depth - 1),
+                layer_scale=layer_scale,
+            )
+            for layer in range(depth)
+        )
+        # timm's places for the last norm: before a class token or a pooling head, after a mean
+        final = nn.LayerNorm(width, eps=1e-6) if norm == "pre" else nn.Identity()
+        self.norm = nn.Identity() if pool == "mean" else final
+        self.attn_pool = AttentionPool(width, heads, int(width * mlp_ratio)) if pool == "attention" else None
+        self.fc_norm = final if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+        initialise(self, init)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patch_embed.grid
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        x_BND, rotary = self.embed(images_BCHW)
+        for block in self.blocks:
+            x_BND = block(x_BND, rotary)
+        return self.head(self.fc_norm(self.pool_tokens(self.norm(x_BND))))
+
+    def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Rotary | None]:
+        """Images -> the sequence (B, N, D) of class token, registers and patches, and the angles of rotary positions.
+
+        In training with `patch_dropout`, each image keeps a random subset of its patches, each with its own position.
+        """
+        patches_BPD = self.patch_embed(images_BCHW)
+        B, prefix = patches_BPD.shape[0], self.num_prefix_tokens
+        tokens = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        rotary = None if self.rotary is None else (self.rotary[0], self.rotary[1])
+        if self.pos_embed is not None:
+            covered = self.pos_embed.shape[1] - patches_BPD.shape[1]
+            patches_BPD = patches_BPD + self.pos_embed[:, covered:]
+            if covered:
+                tokens = [torch.cat(tokens, dim=1) + self.pos_embed[:, :covered]]
+        if self.training and self.patch_dropout:
+            patches_BPD, places_BK = drop_patches(patches_BPD, self.patch_dropout)
+            if rotary is not None:
+                own = torch.arange(prefix, device=places_BK.device).expand(B, -1)
+                rows_BN = torch.cat([own, places_BK + prefix], dim=1)
+                rotary = rotary[0][rows_BN].unsqueeze(1), rotary[1][rows_BN].unsqueeze(1)
+        return self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1)), rotary
+
+    def pool_tokens(self, x_BND: Tensor) -> Tensor:
+        """The sequence (B, N, D) -> one vector an image (B, D)."""
+        if self.pool == "token":
+            return x_BND[:, 0]
+        patches_BPD = x_BND[:, self.num_prefix_tokens :]
+        return patches_BPD.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches_BPD)
+
+    def _positions(self, kind: str, prefix_too: bool, head_width: int) -> tuple[nn.Parameter | None, Tensor | None]:
+        prefix, patches = self.num_prefix_tokens, self.grid[0] * self.grid[1]
+        if kind == "learned":
+            return nn.Parameter(torch.zeros(1, patches + prefix * prefix_too, self.width)), None
+        if kind == "sincos":
+            waves = sincos_2d(self.grid, self.width)
+            waves = torch.cat([waves.new_zeros(prefix * prefix_too, self.width), waves])
+            return nn.Parameter(waves[None], requires_grad=False), None
+        if kind == "rotary":
+            return None, torch.stack(rotary_2d(self.grid, head_width, prefix))
+        return None, None
+
+
+def create_model(name: str = "vit_tiny", **options: Any) -> VisionTransformer:
+    """Build a model by name: "vit_" and a size, such as `create_model("vit_tiny", image_size=32, patch_size=4, ...)`.
+
+    `options` are the arguments of `VisionTransformer`.  Raises `VitError` for a name that does not exist.
+    """
+    size = name.removeprefix("vit_")
+    if size not in SIZES or not name.startswith("vit_"):
+        raise VitError(f"no model is called {name!r}; {nearest(name, [f'vit_{size}' for size in SIZES])}")
+    return VisionTransformer(size=size, **options)
