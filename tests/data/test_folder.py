@@ -1,0 +1,374 @@
+"""Folders of images: layouts, one class map, unreadable files, and names of every kind."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit.data.catalogue import DataConfig, open_data
+from vit.data.dataset import SPLITS
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+
+
+def opened(root, class_names=None, **keys):
+    return open_data(DataConfig(name="folder", root=str(root), image_size=16, **keys), class_names)
+
+
+def refused(root, class_names=None, **keys):
+    with pytest.raises(VitError) as caught:
+        opened(root, class_names, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def labelled(data, split):
+    """The class name and file name of every image of a split."""
+    part = data.splits[split]
+    return [(data.class_names[part.labels[i]], os.path.basename(part.name(i))) for i in range(len(part))]
+
+
+def many(classes, count, prefix="", suffix=".jpg"):
+    return {f"{prefix}{name}/{name}_{k}{suffix}": None for name in classes for k in range(count)}
+
+
+# --- layouts
+
+
+def test_one_folder_a_class_is_split_in_three(make_folder):
+    root = make_folder(many(["dog", "ant", "cat"], 20))
+    data = opened(root)
+    assert data.class_names == ["ant", "cat", "dog"]
+    assert [len(data.splits[name]) for name in SPLITS] == [42, 6, 12]
+    seen = [name for split in SPLITS for name in labelled(data, split)]
+    assert len(seen) == len(set(seen)) == 60
+    assert all(name.startswith(label) for label, name in seen)
+    assert data.counts()["test"].tolist() == [4, 4, 4]
+    assert opened(root, split_seed=1).splits["test"].name(0) is not None
+    assert labelled(opened(root), "test") == labelled(data, "test")
+    assert labelled(opened(root, split_seed=1), "test") != labelled(data, "test")
+
+
+@pytest.mark.parametrize("val", ["val", "validation", "valid"])
+def test_split_folders(make_folder, val):
+    root = make_folder(
+        many(["b", "a"], 4, "train/") | many(["b", "a"], 2, f"{val}/") | many(["b", "a"], 3, "test/", ".png")
+    )
+    data = opened(root)
+    assert data.class_names == ["a", "b"]
+    assert [len(data.splits[name]) for name in SPLITS] == [8, 4, 6]
+    for split in SPLITS:
+        assert all(name.startswith(label) for label, name in labelled(data, split))
+
+
+def test_missing_splits_come_out_of_train(make_folder, tmp_path):
+    without_val = make_folder(many("ab", 10, "train/") | many("ab", 5, "test/"), tmp_path / "one")
+    assert [len(opened(without_val).splits[name]) for name in SPLITS] == [18, 2, 10]
+    without_test = make_folder(many("ab", 10, "train/") | many("ab", 5, "val/"), tmp_path / "two")
+    assert [len(opened(without_test).splits[name]) for name in SPLITS] == [20, 10, 0]
+    only_train = make_folder(many("ab", 10, "train/"), tmp_path / "three")
+    assert [len(opened(only_train).splits[name]) for name in SPLITS] == [14, 2, 4]
+
+
+def test_an_unlabelled_test_set_is_as_if_it_were_not_there(make_folder, caplog):
+    root = make_folder(many("ab", 10, "train/") | {"test/1.jpg": None, "test/2.jpg": None})
+    (root / "val").mkdir()
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root)
+    assert [len(data.splits[name]) for name in SPLITS] == [14, 2, 4]
+    assert "test holds no labelled images" in caplog.text
+    assert "val holds no labelled images" in caplog.text
+
+
+def test_a_class_may_be_called_train(make_folder):
+    root = make_folder(many(["train", "bus", "test"], 5))
+    assert opened(root).class_names == ["bus", "test", "train"]
+
+
+def test_images_may_lie_deeper(make_folder):
+    files = {"cats/2023/a.jpg": None, "cats/2024/spring/b.jpg": None, "dogs/c.jpg": None, "dogs/x/y/z/d.jpg": None}
+    data = opened(make_folder(files), val_fraction=0.0, test_fraction=0.0)
+    assert labelled(data, "train") == [("cats", "a.jpg"), ("cats", "b.jpg"), ("dogs", "c.jpg"), ("dogs", "d.jpg")]
+
+
+def test_what_is_not_an_image_by_its_name_is_not_looked_at(make_folder):
+    files = many("ab", 3) | {
+        "a/notes.txt": b"x",
+        "a/.hidden.jpg": b"x",
+        ".git/c.jpg": None,
+        "__MACOSX/a/d.jpg": None,
+        "b/Thumbs.db": b"x",
+        "b/weights.npy": b"x",
+        "a/.thumbs/e.jpg": None,
+        "README": b"x",
+    }
+    data = opened(make_folder(files))
+    assert data.class_names == ["a", "b"]
+    assert data.bad_files == []
+    assert sum(len(split) for split in data.splits.values()) == 6
+
+
+def test_capital_extensions_and_all_formats(make_folder, picture, encoded):
+    files = {"a/1.JPG": None, "a/2.Jpeg": None}
+    for kind, ext in (
+        ("PNG", "png"),
+        ("WEBP", "webp"),
+        ("GIF", "gif"),
+        ("BMP", "bmp"),
+        ("TIFF", "tif"),
+        ("PPM", "pgm"),
+    ):
+        files[f"b/{ext}.{ext}"] = encoded(picture(8, 8), kind)
+    data = opened(make_folder(files), val_fraction=0.0, test_fraction=0.0)
+    assert data.counts()["train"].tolist() == [2, 6]
+
+
+def test_links_are_followed_and_circles_are_not(make_folder, tmp_path):
+    store = make_folder(many(["x"], 3), tmp_path / "store")
+    root = make_folder(many(["a"], 3))
+    (root / "b").symlink_to(store / "x", target_is_directory=True)
+    (root / "a" / "again").symlink_to(root / "a", target_is_directory=True)
+    data = opened(root, val_fraction=0.0, test_fraction=0.0)
+    assert data.counts()["train"].tolist() == [3, 3]
+
+
+def test_a_relative_root_reopens_from_elsewhere(make_folder, monkeypatch, tmp_path):
+    root = make_folder(many("ab", 4))
+    monkeypatch.chdir(root.parent)
+    data = opened(root.name)
+    monkeypatch.chdir("/")
+    again = open_data(DataConfig.from_dict(data.source))
+    assert labelled(again, "train") == labelled(data, "train")
+
+
+# --- one class map
+
+
+def test_a_class_that_a_split_lacks_shifts_nothing(make_folder, caplog):
+    files = many("abcd", 3, "train/") | many("ad", 2, "val/") | many("cd", 2, "test/")
+    root = make_folder(files)
+    (root / "val" / "b").mkdir()
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root)
+    assert data.class_names == list("abcd")
+    assert data.splits["val"].labels.tolist() == [0, 0, 3, 3]
+    assert data.splits["test"].labels.tolist() == [2, 2, 3, 3]
+    assert "no val images of 'b', 'c'" in caplog.text
+    assert "no test images of 'a', 'b'" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_class_that_only_a_later_split_has_is_an_error(make_folder, split):
+    root = make_folder(many("ac", 3, "train/") | many("abc", 2, f"{split}/"))
+    message = refused(root)
+    assert f"{split} has 'b'" in message
+    assert "train" in message
+
+
+def test_names_are_sorted_plainly(make_folder):
+    root = make_folder(many(["10", "9", "B", "a", "Ä"], 3))
+    assert opened(root).class_names == ["10", "9", "B", "a", "Ä"]
+
+
+def test_a_trained_model_brings_its_classes(make_folder, tmp_path):
+    root = make_folder(many(["cat", "dog"], 10))
+    data = opened(root, ["fox", "dog", "cat"])
+    assert set(labelled(data, "test")) == set(labelled(opened(root), "test"))
+    assert set(data.splits["test"].labels.tolist()) == {1, 2}
+    assert "the model does not know 'cat', 'dog'; the data does not have 'bird'" in refused(root, ["bird"])
+    # all of a folder may be the test
+    everything = opened(root, ["cat", "dog"], test_fraction=1.0)
+    assert [len(everything.splits[name]) for name in SPLITS] == [0, 0, 20]
+    # which then needs no train folder
+    judged = make_folder(many(["dog"], 4, "test/"), tmp_path / "judged")
+    data = opened(judged, ["cat", "dog"])
+    assert data.splits["test"].labels.tolist() == [1] * 4
+    assert "no train folder" in refused(judged)
+
+
+# --- too little
+
+
+def test_missing_roots(make_folder, tmp_path):
+    with pytest.raises(VitError, match=r"data\.root=FOLDER"):
+        open_data(DataConfig(name="folder"))
+    assert "no such folder" in refused(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    assert "is a file" in refused(tmp_path / "file")
+
+
+def test_empty_folders(make_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in refused(tmp_path / "empty")
+    (tmp_path / "empty" / "a").mkdir()
+    (tmp_path / "empty" / "b").mkdir()
+    assert "holds no images" in refused(tmp_path / "empty")
+    root = make_folder(many(["a", "b"], 3))
+    (root / "c").mkdir()
+    assert "no images in 'c'" in refused(root)
+
+
+def test_images_without_labels(make_folder):
+    root = make_folder({"1.jpg": None, "2.jpg": None})
+    message = refused(root)
+    assert "no labels" in message
+    assert "ROOT/cat" in message
+
+
+def test_stray_images_are_reported(make_folder, caplog):
+    root = make_folder(many("ab", 3) | {"stray.jpg": None})
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root)
+    assert sum(len(split) for split in data.splits.values()) == 6
+    assert "1 images lie beside the class folders" in caplog.text
+
+
+def test_one_class_and_one_image(make_folder, tmp_path):
+    assert "one class only ('a')" in refused(make_folder(many("a", 5), tmp_path / "one"))
+    assert "one image only" in refused(make_folder({"a/1.jpg": None}, tmp_path / "two"))
+    # for a trained model one class is a test like any other
+    assert len(opened(tmp_path / "one", ["a", "b"], test_fraction=1.0).splits["test"]) == 5
+
+
+def test_a_class_with_a_single_image_goes_to_train(make_folder, caplog):
+    root = make_folder(many("ab", 10) | {"c/only.jpg": None})
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root)
+    assert ("c", "only.jpg") in labelled(data, "train")
+    assert "1 class with one image only" in caplog.text
+    assert "no test images of 'c'" in caplog.text
+
+
+def test_two_classes_of_one_image(make_folder):
+    data = opened(make_folder({"a/1.jpg": None, "b/1.jpg": None}))
+    assert [len(data.splits[name]) for name in SPLITS] == [2, 0, 0]
+
+
+def test_two_validation_folders(make_folder):
+    root = make_folder(many("ab", 2, "train/") | many("ab", 2, "val/") | many("ab", 2, "valid/"))
+    assert "val and valid" in refused(root)
+
+
+def test_another_folder_beside_the_splits(make_folder, caplog):
+    root = make_folder(many("ab", 3, "train/") | many("ab", 3, "val/") | {"extra/1.jpg": None})
+    with caplog.at_level(logging.WARNING, "vit"):
+        assert opened(root).class_names == ["a", "b"]
+    assert "'extra' is neither train, val nor test" in caplog.text
+
+
+def test_fractions_that_leave_nothing(make_folder):
+    root = make_folder(many("ab", 4))
+    assert "leave nothing to train on" in refused(root, val_fraction=0.5, test_fraction=0.5)
+
+
+def test_an_unreadable_folder(unprivileged, make_folder):
+    with unprivileged() as place:
+        root = make_folder(many("ab", 2), place / "photos")
+        (root / "b").chmod(0)
+        try:
+            assert "Permission denied" in refused(root)
+        finally:
+            (root / "b").chmod(0o755)
+
+
+# --- unreadable files
+
+
+def test_unreadable_files_are_left_out_and_listed(make_folder, encoded, picture, caplog):
+    whole = encoded(picture(40, 40))
+    broken = {"a/cut.jpg": whole[:-150], "a/empty.jpg": b"", "b/text.png": b"no image at all"}
+    root = make_folder(many("ab", 60) | broken)
+    os.mkfifo(root / "b" / "pipe.jpg")
+    (root / "b" / "folder.jpg").mkdir()
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root, max_bad_fraction=0.05)
+    reasons = {os.path.relpath(path, root): reason for path, reason in data.bad_files}
+    assert set(reasons) == {"a/cut.jpg", "a/empty.jpg", "b/text.png", "b/pipe.jpg"}
+    assert "truncated" in reasons["a/cut.jpg"]
+    assert reasons["a/empty.jpg"] == "empty file"
+    assert "not an image" in reasons["b/text.png"]
+    assert reasons["b/pipe.jpg"] == "not a regular file"
+    for path, reason in data.bad_files:
+        assert path in caplog.text
+        assert reason in caplog.text
+    assert sum(len(split) for split in data.splits.values()) == 120
+    # every image is its own, none stands in for a broken one
+    seen = [split.name(i) for split in data.splits.values() for i in range(len(split))]
+    assert len(set(seen)) == 120
+    for split in data.splits.values():
+        assert split.array(Preprocessing((16, 16))).shape[0] == len(split)
+
+
+def test_too_many_unreadable_files_stop_with_the_list(make_folder):
+    root = make_folder(many("ab", 40) | {f"a/bad{k:02}.jpg": b"" for k in range(25)})
+    message = refused(root)
+    assert "25 of 105" in message
+    assert "data.max_bad_fraction=0.01" in message
+    assert "bad00.jpg: empty file" in message
+    assert "bad19.jpg" in message
+    assert "bad20.jpg" not in message
+    assert "and 5 more" in message
+    assert len(opened(root, max_bad_fraction=0.5).bad_files) == 25
+
+
+def test_a_class_of_broken_files_only(make_folder):
+    root = make_folder(many("ab", 30) | {"c/1.jpg": b"", "c/2.jpg": b"x"})
+    assert "no image of 'c' can be read" in refused(root, max_bad_fraction=0.5)
+
+
+def test_no_permission_for_a_file(unprivileged, make_folder):
+    with unprivileged() as place:
+        root = make_folder(many("ab", 4), place / "photos")
+        (root / "a" / "a_1.jpg").chmod(0)
+        data = opened(root, max_bad_fraction=0.5)
+        assert data.bad_files == [(str(root / "a" / "a_1.jpg"), "permission denied")]
+        (root / "a" / "a_1.jpg").chmod(0o644)
+        assert opened(root).bad_files == []
+
+
+def test_names_of_every_kind(make_folder, encoded, picture, tmp_path):
+    root = os.fsencode(tmp_path / "photos")
+    for k, folder in enumerate([b"caf\xe9", b"new\nline", b"-rf", "日本".encode()]):
+        os.makedirs(os.path.join(root, folder))
+        for n, name in enumerate([b"\xff\xfe.png", b"a\nb.png", b"'\".png", b" .png"]):
+            with open(os.path.join(root, folder, name), "wb") as file:
+                file.write(encoded(Image.new("RGB", (8, 8), (k * 10, n * 10, 0)), "PNG"))
+    data = opened(os.fsdecode(root), val_fraction=0.25, test_fraction=0.25)
+    assert data.class_names == ["-rf", "caf\\xe9", "new\\nline", "日本"]
+    for name in data.class_names:
+        name.encode("utf-8")
+    for split in data.splits.values():
+        assert len(split)
+        for i in range(len(split)):
+            assert os.path.exists(split.name(i))
+            assert split.image(i).size == (8, 8)
+    with open(os.path.join(root, b"caf\xe9", b"bad\n\xff.png"), "wb"):
+        pass
+    message = refused(os.fsdecode(root))
+    message.encode("utf-8")
+    assert "bad\\n\\xff.png: empty file" in message
+
+
+def test_images_of_one_size_are_known(make_folder, encoded, picture):
+    files = {f"{name}/{k}.png": encoded(picture(12, 18, k), "PNG") for name in "ab" for k in range(5)}
+    data = opened(make_folder(files), val_fraction=0.0, test_fraction=0.0)
+    assert data.splits["train"].native_size == (12, 18)
+    assert data.splits["val"].native_size is None
+    make_folder({"a/other.png": encoded(picture(13, 18), "PNG")})
+    assert opened(make_folder({}), val_fraction=0.0, test_fraction=0.0).splits["train"].native_size is None
+
+
+def test_arrays_of_many_channels(make_folder, tmp_path):
+    root = tmp_path / "bands"
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for k in range(6):
+            np.save(root / name / f"{k}.npy", np.full((10, 12, 5), k, dtype=np.uint8))
+    data = opened(root, channels=5, val_fraction=0.0, test_fraction=0.0)
+    assert data.bad_files == []
+    preprocessing = Preprocessing((16, 16), 5)
+    assert data.splits["train"].array(preprocessing).shape == (12, 16, 16, 5)
+    assert data.splits["train"].native_size == (10, 12)
+    assert "holds no images" in refused(root)

@@ -1,0 +1,243 @@
+"""Streaming loaders: real files, real worker processes, one result however many."""
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vit.data.augment import AugmentConfig
+from vit.data.dataset import ArrayImages, FileImages, Split
+from vit.data.preprocess import Preprocessing
+from vit.data.random import Stream, uniform
+from vit.data.regions import NUMBERS, crop_boxes
+from vit.data.streaming import (
+    DecodedImages,
+    RandomCrop,
+    StreamingEvalLoader,
+    StreamingTrainLoader,
+    worker_count,
+)
+from vit.errors import VitError
+
+SIZE = Preprocessing(image_size=(16, 20), channels=3, interpolation="bilinear")
+PLAIN = AugmentConfig()
+CROPS = AugmentConfig(random_resized_crop=True, crop_scale=(0.2, 0.8), flip=0.5)
+
+
+@pytest.fixture
+def split(make_folder, picture):
+    """23 files of many sizes, PNG so that decoding is exact."""
+    root = make_folder({})
+    root.mkdir()
+    paths = []
+    for number in range(23):
+        paths.append(root / f"{number}.png")
+        picture(20 + number, 60 - number, number).save(paths[-1])
+    return Split(labels=np.arange(23) % 4, images=FileImages(paths), channels=3)
+
+
+def collect(loader) -> list[tuple]:
+    try:
+        return [tuple(part.clone() for part in batch) for batch in loader]
+    finally:
+        loader.close()
+
+
+def same(left: list[tuple], right: list[tuple]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) for one, two in zip(left, right, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("augment", [PLAIN, CROPS])
+def test_the_number_of_workers_changes_nothing(split, augment) -> None:
+    def epochs(workers: int) -> list[tuple]:
+        loader = StreamingTrainLoader(split, SIZE, 6, augment, seed=1, workers=workers)
+        batches = []
+        for epoch in range(2):  # the second with the workers of the first
+            loader.set_epoch(epoch)
+            batches += [tuple(batch) for batch in loader]
+        loader.close()
+        return batches
+
+    expected = epochs(0)
+    assert len(expected) == 6
+    assert same(epochs(1), expected)
+    assert same(epochs(2), expected)
+
+
+def test_the_number_of_processes_changes_nothing(split) -> None:
+    whole = collect(StreamingTrainLoader(split, SIZE, 6, CROPS, seed=1, workers=0))
+    parts = [
+        collect(StreamingTrainLoader(split, SIZE, 6, CROPS, seed=1, workers=0, rank=r, world_size=2)) for r in (0, 1)
+    ]
+    joined = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(*parts, strict=True)]
+    assert same(joined, whole)
+
+
+def test_images_are_what_preprocessing_makes_of_them(split) -> None:
+    for loader in (
+        StreamingTrainLoader(split, SIZE, 6, PLAIN, seed=1, workers=0),
+        StreamingEvalLoader(split, SIZE, 6, workers=0),
+    ):
+        for batch in loader:
+            for image, label, i in zip(batch.images, batch.labels, batch.index.tolist(), strict=True):
+                expected = SIZE.resize(split.image(i))
+                assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+                assert label == split.labels[i]
+
+
+def test_resident_and_streamed_batches_are_equal(split) -> None:
+    from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader, resident_tensors
+
+    images, labels = resident_tensors(split, SIZE, "cpu")
+    assert same(
+        collect(ResidentTrainLoader(images, labels, 6, seed=1)),
+        collect(StreamingTrainLoader(split, SIZE, 6, PLAIN, seed=1, workers=0)),
+    )
+    assert same(collect(ResidentEvalLoader(images, labels, 6)), collect(StreamingEvalLoader(split, SIZE, 6, workers=0)))
+
+
+def test_crops_are_torchvisions_of_the_original(split) -> None:
+    functional = pytest.importorskip("torchvision.transforms.v2.functional")
+    loader = StreamingTrainLoader(split, SIZE, 23, CROPS, seed=9, workers=0)
+    assert loader.cropped
+    assert not StreamingTrainLoader(split, SIZE, 23, PLAIN, seed=9, workers=0).cropped
+    loader.set_epoch(4)
+    (batch,) = loader
+    for image, i in zip(batch.images, batch.index.tolist(), strict=True):
+        original = split.image(i)
+        numbers = uniform(9, 4, torch.tensor([i]), Stream.CROP, NUMBERS)
+        left, top, w, h = map(int, crop_boxes(numbers, original.height, original.width, (0.2, 0.8), (3 / 4, 4 / 3))[0])
+        expected = functional.resized_crop(original, top, left, h, w, [16, 20], antialias=True)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_crops_of_images_with_other_than_three_channels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 30, 40, 4), dtype=np.uint8)
+    split = Split(labels=np.zeros(5), images=ArrayImages(pixels, "bands"), channels=4, native_size=(30, 40))
+    size = Preprocessing(image_size=(8, 8), channels=4, interpolation="bilinear")
+    crop = RandomCrop(0, (0.5, 0.9), (3 / 4, 4 / 3))
+    images, failure = DecodedImages(split, size, crop)[(1, [3, 0])]
+    assert failure == ""
+    assert images.shape == (2, 4, 8, 8)
+    left, top, right, bottom = crop.boxes(1, [3], [(30, 40)])[0]
+    for band in range(4):
+        expected = Image.fromarray(pixels[3, top:bottom, left:right, band]).resize((8, 8), Image.Resampling.BILINEAR)
+        assert np.array_equal(images[0, band].numpy(), np.asarray(expected))
+
+
+def test_resuming_decodes_only_what_is_to_come(split) -> None:
+    loader = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=1)
+    loader.set_epoch(3)
+    whole = [tuple(batch) for batch in loader]
+    running = iter(loader)
+    next(running)
+    state = loader.state_dict()
+    running.close()
+    loader.close()
+    resumed = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=2)
+    resumed.load_state_dict(state)
+    assert same(collect(resumed), whole[1:])
+
+
+def test_a_pass_given_up_for_another(split) -> None:
+    loader = StreamingTrainLoader(split, SIZE, 4, PLAIN, seed=2, workers=2)
+    next(iter(loader))
+    loader.set_epoch(1)
+    again = collect(loader)
+    fresh = StreamingTrainLoader(split, SIZE, 4, PLAIN, seed=2, workers=0)
+    fresh.set_epoch(1)
+    assert same(again, collect(fresh))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_file_that_went_bad_stops_with_its_name(split, workers, kind) -> None:
+    path = split.name(11)
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\nno more")
+    if kind == "train":
+        loader = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=workers)
+    else:
+        loader = StreamingEvalLoader(split, SIZE, 5, workers=workers)
+    with pytest.raises(VitError) as caught:
+        list(loader)
+    loader.close()
+    assert path in str(caught.value)
+    assert "when the data was scanned" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_went_away_stops_with_its_name(split) -> None:
+    os.unlink(split.name(0))
+    with pytest.raises(VitError, match=r"0\.png"):
+        list(StreamingEvalLoader(split, SIZE, 50, workers=0))
+
+
+def test_workers_can_be_spawned(split) -> None:
+    if "spawn" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no spawn here")
+    expected = collect(StreamingTrainLoader(split, SIZE, 10, CROPS, seed=1, workers=0))
+    loader = StreamingTrainLoader(split, SIZE, 10, CROPS, seed=1, workers=1, context="spawn")
+    assert same(collect(loader), expected)
+
+
+def test_what_workers_get_is_small_and_keeps_its_meaning(split) -> None:
+    images = DecodedImages(split, SIZE, RandomCrop(1, (0.2, 0.8), (0.75, 1.33)))
+    split.array(SIZE)  # decoded for somebody else
+    sent = pickle.dumps(images)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent)[(2, [5, 7])][0], images[(2, [5, 7])][0])
+
+
+def test_processes_get_equal_parts_of_an_evaluation(split) -> None:
+    parts = [collect(StreamingEvalLoader(split, SIZE, 10, workers=0, rank=r, world_size=2)) for r in (0, 1)]
+    assert [len(batch[0]) for batch in parts[0]] == [len(batch[0]) for batch in parts[1]] == [5, 5, 2]
+    assert [bool(v) for v in parts[1][2][3]] == [True, False]
+    seen = [batch[2][batch[3]].tolist() for pair in zip(*parts, strict=True) for batch in pair]
+    assert list(itertools.chain.from_iterable(seen)) == list(range(23))
+
+
+def test_closing_ends_the_workers(split) -> None:
+    before = set(multiprocessing.active_children())
+    loader = StreamingEvalLoader(split, SIZE, 5, workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    iterator.close()
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_workers_outlive_ctrl_c(split) -> None:
+    before = set(multiprocessing.active_children())
+    loader = StreamingEvalLoader(split, SIZE, 2, workers=2)
+    iterator = iter(loader)
+    seen = len(next(iterator).index)
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGINT)
+    assert seen + sum(len(batch.index) for batch in iterator) == 23
+    loader.close()
+
+
+def test_how_many_workers(monkeypatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert worker_count("auto", 100_000, 1) == 8
+    assert worker_count("auto", 100_000, 3) == 4
+    assert worker_count("auto", 100_000, 100) == 1
+    assert worker_count("auto", 50, 1) == 0
+    assert worker_count(5, 50, 1) == 5
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert worker_count("auto", 100_000, 16) == 6
+    for nonsense in (-1, "many", True, 1.5):
+        with pytest.raises(VitError, match=r"data\.workers"):
+            worker_count(nonsense, 50, 1)

@@ -1,0 +1,206 @@
+"""What a data set is once opened: three splits of labelled images, and one class map.
+
+Notable:
+- A split does not care where its images are: in an array, in files, in Parquet, or nowhere until they are drawn.
+  Each of those is an `Images` with two methods.
+- `Split.array` gives all of it as uint8; of data that is already such an array, without copying.
+- A subset shares its parent's images.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vit.data.decode import ImageError, decode
+from vit.data.parallel import for_each
+from vit.data.preprocess import Preprocessing
+
+SPLITS = ("train", "val", "test")
+
+
+class Images(Protocol):
+    """Where the images of a data set are."""
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        """Decode image `i` as `vit.data.decode.decode` does; raises `ImageError`."""
+        ...
+
+    def name(self, i: int) -> str:
+        """What to call image `i`: its path, or "digits/17"."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images held as one uint8 array (N, H, W, C)."""
+
+    pixels: np.ndarray
+    label: str
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        return decode(self.pixels[i], channels=channels)
+
+    def name(self, i: int) -> str:
+        return f"{self.label}/{i}"
+
+
+class FileImages:
+    """Images in files.
+
+    The paths are kept as one block of bytes: exact for names in any encoding, and a million of them neither weigh
+    on the garbage collector nor get copied, page by page, into every worker process.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def name(self, i: int) -> str:
+        start = int(self._ends[i - 1]) if i else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[i])])
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        return decode(self.name(i), channels=channels, target=target)
+
+
+@dataclass(eq=False)
+class Split:
+    """One split of a data set: N labelled images.
+
+    Attributes:
+        labels: int64 (N,), indices into the data set's class names.
+        images: where the images are; image i of the split is image `rows[i]` there.
+        channels: what images are decoded to (1: "L", 3: "RGB").
+        native_size: (H, W) when all images share one size, else None.
+        boxes: float32 (N, objects, 4), x0 y0 x1 y1 in pixels of the original image, where known.
+        object_labels: int64 (N, objects), the class of each box; -1 for an object of no class, or no object.
+    """
+
+    labels: np.ndarray
+    images: Images
+    channels: int
+    rows: np.ndarray | None = None
+    native_size: tuple[int, int] | None = None
+    boxes: np.ndarray | None = None
+    object_labels: np.ndarray | None = None
+    _held: tuple[Any, np.ndarray] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.labels = np.ascontiguousarray(self.labels, dtype=np.int64)
+        if self.rows is None:
+            self.rows = np.arange(len(self.labels), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker process gets the images, not a second copy of them decoded
+        return {**self.__dict__, "_held": None}
+
+    def image(self, i: int, target: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
+        """Image `i` decoded, in its original size (a JPEG may come smaller, but no smaller than twice `target`).
+
+        A Pillow image; an array uint8 (H, W, C) where channels is neither 1 nor 3.  Raises `ImageError`.
+        """
+        assert self.rows is not None
+        return self.images.read(int(self.rows[i]), self.channels, target)
+
+    def resized(self, i: int, preprocessing: Preprocessing) -> np.ndarray:
+        """Image `i` through `preprocessing.resize`: uint8 (H, W, C).  Raises `ImageError`."""
+        return preprocessing.resize(self.image(i, preprocessing.resize_target))
+
+    def name(self, i: int) -> str:
+        """The path of image `i`, or a name such as "digits/17"."""
+        assert self.rows is not None
+        return self.images.name(int(self.rows[i]))
+
+    def array(self, preprocessing: Preprocessing, *, keep: bool = False) -> np.ndarray:
+        """All images through `preprocessing.resize`: uint8 (N, H, W, C).
+
+        Decodes in threads, under a progress bar.  It may be a view of the data set itself, so it is for reading only.
+        `keep`: there will be another call for the same, which gets what this one decoded (and does not keep it).
+        Raises `ImageError` naming the image.
+        """
+        height, width = preprocessing.image_size
+        channels = preprocessing.channels
+        if isinstance(self.images, ArrayImages):
+            pixels = self.images.pixels
+            if preprocessing.keeps((pixels.shape[1], pixels.shape[2])) and pixels.shape[3] in (1, channels):
+                picked = _pick(pixels, self.rows)
+                # a grey image has three equal channels; no decoder is needed to say so
+                return picked if pixels.shape[3] == channels else np.repeat(picked, channels, axis=3)
+        geometry = {k: v for k, v in preprocessing.to_dict().items() if k not in ("mean", "std")}
+        if preprocessing.crop_mode == "border":
+            geometry["fill"] = preprocessing.mean
+        held, self._held = self._held, None
+        if held is not None and held[0] == geometry:
+            self._held = held if keep else None
+            return held[1]
+        out = np.empty((len(self), height, width, channels), dtype=np.uint8)
+
+        def one(i: int) -> None:
+            try:
+                out[i] = self.resized(i, preprocessing)
+            except ImageError as error:
+                raise ImageError(error.reason, error.name or self.name(i)) from error
+
+        for_each(one, range(len(self)), len(self), "Reading images")
+        if keep:
+            self._held = (geometry, out)
+        return out
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Split:
+        """The images at `indices`, in that order."""
+        assert self.rows is not None
+        indices = np.asarray(indices, dtype=np.int64)
+        return Split(
+            labels=self.labels[indices],
+            images=self.images,
+            channels=self.channels,
+            rows=self.rows[indices],
+            native_size=self.native_size,
+            boxes=None if self.boxes is None else self.boxes[indices],
+            object_labels=None if self.object_labels is None else self.object_labels[indices],
+        )
+
+
+@dataclass
+class ImageData:
+    """A data set, opened.
+
+    Attributes:
+        name: its name in the catalogue.
+        class_names: the one class map; label k means class_names[k] in every split.
+        splits: "train", "val", "test"; the last two may be empty, none is ever absent.
+        bad_files: (path, reason) of every file left out of every split.
+        source: plain JSON; `DataConfig.from_dict(source)` reopens the same data.
+        channels: what images are decoded to.
+    """
+
+    name: str
+    class_names: list[str]
+    splits: dict[str, Split]
+    bad_files: list[tuple[str, str]] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+    channels: int = 3
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """For each split, the number of images of each class: int64 (K,)."""
+        k = len(self.class_names)
+        return {name: np.bincount(split.labels, minlength=k) for name, split in self.splits.items()}
+
+
+def _pick(pixels: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """`pixels[rows]`, as a view where the rows are a run of neighbours."""
+    if rows is None:
+        return pixels
+    if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+        return pixels[int(rows[0]) : int(rows[-1]) + 1]
+    return pixels[rows]

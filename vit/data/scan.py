@@ -1,0 +1,138 @@
+"""Which images can be read, found out once, before training: in parallel, under a progress bar, remembered.
+
+Notable:
+- Every image is decoded to its end, so a truncated file is found here and not in the third hour of training.
+- Only good news is remembered (a fingerprint of path, size and modification time): an unreadable file is looked at
+  again every time, so mending it, or its permissions, is enough.
+- The memory is a file in the user's cache folder, never in the data; if it is damaged or cannot be written, the scan
+  is merely done again.
+- Unreadable images are left out and reported.  Another image never takes the place of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from vit.data.decode import ImageError, measure, printable
+from vit.data.parallel import for_each
+from vit.errors import VitError
+from vit.files import atomic_write
+
+log = logging.getLogger("vit")
+
+_FORMAT = "1"
+
+
+def cache_root() -> Path:
+    """The user's cache folder for this program: `$XDG_CACHE_HOME/vit`, or `~/.cache/vit`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vit"
+
+
+def fingerprint(*parts: object) -> int:
+    """64 bits that differ when any part does; never 0."""
+    # another Pillow may read what this one cannot, and the other way round
+    text = "\0".join([_FORMAT, PIL.__version__, *(str(part) for part in parts)])
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+def file_fingerprint(path: str, channels: int) -> int:
+    """The fingerprint of a file as it is now, or 0 if it cannot be opened (and so has to be looked at)."""
+    try:
+        status = os.stat(path)
+        if not os.access(path, os.R_OK):
+            return 0
+        return fingerprint(os.path.abspath(path), status.st_size, status.st_mtime_ns, channels)
+    except (OSError, ValueError):
+        return 0
+
+
+def scan(
+    prints: np.ndarray, look: Callable[[int], tuple[int, int]], memory: str, label: str
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Look at every image that was not already known to be good.
+
+    Args:
+        prints: uint64 (N,), the fingerprint of each image; 0 for one that has none.
+        look: decodes image i, gives its (H, W) or raises `ImageError`.  Called from several threads.
+        memory: names the cache file: the same text for the same data set.
+        label: the progress bar's.
+
+    Returns:
+        int32 (N, 2) of (H, W), 0 for unreadable images; and the reason for each of those, by index.
+    """
+    path = cache_root() / "scans" / f"{fingerprint(memory):016x}.npz"
+    sizes = np.zeros((len(prints), 2), dtype=np.int32)
+    known, known_sizes = _remembered(path)
+    if len(known):
+        place = np.searchsorted(known, prints).clip(max=len(known) - 1)
+        hit = (known[place] == prints) & (prints != 0)
+        sizes[hit] = known_sizes[place[hit]]
+    todo = np.flatnonzero(sizes[:, 0] == 0)
+    bad: dict[int, str] = {}
+
+    def one(i: int) -> None:
+        try:
+            sizes[i] = look(i)
+        except ImageError as error:
+            bad[i] = error.reason
+
+    if len(todo):
+        for_each(one, (int(i) for i in todo), len(todo), label)
+        if len(todo) > len(bad):
+            _remember(path, prints, sizes)
+    return sizes, dict(sorted(bad.items()))
+
+
+def scan_files(paths: Sequence[str], channels: int, memory: str) -> tuple[np.ndarray, dict[int, str]]:
+    """`scan` for image files."""
+    prints = np.fromiter((file_fingerprint(path, channels) for path in paths), dtype=np.uint64, count=len(paths))
+    return scan(prints, lambda i: measure(paths[i], channels=channels), memory, "Checking images")
+
+
+def accept(bad: Sequence[tuple[str, str]], total: int, most: float, where: str) -> None:
+    """Report unreadable images, and refuse the data set if they are more than the share `most` of it."""
+    if not bad:
+        return
+    lines = [f"{printable(path)}: {reason}" for path, reason in bad]
+    if len(bad) > most * total:
+        shown = "; ".join(lines[:20]) + (f"; and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise VitError(
+            f"{where}: {len(bad)} of {total} images cannot be read, more than data.max_bad_fraction={most:g} allows: "
+            + shown
+        )
+    log.warning("%s: %d of %d images cannot be read and are left out", where, len(bad), total)
+    for line in lines:
+        log.warning("left out: %s", line)
+
+
+def _remembered(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    nothing = np.empty(0, dtype=np.uint64), np.empty((0, 2), dtype=np.int32)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            prints, sizes = file["prints"], file["sizes"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return nothing
+    sound = prints.dtype == np.uint64 and prints.ndim == 1 and sizes.dtype == np.int32
+    if not sound or sizes.shape != (len(prints), 2) or (sizes <= 0).any() or (prints[1:] < prints[:-1]).any():
+        return nothing
+    return prints, sizes
+
+
+def _remember(path: Path, prints: np.ndarray, sizes: np.ndarray) -> None:
+    good = np.flatnonzero((prints != 0) & (sizes[:, 0] > 0))
+    order = good[np.argsort(prints[good])]
+    try:
+        with atomic_write(path) as part, open(part, "wb") as file:
+            np.savez(file, prints=prints[order], sizes=sizes[order])
+    except VitError as error:
+        log.debug("the scan is not remembered: %s", error)

@@ -1,0 +1,257 @@
+"""Loaders for data sets that stay in their files: decoded by worker processes while the model computes.
+
+Notable:
+- What a worker is asked for is (epoch, indices): it keeps no state, so any number of workers gives the same batches.
+- A random-resized crop is cut from the original while decoding, by the numbers that `BatchAugment` would have drawn;
+  the rest of the augmentation happens to whole batches on the device, as for resident images.
+- A file that went bad since it was scanned stops the run with its name. It never becomes another image.
+- Workers are started with the first batch, kept from epoch to epoch, and deaf to Ctrl-C. Batches travel by pinned
+  memory, and to a GPU on a stream of their own, beside the computation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vit.data import regions
+from vit.data.augment_config import AugmentConfig
+from vit.data.batches import Batch, EvalLoader, TrainLoader
+from vit.data.dataset import Split
+from vit.data.decode import ImageError
+from vit.data.preprocess import Preprocessing
+from vit.data.random import Stream, uniform
+from vit.errors import VitError
+
+_MOST_WORKERS = 8
+_FEW_IMAGES = 256  # that many are decoded before worker processes have started
+
+Key = tuple[int, list[int]]  # epoch, and places in the split
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomCrop:
+    """A random-resized crop: a function of (seed, epoch, index), as `augment.crop_scale` and `crop_ratio` say."""
+
+    seed: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+
+    def boxes(self, epoch: int, index: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Left, top, right, bottom for each image, whose (H, W) is in `sizes`."""
+        numbers = uniform(self.seed, epoch, torch.tensor(index), Stream.CROP, regions.NUMBERS)
+        height, width = torch.tensor(sizes, dtype=torch.float32).unbind(1)
+        box = regions.crop_boxes(numbers, height, width, self.scale, self.ratio)
+        box[:, 2:] += box[:, :2]
+        return box.int().tolist()
+
+
+class DecodedImages(Dataset[tuple[Tensor, str]]):
+    """Batches of decoded images, asked for by (epoch, indices). Holds no state and can be pickled."""
+
+    def __init__(self, split: Split, preprocessing: Preprocessing, crop: RandomCrop | None) -> None:
+        self.split, self.preprocessing, self.crop = split, preprocessing, crop
+        # a crop is brought to the model's size as it is: nothing of it is cut off again
+        self._whole = dataclasses.replace(preprocessing, crop_mode="squash", crop_pct=1.0)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, str]:
+        """uint8 (B, C, H, W), and an empty string; or what is wrong with which file."""
+        epoch, index = key
+        (height, width), channels = self.preprocessing.image_size, self.preprocessing.channels
+        out = np.empty((len(index), channels, height, width), dtype=np.uint8)
+        for place, i in enumerate(index):
+            try:
+                image = self._cropped(epoch, i) if self.crop else self.split.resized(i, self.preprocessing)
+            except ImageError as error:
+                # as a value: an exception would come through the worker's pipe as a traceback in a string
+                return torch.empty(0), f"{self.split.name(i)}: {error.reason}"
+            out[place] = np.moveaxis(image, -1, 0)
+        return torch.from_numpy(out), ""
+
+    def _cropped(self, epoch: int, i: int) -> np.ndarray:
+        assert self.crop is not None
+        # a decoder may shrink while it decodes, but the smallest crop must not have to be enlarged for it
+        zoom = self.crop.scale[0] ** -0.5
+        height, width = self.preprocessing.image_size
+        image = self.split.image(i, (round(height * zoom), round(width * zoom)))
+        size = (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
+        left, top, right, bottom = self.crop.boxes(epoch, [i], [size])[0]
+        if isinstance(image, Image.Image):
+            return self._whole.resize(image.crop((left, top, right, bottom)))
+        return self._whole.resize(image[top:bottom, left:right])
+
+
+class _Keys:
+    """What a DataLoader's next pass is to fetch; set before each pass."""
+
+    def __init__(self) -> None:
+        self.keys: list[Key] = []
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class _Fetcher:
+    """Decodes the images of given keys in worker processes and brings them to the device, in the keys' order."""
+
+    def __init__(
+        self,
+        images: DecodedImages,
+        labels: np.ndarray,
+        workers: int,
+        device: torch.device | str,
+        context: str | None,
+    ) -> None:
+        self._images, self._workers, self._context = images, workers, context
+        self._labels = torch.tensor(np.asarray(labels), dtype=torch.int64)
+        self._device = torch.device(device)
+        self._keys = _Keys()
+        self._loader: DataLoader[tuple[Tensor, str]] | None = None
+
+    def __call__(self, epoch: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """Fetch the batches of (index, valid) in `parts`."""
+        wanted = list(parts)
+        self._keys.keys = [(epoch, index.tolist()) for index, _ in wanted]
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._images,
+                sampler=self._keys,
+                batch_size=None,
+                num_workers=self._workers,
+                persistent_workers=self._workers > 0,
+                pin_memory=self._device.type == "cuda",
+                multiprocessing_context=self._context if self._workers else None,
+                worker_init_fn=_outlive_interrupts,
+            )
+        on_host = (
+            Batch(self._checked(images, failure), self._labels[index], index, valid)
+            for (images, failure), (index, valid) in zip(self._loader, wanted, strict=True)
+        )
+        if self._device.type == "cuda":
+            return self._copied(on_host)
+        return (Batch(*(part.to(self._device) for part in batch)) for batch in on_host)
+
+    def close(self) -> None:
+        # Not left to the garbage collector: an exception's traceback may keep the iterator alive, and collected at a
+        # bad moment it waits ten seconds for its workers. Lightning stops a DataLoader's workers in the same way.
+        iterator = self._loader._iterator if self._loader is not None else None
+        if iterator is not None and self._workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+        self._loader = None
+
+    def _checked(self, images: Tensor, failure: str) -> Tensor:
+        if failure:
+            self.close()
+            raise VitError(f"{failure} (it could be read when the data was scanned)")
+        return images
+
+    def _copied(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        copying = torch.cuda.Stream(self._device)
+        for batch in batches:
+            # the host runs ahead of the GPU, so this copy meets the computation of the batch before
+            with torch.cuda.stream(copying):
+                moved = Batch(*(part.pin_memory().to(self._device, non_blocking=True) for part in batch))
+            using = torch.cuda.current_stream(self._device)
+            using.wait_stream(copying)
+            for part in moved:
+                part.record_stream(using)
+            yield moved
+
+
+class StreamingTrainLoader(TrainLoader):
+    """Shuffled batches from files. One pass at a time; abandoning a pass for a new one is fine.
+
+    Args:
+        workers: how many processes decode; "auto" for one a core, 8 at most, none for a few images.
+        context: how they start (`multiprocessing`'s "fork", "spawn", "forkserver"); None for the platform's way.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        workers: int | str = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        context: str | None = None,
+    ) -> None:
+        super().__init__(len(split), batch_size, seed=seed, rank=rank, world_size=world_size, paired=augment.mixes)
+        crop = None
+        if augment.random_resized_crop:
+            crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio)
+        self.cropped = crop is not None
+        count = worker_count(workers, len(split), world_size)
+        images = DecodedImages(split, preprocessing, crop)
+        self._fetch = _Fetcher(images, split.labels, count, device, context)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        order = self._order(epoch)
+        valid = torch.ones(order.shape[1], dtype=torch.bool)
+        return self._fetch(epoch, ((index, valid) for index in order[start:]))
+
+    def close(self) -> None:
+        self._fetch.close()
+
+
+class StreamingEvalLoader(EvalLoader):
+    """Images from files, in order. Takes what `StreamingTrainLoader` takes."""
+
+    def __init__(
+        self,
+        split: Split,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        workers: int | str = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        context: str | None = None,
+    ) -> None:
+        super().__init__(len(split), batch_size, rank=rank, world_size=world_size)
+        count = worker_count(workers, len(split), world_size)
+        self._fetch = _Fetcher(DecodedImages(split, preprocessing, None), split.labels, count, device, context)
+
+    def _batches(self) -> Iterator[Batch]:
+        return self._fetch(0, self._parts())
+
+    def close(self) -> None:
+        self._fetch.close()
+
+
+def _outlive_interrupts(worker: int) -> None:
+    # Ctrl-C in a terminal reaches every process; the main one decides, and may still want to evaluate
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def worker_count(workers: int | str, samples: int, world_size: int) -> int:
+    """How many worker processes a loader of `samples` images gets; raises `VitError` on nonsense.
+
+    "auto" shares this machine's cores among its processes.
+    """
+    if workers != "auto":
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+            raise VitError(f"data.workers: {workers!r} is neither auto nor a whole number of at least 0")
+        return workers
+    if samples < _FEW_IMAGES:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    processes = int(here) if here.isdecimal() and int(here) else world_size
+    return max(1, min(cores // processes, _MOST_WORKERS))
