@@ -1,0 +1,148 @@
+"""What a MODEL may be, which part of it is taken, and what is said when it is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from vit.errors import VitError
+from vit.inference import loading, processors
+from vit.inference.loading import load, load_torch, locate
+from vit.inference.torch_backend import resolve_device
+
+
+@pytest.fixture
+def checkpoint(small_bundle, tmp_path):
+    """A checkpoint file of the small model; its temperature, 4, tells it from the bundle (1.5)."""
+    model, description = load_torch(small_bundle, device="cpu")
+    description.temperature = 4.0
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    path = tmp_path / "saved.ckpt"
+    torch.save({"state_dict": state, "vit": {**description.to_dict(), "weights_prefix": "model."}}, path)
+    return path
+
+
+def test_a_run_folder_gives_its_bundle_then_best_then_last(small_bundle, checkpoint, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(VitError, match="has not saved a model"):
+        load(run)
+    shutil.copy(checkpoint, run / "checkpoints" / "last.ckpt")
+    assert locate(run).checkpoint == run / "checkpoints" / "last.ckpt"
+    shutil.copy(checkpoint, run / "checkpoints" / "best.ckpt")
+    assert locate(run).checkpoint == run / "checkpoints" / "best.ckpt"
+    assert load(run, device="cpu").backend == "torch"
+    shutil.copytree(small_bundle, run / "model")
+    assert load(run, device="cpu").backend == "onnx"
+    assert load(run, device="cpu").description.temperature == 1.5
+    assert load(run, device="cpu", backend="torch").backend == "torch"
+    assert load(run / "checkpoints" / "last.ckpt", device="cpu").description.temperature == 4.0
+
+
+def test_a_bundle_by_its_folder_or_a_file_in_it(small_bundle):
+    for name in ("", "config.json", "model.safetensors"):
+        assert load(small_bundle / name, device="cpu").description.temperature == 1.5
+    assert load(small_bundle / "model.onnx").backend == "onnx"
+
+
+def test_a_bundle_of_one_kind_of_weights(small_bundle, tmp_path):
+    shutil.copytree(small_bundle, tmp_path / "a", ignore=shutil.ignore_patterns("*.onnx"))
+    shutil.copytree(small_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert load(tmp_path / "a", device="cpu").backend == "torch"
+    assert load(tmp_path / "b", device="cpu").backend == "onnx"
+    with pytest.raises(VitError, match=r"has no model\.onnx"):
+        load(tmp_path / "a", backend="onnx")
+    with pytest.raises(VitError, match=r"model\.safetensors"):
+        load(tmp_path / "b", backend="torch")
+    (tmp_path / "b" / "model.onnx").unlink()
+    with pytest.raises(VitError, match="its weights are missing"):
+        load(tmp_path / "b")
+
+
+def test_all_forms_answer_alike(small_bundle, checkpoint, photographs):
+    answers = [
+        load(model, device="cpu", backend=backend)
+        for model, backend in [(small_bundle, "onnx"), (small_bundle, "torch"), (checkpoint, "torch")]
+    ]
+    labels = [[result.label for result in classifier.classify(photographs)] for classifier in answers]
+    assert labels[0] == labels[1] == labels[2]
+
+
+def test_what_an_onnx_file_cannot_do(small_bundle):
+    with pytest.raises(VitError, match="torch cannot run"):
+        load(small_bundle / "model.onnx", backend="torch")
+    with pytest.raises(VitError, match="no torch model"):
+        load_torch(small_bundle / "model.onnx")
+    with pytest.raises(VitError, match="runs on the CPU"):
+        load(small_bundle, device="cuda", backend="onnx")
+
+
+def test_nothing_of_that_name_lists_what_comes_nearest(small_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitError, match=r"no model at rums/digits: .*no run under \./runs yet"):
+        load("rums/digits")
+    for name in ("digits/2026-01-01_10-00-00", "digits/2026-01-02_10-00-00", "flowers/2026-01-01_10-00-00"):
+        shutil.copytree(small_bundle, tmp_path / "runs" / name / "model")
+    os.utime("runs/flowers/2026-01-01_10-00-00", (0, 0))
+    with pytest.raises(VitError, match="did you mean 'runs/digits/2026-01-02_10-00-00'"):
+        load("runs/digit/2026-01-02_10-00-0")
+    with pytest.raises(VitError, match="the newest run here is runs/digits"):
+        load("vit_small_patch16_224")
+    with pytest.raises(VitError, match="the newest run in it is runs/digits"):
+        load("runs/digits")
+
+
+@pytest.mark.parametrize("name", ["", "nul\0byte", "x" * 5000, "new\nline"])
+def test_impossible_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitError) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_and_files_that_are_no_model(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(VitError, match="is not a model"):
+        load(tmp_path / "photos")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(VitError, match="not a checkpoint"):
+        load(tmp_path / "photo.jpg")
+
+
+def test_unknown_backends_and_devices(small_bundle):
+    with pytest.raises(VitError, match="did you mean 'onnx'"):
+        load(small_bundle, backend="onx")
+    with pytest.raises(VitError, match="no device 'gpu'"):
+        load(small_bundle, device="gpu")
+    with pytest.raises(VitError, match="no device 'cuda:x'"):
+        resolve_device("cuda:x")
+    with pytest.raises(VitError, match="is not on this machine"):
+        resolve_device("cuda:99")
+
+
+def test_a_gpu_is_asked_of_torch_only_where_its_driver_shows(small_bundle, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "vit.inference.torch_backend.resolve_device", lambda name: asked.append(name) or torch.device("cpu")
+    )
+    monkeypatch.setattr(loading, "gpu_possible", lambda: False)
+    assert load(small_bundle).backend == "onnx"
+    assert asked == []
+    monkeypatch.setattr(loading, "gpu_possible", lambda: True)
+    assert load(small_bundle).backend == "onnx"
+    assert asked == ["auto"]
+
+
+def test_hidden_gpus_are_not_there(monkeypatch):
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not processors.gpu_possible()
+
+
+def test_processors_are_at_least_one_and_at_most_what_may_be_used():
+    assert 1 <= processors.available() <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        assert processors.available() <= len(os.sched_getaffinity(0))

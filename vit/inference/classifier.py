@@ -1,0 +1,214 @@
+"""Images in, labels out: decoding overlapped with compute, order kept, memory constant, a broken file a row.
+
+Notable
+- One code path for every backend: preprocessing is NumPy and Pillow, softmax is float64 NumPy, so only the logits
+  differ, and those by rounding.
+- A bounded window of images is decoded ahead by threads while the model computes; the first batches are small, so
+  that the first answers come early and compute does not wait for a full batch.
+- What cannot be used takes part in no batch, so it cannot shift or change a neighbour's result.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vit.data.decode import ImageError, decode
+from vit.errors import VitError
+from vit.inference.description import Description
+from vit.inference.processors import available
+
+Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+class Backend(Protocol):
+    """What computes logits: float32 (B, C, H, W) -> float32 (B, K)."""
+
+    name: str
+    device: str
+    description: Description
+
+    def logits(self, images: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer for one input, or why there is none.
+
+    Attributes
+        path: as it was given; None for an image that was handed over in memory.
+        label, index, probability: of the likeliest class.
+        top: the likeliest classes, best first, each {"label", "index", "probability"}.
+        error: why the input could not be used; then the others are empty.
+    """
+
+    path: str | None
+    label: str | None = None
+    index: int | None = None
+    probability: float | None = None
+    top: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `vit classify --format jsonl` writes it."""
+        if self.error is not None:
+            return {"path": self.path, "error": self.error}
+        return {
+            "path": self.path,
+            "label": self.label,
+            "index": self.index,
+            "probability": self.probability,
+            "top": self.top,
+        }
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """An input known to be of no use before it is opened; it becomes a row with this error."""
+
+    path: str
+    reason: str
+
+
+class Pause:
+    """In a stream of inputs: no more for now, so answer those that came."""
+
+
+class Classifier:
+    """A trained model as a thing to call; made by `vit.load`.
+
+    Attributes
+        description: classes, preprocessing, temperature, history.
+        backend, device: "onnx" or "torch", and where it computes.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.description = backend.description
+        self.backend = backend.name
+        self.device = backend.device
+
+    def __repr__(self) -> str:
+        return (
+            f"Classifier({len(self.description.class_names)} classes, backend={self.backend!r}, device={self.device!r})"
+        )
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images float32 (B, C, H, W) -> logits float32 (B, K).  Raises `VitError` for another shape."""
+        expected = (self.description.preprocessing.channels, *self.description.preprocessing.image_size)
+        images = np.asarray(images, dtype=np.float32)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            wanted = ", ".join(map(str, expected))
+            raise VitError(f"the model takes images of shape (B, {wanted}), not {images.shape}")
+        if len(images) == 0:
+            return np.empty((0, len(self.description.class_names)), np.float32)
+        return self._backend.logits(images)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images float32 (B, C, H, W) -> probabilities float64 (B, K), softmax(logits / temperature)."""
+        return softmax(self.logits(images), self.description.temperature)
+
+    def classify(self, inputs: Iterable[Input], *, top_k: int = 5, batch_size: int = 32) -> list[Result]:
+        """Label images: paths, encoded bytes, Pillow images, arrays (H, W) or (H, W, C).  Results in input order.
+
+        A single path, image or array may be given without a list.  An image that cannot be used gives a result with
+        `error`.  Raises `VitError` when `top_k` or `batch_size` is not a whole number above 0.
+        """
+        if isinstance(inputs, str | os.PathLike | bytes | Image.Image) or (
+            isinstance(inputs, np.ndarray) and inputs.ndim < 4
+        ):
+            inputs = [inputs]
+        return list(self.stream(inputs, top_k=top_k, batch_size=batch_size))
+
+    def stream(
+        self, inputs: Iterable[Input | Unusable | Pause], *, top_k: int = 5, batch_size: int = 32
+    ) -> Iterator[Result]:
+        """As `classify`, one result at a time, in constant memory however many inputs there are.
+
+        Inputs are taken as they are needed, up to two batches ahead.
+        """
+        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+                raise VitError(f"{name}: expected a whole number, at least 1, not {value!r}")
+        return self._stream(inputs, int(top_k), int(batch_size))
+
+    def _stream(self, inputs: Iterable[Any], top_k: int, batch_size: int) -> Iterator[Result]:
+        workers = available()
+        size = min(batch_size, workers)
+        waiting: deque[tuple[str | None, Future[np.ndarray | str]]] = deque()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        try:
+            for item in inputs:
+                if isinstance(item, Pause):
+                    while waiting:
+                        yield from self._answer(waiting, batch_size, top_k)
+                    continue
+                waiting.append((_path(item), pool.submit(self._prepare, item)))
+                if len(waiting) >= size + batch_size:
+                    yield from self._answer(waiting, size, top_k)
+                    size = min(batch_size, 2 * size)
+            while waiting:
+                yield from self._answer(waiting, size, top_k)
+                size = min(batch_size, 2 * size)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _prepare(self, item: Any) -> np.ndarray | str:
+        """The model's input before normalisation, uint8 (H, W, C), or why there is none."""
+        if isinstance(item, Unusable):
+            return item.reason
+        preprocessing = self.description.preprocessing
+        try:
+            image = decode(item, channels=preprocessing.channels, target=preprocessing.resize_target)
+            return preprocessing.resize(image)
+        except ImageError as error:
+            return error.reason
+        except MemoryError:
+            return "too large for the memory of this machine"
+        except Exception as error:  # one bad input must never stop the others
+            return f"cannot be used: {type(error).__name__}: {error}"
+
+    def _answer(
+        self, waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: int, top_k: int
+    ) -> Iterator[Result]:
+        """Classify the next `size` inputs."""
+        rows = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+        prepared = [(path, future.result()) for path, future in rows]
+        images = [pixels for _, pixels in prepared if not isinstance(pixels, str)]
+        logits = iter(self.logits(self.description.preprocessing.normalise(np.stack(images))) if images else ())
+        for path, pixels in prepared:
+            if isinstance(pixels, str):
+                yield Result(path, error=pixels)
+            else:
+                yield self._result(path, next(logits), top_k)
+
+    def _result(self, path: str | None, logits: np.ndarray, top_k: int) -> Result:
+        if not np.isfinite(logits).all():
+            return Result(path, error="the model gives no number for this image (its weights hold NaN or infinities)")
+        probabilities = softmax(logits, self.description.temperature)
+        names = self.description.class_names
+        best = np.argsort(-probabilities, kind="stable")[:top_k]
+        top = [{"label": names[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
+        return Result(path, top=top, **top[0])
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """exp(z) / sum exp(z) over the last axis, with z = logits / temperature, in float64."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _path(item: Any) -> str | None:
+    if isinstance(item, Unusable):
+        return item.path
+    return os.fsdecode(item) if isinstance(item, str | os.PathLike) else None

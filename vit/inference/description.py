@@ -1,0 +1,215 @@
+"""What a trained model says about itself: everything but the weights, as plain JSON.
+
+The same description travels in a checkpoint (`checkpoint["vit"]`), in a bundle (`config.json`, key `vit`) and in an
+ONNX file (`metadata_props["vit"]`), so no command asks for class names, preprocessing or temperature again.
+
+Notable: nothing read from a file is trusted.  Types, ranges and agreement between parts are checked here, before a
+model is built from them, and every complaint is one line.  No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+
+FORMAT = 1
+"""Version of what `Description.to_dict` writes; raised when an older reader could misread it."""
+
+_SIZES = {
+    # argument: (least, most); the upper ends are far beyond any ViT, and keep a wrong file from filling the memory
+    "num_classes": (1, 10_000_000),
+    "in_channels": (1, 4096),
+    "width": (1, 65_536),
+    "depth": (1, 1024),
+    "heads": (1, 4096),
+    "registers": (0, 65_536),
+}
+_PIXELS = (1, 1_000_000)
+_PATCHES = 1_000_000
+
+
+@dataclass
+class Description:
+    """A model's architecture, classes, preprocessing, calibration and history.
+
+    Attributes
+        architecture: the arguments of `vit.model.VisionTransformer` that build the model again.
+        class_names: one name an output, in the order of the outputs.  Names may repeat (ImageNet has two cranes);
+            the index tells them apart.
+        preprocessing: how an image becomes the model's input.
+        temperature: probabilities are softmax(logits / temperature).
+        data: the arguments that open the data set again (fields of `vit.data.catalogue.DataConfig`).
+        metrics: figures measured on it, such as {"val": {...}, "test": {...}}.
+        training: the recipe in short, the seed, versions.
+        format: version of this layout.
+    """
+
+    architecture: dict[str, Any]
+    class_names: list[str]
+    preprocessing: Preprocessing
+    temperature: float = 1.0
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only; tuples become lists, NumPy scalars numbers, and NaN and infinities null."""
+        return {
+            "format": self.format,
+            "architecture": plain(self.architecture),
+            "class_names": [str(name) for name in self.class_names],
+            "preprocessing": plain(self.preprocessing.to_dict()),
+            "temperature": float(self.temperature),
+            "data": plain(self.data),
+            "metrics": plain(self.metrics),
+            "training": plain(self.training),
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """`to_dict` as ASCII JSON: class names that are not valid Unicode (odd folder names) survive as escapes."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, value: Any, source: str | os.PathLike[str] = "the model") -> Description:
+        """Read what `to_dict` wrote; keys that are not known are left aside.
+
+        Raises `VitError`, naming `source` and the key, when something is missing, malformed or contradictory.
+        """
+        source = os.fspath(source)
+        value = _table(value, f"{source}: its description")
+        version = value.get("format")
+        if not _is_int(version) or version < 1:
+            raise VitError(f"{source}: its description has no valid format number ({_show(version)})")
+        if version > FORMAT:
+            raise VitError(
+                f"{source} was written by a newer version of vit (format {version}, this one reads {FORMAT}): "
+                "update vit"
+            )
+        architecture = _architecture(value.get("architecture"), source)
+        description = cls(
+            architecture=architecture,
+            class_names=_class_names(value.get("class_names"), architecture["num_classes"], source),
+            preprocessing=_preprocessing(value.get("preprocessing"), architecture, source),
+            temperature=_temperature(value.get("temperature", 1.0), source),
+            data=_table(value.get("data") or {}, f"{source}: data"),
+            metrics=_table(value.get("metrics") or {}, f"{source}: metrics"),
+            training=_table(value.get("training") or {}, f"{source}: training"),
+            format=version,
+        )
+        return description
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str | os.PathLike[str] = "the model") -> Description:
+        """Read what `to_json` wrote.  Raises `VitError` as `from_dict` does."""
+        return cls.from_dict(parse_json(text, source), source)
+
+
+def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
+    """`json.loads` whose failures, deep nesting included, are a `VitError` naming `source`."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise VitError(f"{os.fspath(source)} is not valid JSON: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Reduce `value` to plain, strict JSON types (see `Description.to_dict`)."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays, without importing either
+        return plain(value.tolist())
+    return str(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise VitError(f"{what} should be a table of names and values, not {_show(value)}")
+    return value
+
+
+def _architecture(value: Any, source: str) -> dict[str, Any]:
+    table = _table(value, f"{source}: architecture")
+    for key, (least, most) in _SIZES.items():
+        if key not in table and key == "registers":
+            continue
+        number = table.get(key)
+        if number is None or not _is_int(number) or not least <= number <= most:
+            raise VitError(
+                f"{source}: architecture.{key} should be a whole number from {least} to {most}, not {_show(number)}"
+            )
+    for key in ("image_size", "patch_size"):
+        pair = table.get(key)
+        if (
+            not isinstance(pair, list | tuple)
+            or len(pair) != 2
+            or not all(_is_int(number) and _PIXELS[0] <= number <= _PIXELS[1] for number in pair)
+        ):
+            raise VitError(f"{source}: architecture.{key} should be [height, width] in pixels, not {_show(pair)}")
+    patches = math.prod(image // patch for image, patch in zip(table["image_size"], table["patch_size"], strict=True))
+    if not 1 <= patches <= _PATCHES:
+        raise VitError(f"{source}: architecture makes {patches} patches an image; expected 1 to {_PATCHES}")
+    return table
+
+
+def _class_names(value: Any, count: int, source: str) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise VitError(f"{source}: class_names should be a list of names, not {_show(value)}")
+    for name in value:
+        try:
+            name.encode("utf-8", "surrogateescape")  # what a folder can be called
+        except UnicodeEncodeError:
+            raise VitError(f"{source}: class_names holds {_show(name)}, which is not text") from None
+    if len(value) != count:
+        raise VitError(f"{source}: {len(value)} class names for a model of {count} outputs")
+    return list(value)
+
+
+def _preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Preprocessing:
+    table = _table(value, f"{source}: preprocessing")
+    try:
+        preprocessing = Preprocessing.from_dict(table)
+    except VitError as error:
+        raise VitError(f"{source}: preprocessing: {error}") from None
+    except (TypeError, ValueError, KeyError) as error:
+        raise VitError(f"{source}: preprocessing cannot be read: {error}") from None
+    if tuple(preprocessing.image_size) != tuple(architecture["image_size"]):
+        raise VitError(
+            f"{source}: preprocessing makes images of {tuple(preprocessing.image_size)} (height, width) "
+            f"for a model of {tuple(architecture['image_size'])}"
+        )
+    if preprocessing.channels != architecture["in_channels"]:
+        raise VitError(
+            f"{source}: preprocessing makes images of {preprocessing.channels} channels "
+            f"for a model of {architecture['in_channels']}"
+        )
+    return preprocessing
+
+
+def _temperature(value: Any, source: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise VitError(f"{source}: temperature should be a number above 0, not {_show(value)}")
+    return float(value)

@@ -1,0 +1,181 @@
+"""From a name to a model: a run folder, a checkpoint, a bundle folder or an exported ONNX file.
+
+Notable
+- `locate` decides what a MODEL is by looking, in one place, so every command takes the same things.
+- On a CPU the ONNX file is taken where there is one, and torch is not imported: a fresh process answers in half a
+  second.  Whether a GPU may exist is seen from its driver's files; only if it may is torch asked.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit.data.decode import printable
+from vit.errors import VitError, nearest
+from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
+from vit.inference.classifier import Classifier
+from vit.inference.processors import gpu_possible
+
+if TYPE_CHECKING:
+    from vit.inference.description import Description
+    from vit.model import VisionTransformer
+
+BACKENDS = ("auto", "onnx", "torch")
+EXPECTED = "a run folder, a .ckpt, a bundle folder or an .onnx file"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a MODEL turned out to be.
+
+    Attributes
+        path: as it was given.
+        kind: "run", "bundle", "checkpoint" or "onnx".
+        bundle, checkpoint: where the weights for torch are; at most one is set, none for an ONNX file.
+        onnx: the ONNX file, if there is one.
+    """
+
+    path: Path
+    kind: str
+    bundle: Path | None = None
+    checkpoint: Path | None = None
+    onnx: Path | None = None
+
+
+def locate(model: str | os.PathLike[str]) -> Found:
+    """Look what `model` is.  Of a run folder the best model is taken: its bundle, else the best, else the last
+    checkpoint.
+
+    Raises `VitError` when there is nothing of that name, naming what comes nearest, or when it is no model.
+    """
+    path = Path(model)
+    if not os.fspath(model):
+        raise VitError(f"the name of the model is empty: expected {EXPECTED}")
+    try:
+        if path.is_dir():
+            return _locate_in(path)
+        exists = os.path.lexists(path)
+    except (OSError, ValueError) as error:
+        raise VitError(f"cannot read {printable(path)}: {error}") from None
+    if not exists:
+        raise VitError(f"no model at {printable(path)}: expected {EXPECTED}; {suggest(path)}")
+    if path.suffix.lower() == ".onnx":
+        return Found(path, "onnx", onnx=path)
+    if path.name in (WEIGHTS, CONFIG, ONNX) and is_bundle(path.parent):
+        return _bundle(path, path.parent, "bundle")
+    return Found(path, "checkpoint", checkpoint=path)
+
+
+def load(model: str | os.PathLike[str], *, device: str = "auto", backend: str = "auto") -> Classifier:
+    """A classifier from any MODEL.
+
+    Arguments
+        device: "auto" (a GPU where torch finds one), "cpu", "cuda", "cuda:1", "mps".
+        backend: "onnx" (ONNX Runtime, CPU only), "torch", or "auto": ONNX on a CPU where the model has such a file.
+
+    Both backends give the same results to 1e-4.  Raises `VitError` when the model, the device or the backend cannot
+    be had.
+    """
+    if backend not in BACKENDS:
+        raise VitError(f"no backend {backend!r}; {nearest(backend, BACKENDS)}")
+    if backend == "onnx" and device not in ("auto", "cpu"):
+        raise VitError(f"the onnx backend runs on the CPU, not on {device!r}: use device cpu, or backend torch")
+    found = locate(model)
+    if backend == "torch" and found.kind == "onnx":
+        raise VitError(
+            f"{printable(found.path)} is an ONNX file, which torch cannot run: give the bundle or the checkpoint"
+        )
+    if backend == "onnx" and found.onnx is None:
+        raise VitError(f"{printable(found.path)} has no {ONNX}: `vit export` writes one; or use backend torch")
+    wants_cpu = device == "cpu" or (device == "auto" and not _gpu_here())
+    if found.onnx is not None and (backend == "onnx" or found.kind == "onnx" or (backend == "auto" and wants_cpu)):
+        if device not in ("auto", "cpu"):
+            raise VitError(f"{printable(found.path)} is an ONNX file, which runs on the CPU here, not on {device!r}")
+        from vit.inference.onnx_backend import OnnxBackend
+
+        return Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
+    from vit.inference.torch_backend import TorchBackend
+
+    return Classifier(TorchBackend(*load_torch(model, device=device)))
+
+
+def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[VisionTransformer, Description]:
+    """The torch module of any MODEL but an ONNX file, in evaluation mode on `device`, and its description.
+
+    Raises `VitError` when the model cannot be read or the device is not there.
+    """
+    found = locate(model)
+    if found.bundle is None and found.checkpoint is None:
+        raise VitError(
+            f"{printable(found.path)} is an ONNX file, which holds no torch model: give the bundle or checkpoint"
+        )
+    from vit.inference.torch_backend import resolve_device
+    from vit.inference.weights import build, load_checkpoint, load_safetensors
+
+    place = resolve_device(device)
+    if found.bundle is not None:
+        description, source = read_bundle(found.bundle), found.bundle / WEIGHTS
+        weights = load_safetensors(source)
+    else:
+        assert found.checkpoint is not None
+        source = found.checkpoint
+        weights, description = load_checkpoint(source)
+    return build(description, weights, source).to(place), description
+
+
+def _locate_in(folder: Path) -> Found:
+    if is_bundle(folder):
+        return _bundle(folder, folder, "bundle")
+    if is_bundle(folder / "model"):
+        return _bundle(folder, folder / "model", "run")
+    for name in ("best.ckpt", "last.ckpt"):
+        if (folder / "checkpoints" / name).is_file():
+            return Found(folder, "run", checkpoint=folder / "checkpoints" / name)
+    if (folder / CONFIG).is_file():
+        raise VitError(f"{printable(folder)} has a {CONFIG} but neither {WEIGHTS} nor {ONNX}: its weights are missing")
+    if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
+        raise VitError(f"{printable(folder)} is a run that has not saved a model (no model/, no checkpoints/last.ckpt)")
+    inside = _runs(folder)
+    hint = f"the newest run in it is {printable(inside[0])}" if inside else suggest(folder)
+    raise VitError(f"{printable(folder)} is not a model: expected {EXPECTED}; {hint}")
+
+
+def _bundle(path: Path, folder: Path, kind: str) -> Found:
+    onnx = folder / ONNX if (folder / ONNX).is_file() else None
+    return Found(path, kind, bundle=folder if (folder / WEIGHTS).is_file() or onnx is not None else None, onnx=onnx)
+
+
+def suggest(path: Path | None = None, root: str = "runs") -> str:
+    """Which run may be meant by `path`, as a phrase to end a message with; None: the newest."""
+    runs = _runs(Path(root))
+    if not runs:
+        return f"there is no run under ./{root} yet (train.py makes one)"
+    names = [printable(run) for run in runs]
+    near = "" if path is None else nearest(printable(path), names, 1)
+    return near if near.startswith("did you mean") else f"the newest run here is {names[0]}"
+
+
+def _runs(folder: Path, most: int = 200) -> list[Path]:
+    """Run folders under `folder`, up to two levels down, newest first."""
+    try:
+        found = [
+            run
+            for pattern in ("*", "*/*")
+            for run in folder.glob(pattern)
+            if not run.name.startswith(".")
+            and (is_bundle(run / "model") or (run / "checkpoints" / "last.ckpt").is_file())
+        ]
+        return sorted(found, key=lambda run: run.stat().st_mtime, reverse=True)[:most]
+    except OSError:
+        return []
+
+
+def _gpu_here() -> bool:
+    if not gpu_possible():
+        return False
+    from vit.inference.torch_backend import resolve_device
+
+    return resolve_device("auto").type != "cpu"

@@ -1,0 +1,39 @@
+"""How many processors there are for this process, and whether a GPU may be; answered without torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from pathlib import Path
+
+
+@functools.cache
+def available() -> int:
+    """Processors this process may use: its affinity, and the container's quota (cgroup v2 and v1), at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return max(1, min(count, math.ceil(quota)) if quota else count)
+
+
+def _quota() -> float | None:
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        pass
+    try:
+        folder = Path("/sys/fs/cgroup/cpu")
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        length = int((folder / "cpu.cfs_period_us").read_text())
+        return quota / length if quota > 0 and length > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def gpu_possible() -> bool:
+    """Whether a driver of a GPU that torch can use shows itself.  False is sure; True is for torch to confirm."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    signs = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")
+    return any(Path(sign).exists() for sign in signs)
