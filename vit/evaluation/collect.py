@@ -1,0 +1,132 @@
+"""A model's logits for a whole split: every image exactly once, in the split's order.
+
+Imports torch; with an ONNX classifier only the loaders need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vit.data.augment import normalise
+from vit.data.catalogue import DataConfig
+from vit.data.dataset import Split
+from vit.data.loaders import Batch, eval_loader
+from vit.data.parallel import progress
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+
+
+class Scorer(Protocol):
+    """Something that gives logits for normalised images, such as `vit.inference.loading.Classifier`."""
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """float32 (B, C, H, W) -> (B, K)."""
+        ...
+
+
+def collect_logits(
+    model: nn.Module | Scorer,
+    split: Split,
+    preprocessing: Preprocessing,
+    config: DataConfig | None = None,
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    label: str = "Evaluating",
+) -> tuple[Tensor, Tensor]:
+    """Run `model` over `split`.
+
+    Args:
+        model: a torch model, which is put into evaluation mode for the while and has to be on `device` already; or
+            a classifier with a method `logits`.
+        split: the images. They stream in batches: no more than a few are held, unless `data.resident` says so.
+        preprocessing: the model's own.
+        config: how to load (`eval_batch_size`, `workers`, `resident`).
+        batch_size: images at a time; None: `config.eval_batch_size`.
+        device: where a torch model is.
+        label: of the progress bar, which is shown on a terminal.
+
+    Returns:
+        logits float32 (N, K) and labels int64 (N,), on the CPU; row i belongs to image i of the split.
+
+    Raises:
+        VitError: an image that cannot be read (it is named, and no other takes its place), or a device without the
+            memory for a batch.
+    """
+    config = config or DataConfig()
+    if batch_size is not None:
+        config = dataclasses.replace(config, eval_batch_size=batch_size)
+    labels = torch.from_numpy(split.labels.copy())
+    score = _torch_scores(model, preprocessing) if isinstance(model, nn.Module) else _scores(model, preprocessing)
+    where = device if isinstance(model, nn.Module) else "cpu"
+    loader = eval_loader(split, preprocessing, config, device=where)
+    training = isinstance(model, nn.Module) and model.training
+    logits: Tensor | None = None
+    seen = torch.zeros(len(split), dtype=torch.int64)
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        with torch.no_grad(), _full_precision(), progress(label, len(split)) as advance:
+            for batch in loader:
+                valid = batch.valid.cpu()
+                index = batch.index.cpu()[valid]
+                part = score(batch)[valid]
+                if logits is None:
+                    logits = torch.empty(len(split), part.shape[1])
+                logits[index] = part
+                seen[index] += 1
+                advance(len(index))
+    except torch.OutOfMemoryError:
+        raise VitError(
+            f"{device} has not enough memory for {config.eval_batch_size} images at a time: lower the batch size"
+        ) from None
+    finally:
+        loader.close()
+        if training and isinstance(model, nn.Module):
+            model.train()
+    if logits is None:
+        return torch.zeros(0, _classes(model)), labels
+    if not bool((seen == 1).all()):
+        raise RuntimeError(f"the loader gave image {int((seen != 1).nonzero()[0])} {int(seen[seen != 1][0])} times")
+    return logits, labels
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 without TF32's shortened products, whatever training has set: one checkpoint has one set of figures."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _torch_scores(model: nn.Module, preprocessing: Preprocessing) -> Any:
+    def score(batch: Batch) -> Tensor:
+        return model(normalise(batch.images, preprocessing.mean, preprocessing.std)).float().cpu()
+
+    return score
+
+
+def _scores(model: Scorer, preprocessing: Preprocessing) -> Any:
+    def score(batch: Batch) -> Tensor:
+        images = preprocessing.normalise(batch.images.permute(0, 2, 3, 1).numpy())
+        return torch.from_numpy(np.array(model.logits(images), np.float32))
+
+    return score
+
+
+def _classes(model: nn.Module | Scorer) -> int:
+    """K, where no batch has told it."""
+    if isinstance(model, nn.Module):
+        return int(getattr(model, "num_classes", 0))
+    return len(model.description.class_names) if hasattr(model, "description") else 0

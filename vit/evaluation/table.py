@@ -1,0 +1,84 @@
+"""What an evaluation says in the terminal: the figures, the classes that fare worst, and where the files are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vit.evaluation.names import readable
+
+WORST = 5
+"""Classes listed."""
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    """Print what `vit.evaluation.report.evaluate` returned to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    split = metrics["split"]
+    block = metrics[split]
+    source = metrics["data"]
+    origin = source["name"] + (f" ({source['root']})" if source.get("root") else "")
+    rate = f"{metrics['images_per_second']:,.0f} images/s"
+    title = f"{block['images']:,} {split} images of {origin} in {metrics['seconds']:.1f} s ({rate})"
+    console.print(Text(readable(title, 400)), soft_wrap=True)
+
+    figures = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    for heading in ("", "calibrated", "T = 1"):
+        figures.add_column(heading, justify="left" if not heading else "right")
+    figures.add_row("top-1", f"{block['top1']:.2%}", "")
+    if len(block["per_class"]) > 5:
+        figures.add_row("top-5", f"{block['top5']:.2%}", "")
+    figures.add_row("loss", f"{block['loss']:.4f}", f"{block['loss_uncalibrated']:.4f}")
+    figures.add_row("ECE", f"{block['ece']:.4f}", f"{block['ece_uncalibrated']:.4f}")
+    figures.add_row("temperature", f"{block['temperature']:.3f}", "1")
+    console.print(figures)
+
+    worst = worst_classes(block["per_class"])
+    if worst:
+        classes = Table(box=None, pad_edge=False, header_style="dim")
+        classes.add_column("worst classes", no_wrap=True)
+        for heading in ("precision", "recall", "F1", "images"):
+            classes.add_column(heading, justify="right")
+        for row in worst:
+            shares = (f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("precision", "recall", "f1"))
+            classes.add_row(Text(readable(row["class"], 32)), *shares, f"{row['support']:,}")
+        console.print()
+        console.print(classes)
+    if metrics["bad_files"]:
+        console.print(f"\n{metrics['bad_files']:,} files could not be read and were left out")
+    changed = changed_since(metrics)
+    if changed:
+        console.print(Text(f"\n{changed}", style="yellow"), soft_wrap=True)
+    console.print()
+    console.print(Text(f"written to {readable(metrics['folder'], 400)}"), soft_wrap=True)
+    for name, content in (
+        ("metrics.json", "these figures, and those of every class"),
+        ("confusion.png", "which classes are taken for which; counts in confusion.csv"),
+        ("reliability.png", "whether probabilities mean what they say"),
+        ("mistakes.png", "the most confident mistakes; all of them in mistakes.csv"),
+    ):
+        console.print(Text.assemble(f"  {name:<17}", (content, "dim")), soft_wrap=True)
+
+
+def changed_since(metrics: dict[str, Any]) -> str | None:
+    """A warning where training measured something else on what should be the same images, beyond rounding."""
+    before, block = metrics["at_training"], metrics[metrics["split"]]
+    if before is None:
+        return None
+    # half a per cent, or an image: a GPU and a CPU may differ on one that lies between two classes
+    rounding = max(0.005, 1.5 / block["images"])
+    if before["images"] == block["images"] and abs(before["top1"] - block["top1"]) <= rounding:
+        return None
+    return (
+        f"training measured top-1 {before['top1']:.2%} on {before['images']:,} {metrics['split']} images: the data has "
+        "changed since, and its split may have too, so that images trained on may be among these"
+    )
+
+
+def worst_classes(rows: list[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
+    """Of the classes with images and a mistake, the `count` with the lowest F1; among equals the larger class first."""
+    flawed = [row for row in rows if row["support"] and row["f1"] < 1]
+    return sorted(flawed, key=lambda row: (row["f1"], -row["support"], row["index"]))[:count]
