@@ -1,0 +1,1 @@
+"""The training loop.  The only room that imports lightning."""

@@ -1,0 +1,231 @@
+"""From the command line to a checked configuration, with Hydra; shared by `train.py` and `eval.py`.
+
+Notable:
+- A slip costs under a second and one line: the key, what is allowed, the nearest that would work; exit status 2.
+  Tracebacks are for faults of the program, and for `HYDRA_FULL_ERROR=1`.
+- Hydra writes nothing: no outputs/ folder, no .hydra, no log lines of its own.
+- `--multirun` gives every job a process of its own (`vit.training.sweep`).
+- torch is not imported here, so `--help` and `--cfg job` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from vit.errors import VitError
+from vit.training import resume, sweep
+from vit.training.config import Config, check_model, load
+from vit.training.messages import Names, explain
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+_FULL = "HYDRA_FULL_ERROR"
+
+Task = Callable[[dict[str, Any], list[str]], Any]
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """`python train.py`: returns the exit status."""
+    return launch(_train, "train", Config, argv)
+
+
+def _train(values: dict[str, Any], overrides: list[str]) -> Any:
+    if values.get("resume"):
+        values = resume.configuration(values, overrides)
+    for text in overrides:
+        key, _, value = text.lstrip("+").partition("=")
+        if key == "data.name":
+            raise VitError(f"data.name: comes with the size and channels of its images: write data={value}")
+    config = load(values)
+    check_model(config)
+    from vit.training.run import train
+
+    return train(config, overrides)
+
+
+def launch(
+    task: Task, config_name: str, schema: type, argv: Sequence[str] | None = None, *, conf: Path = CONF
+) -> int:
+    """Compose `conf/<config_name>.yaml` with the overrides in `argv` and give the resolved values to `task`.
+
+    Args:
+        task: called with the plain nested values and the overrides as they were written; raises `VitError` for what
+            is the caller's to mend.  Its result may have a `status` for this process to end with, and `metrics` and
+            `folder` for the table of a sweep.
+        config_name: a file in `conf`.
+        schema: the dataclass whose keys are the ones to suggest for a mistyped one.
+        argv: the arguments; None: those of this process.
+        conf: the folder of configuration files.
+
+    Returns:
+        The exit status: 0; 2 when the call was wrong; 1 for a fault of the program; 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = Names(schema, conf, arguments)
+    jobs: sweep.Sweep | None = None
+    status = 0
+    with _Errors() as errors:
+        try:
+            args = _parse(arguments)
+            arguments = _in_order(arguments, args.overrides)
+            if sweep.wanted(args):
+                jobs = sweep.Sweep(args, _sweep_folder(args, config_name, conf))
+                arguments.insert(0, f"hydra.sweep.dir={_quoted(jobs.folder)}")
+            session = _Session(task, names, errors, jobs)
+            main = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
+            with _argv(arguments):
+                main(session.job)()
+            status = session.status
+        except SystemExit as stop:  # Hydra's way out of --help
+            status = stop.code if isinstance(stop.code, int) else 0
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = 130
+        except BrokenPipeError:  # `--cfg job | head`: nobody reads on, and nothing is wrong
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
+        except Exception as error:
+            status = errors.report(error, names, composing=True)
+    if jobs is None:
+        return status
+    failed = jobs.finish()
+    if failed and not status and not jobs.rows():
+        print("--multirun: nothing to run: a glob or a range matches nothing", file=sys.stderr)
+    return status or failed
+
+
+class _Session:
+    """What Hydra calls for each job."""
+
+    def __init__(self, task: Task, names: Names, errors: _Errors, jobs: sweep.Sweep | None) -> None:
+        self.task, self.names, self.errors, self.jobs = task, names, errors, jobs
+        self.status = 0
+
+    def job(self, composed: DictConfig) -> float | None:
+        """Run one job, or hand it to a process of its own; what it raises is reported here, not by Hydra."""
+        with self.errors.of_the_program():
+            try:
+                settings = HydraConfig.get()
+                # not resolved: an interpolation among them is resolved where it stands in the configuration
+                overrides = [str(text) for text in OmegaConf.to_container(settings.overrides.task) or ()]
+                if self.jobs is not None:
+                    return self.jobs.run(overrides, int(settings.job.num), OmegaConf.select(composed, "monitor"))
+                result = self.task(resolve(composed), overrides)
+                sweep.report(result)
+                self.status = getattr(result, "status", 0)
+            except Exception as error:
+                self.status = self.errors.report(error, self.names)
+        return None
+
+
+class _Errors:
+    """Who prints errors: this module, never Hydra; as tracebacks where the user has set HYDRA_FULL_ERROR=1.
+
+    Hydra prints an error and exits with status 1 unless that variable is set; so it is set while Hydra works, and is
+    as the user had it while the program does.
+    """
+
+    def __enter__(self) -> _Errors:
+        self.users = os.environ.get(_FULL)
+        os.environ[_FULL] = "1"
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.users is None:
+            os.environ.pop(_FULL, None)
+        else:
+            os.environ[_FULL] = self.users
+
+    @contextlib.contextmanager
+    def of_the_program(self) -> Iterator[None]:
+        self._restore()
+        try:
+            yield
+        finally:
+            os.environ[_FULL] = "1"
+
+    def report(self, error: Exception, names: Names, *, composing: bool = False) -> int:
+        """Print `error` as one line, or its traceback for a fault of the program; returns the exit status."""
+        line = explain(error, names, composing=composing)
+        if line is None or self.users == "1":
+            traceback.print_exception(error)
+        else:
+            rank = os.environ.get("LOCAL_RANK", "0")
+            print(f"[process {rank}] {line}" if rank != "0" else line, file=sys.stderr, flush=True)
+        sweep.report(None, line or f"{type(error).__name__}: {error}")
+        return 1 if line is None else getattr(error, "status", 2)
+
+
+def resolve(composed: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain nested values, interpolations filled in."""
+    values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Hydra's own parser, with a line instead of its usage for what it does not know."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise VitError(
+            f"{message}: what is to be changed is written key=value, such as trainer.max_epochs=20; "
+            "--help shows the commonest"
+        )
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(arguments)
+
+
+def _in_order(arguments: list[str], overrides: list[str]) -> list[str]:
+    """The overrides first: argparse does not take them on both sides of -m, people do."""
+    rest, flags = list(overrides), []
+    for text in arguments:
+        if rest and text == rest[0]:
+            rest.pop(0)
+        else:
+            flags.append(text)
+    return [*overrides, *flags]
+
+
+def _sweep_folder(args: argparse.Namespace, config_name: str, conf: Path) -> Path:
+    """Where the results of a sweep go: what `hydra.sweep.dir` comes to with this `run.root`.
+
+    Hydra composes a sweep's own configuration without the overrides of its jobs, so `run.root` would be lost.
+    """
+    first = [text for text in args.overrides if text.startswith("hydra.") and not text.startswith("hydra.mode")]
+    root = [text for text in args.overrides if text.startswith("run.root=") and "," not in text]
+    folder = str(args.config_path or conf)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(folder)):
+        composed = hydra.compose(args.config_name or config_name, [*first, *root], return_hydra_config=True)
+    return Path(composed.hydra.sweep.dir)
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@contextlib.contextmanager
+def _argv(arguments: Sequence[str]) -> Iterator[None]:
+    """Hydra reads its arguments from `sys.argv`, and so does Lightning for the processes that it starts."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

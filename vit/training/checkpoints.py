@@ -1,0 +1,57 @@
+"""Checkpoints: written whole or not at all, read as weights only, describing themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from vit.errors import VitError
+from vit.files import atomic_write
+from vit.inference.description import Description
+
+
+def save(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of plain containers and tensors; on a full disk the file of that name stays as it was.
+
+    Raises `VitError`.
+    """
+    with atomic_write(path) as part:
+        try:
+            torch.save(checkpoint, part)
+        except RuntimeError as error:  # torch's writer reports a full disk as this
+            raise VitError(f"cannot write {os.fspath(path)}: {str(error).splitlines()[0]}") from error
+
+
+def describe(path: str | os.PathLike[str], description: Description) -> None:
+    """Put a new description (temperature, figures) into a checkpoint that `save` wrote."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint["vit"] = checkpoint["vit"] | description.to_dict()
+    save(path, checkpoint)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's file access through `save`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save(path, checkpoint)
+
+
+def checkpoint_callback(folder: Path, monitor: str | None) -> ModelCheckpoint:
+    """Keep `best.ckpt` by `monitor` and `last.ckpt`; without validation data both are the latest."""
+    mode = "min" if monitor and monitor.endswith("loss") else "max"
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_top_k=1,
+        save_last=True,
+        save_on_train_epoch_end=monitor is None,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )

@@ -1,0 +1,86 @@
+"""Which devices, how many processes, what precision."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+
+from vit.errors import VitError
+from vit.training.checkpoints import WholeFiles
+from vit.training.config import Config
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def precision_for(wanted: str, cuda: bool) -> str:
+    """Lightning's name for a precision; "auto" is bfloat16 on GPUs that have it, float32 on CPUs.
+
+    bfloat16 keeps float32's range, so it needs no loss scaling.  CPUs without the instructions emulate it, slowly.
+    """
+    if wanted != "auto":
+        return PRECISIONS[str(wanted)]
+    if not cuda:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
+    """Make Lightning's trainer.  Raises `VitError` for devices that are not there."""
+    t = config.trainer
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*module\\(s\\) in eval mode.*")  # the average
+    warnings.filterwarnings("ignore", module="lightning", message=".*It is recommended to use `self.log.*sync_dist.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*Total length of `list` across ranks is zero.*")
+    if t.threads:
+        torch.set_num_threads(t.threads)
+    cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if t.accelerator in ("gpu", "cuda") and not cuda:
+        raise VitError("trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu, or trainer=auto")
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    if config.optim.name == "muon" and t.strategy == "fsdp":
+        raise VitError("optim=muon steps whole matrices, which trainer=fsdp cuts up: use optim=adamw or trainer=ddp")
+    try:
+        return L.Trainer(
+            accelerator=t.accelerator,
+            devices=t.devices,
+            num_nodes=t.num_nodes,
+            strategy=_strategy(t.strategy, cuda),
+            precision=precision_for(t.precision, cuda),  # type: ignore[arg-type]
+            max_epochs=-1 if t.max_epochs is None else t.max_epochs,
+            check_val_every_n_epoch=t.validate_every,
+            limit_train_batches=t.limit_train_batches,
+            limit_val_batches=t.limit_val_batches,
+            accumulate_grad_batches=config.optim.accumulate,
+            gradient_clip_val=config.optim.clip,
+            deterministic=t.deterministic,
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            logger=False,
+            default_root_dir=folder,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except MisconfigurationException as error:
+        raise VitError(f"trainer: {error}") from error
+
+
+def _strategy(name: str, cuda: bool) -> str | Strategy:
+    if name == "ddp":
+        options: dict[str, Any] = {} if cuda else {"process_group_backend": "gloo"}
+        return DDPStrategy(gradient_as_bucket_view=True, static_graph=False, **options)
+    if name == "fsdp":
+        return FSDPStrategy(state_dict_type="full", use_orig_params=True)
+    return "auto"

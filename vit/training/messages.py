@@ -1,0 +1,204 @@
+"""What goes wrong while a configuration is put together, in one line for the person who asked for it.
+
+Hydra's and OmegaConf's errors are right but long, and speak of configs where a person thinks of what they typed; here
+each becomes: the key or file, what is wrong with it, the nearest thing that would work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from vit import options
+from vit.errors import VitError, nearest
+
+
+class Names:
+    """What can be typed: the keys of a schema, and the groups of a folder of configuration files."""
+
+    def __init__(self, schema: type, conf: Path, arguments: Sequence[str] = ()) -> None:
+        self.keys = [key.name for key in options.keys(schema)]
+        self.conf = conf
+        self.arguments = arguments  # what was typed
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The options of each group, by name."""
+        if not self.conf.is_dir():
+            return {}
+        folders = sorted(folder for folder in self.conf.iterdir() if folder.is_dir() and folder.name != "hydra")
+        return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+    @property
+    def all(self) -> list[str]:
+        """Keys, groups, and sections."""
+        sections = {key.rpartition(".")[0] for key in self.keys}
+        return list(dict.fromkeys([*self.groups, *self.keys, *(section for section in sections if section)]))
+
+
+def explain(error: BaseException, names: Names, *, composing: bool = False) -> str | None:
+    """The line for `error`, or None where it is a fault of the program that deserves its traceback.
+
+    `composing` tells that nothing but Hydra has run yet, so that plain Python errors are its complaints too.
+    """
+    if isinstance(error, VitError):
+        return str(error)
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return _override(error, names)
+    if isinstance(error, MissingConfigException):
+        return _missing_file(error, names)
+    if isinstance(error, yaml.YAMLError):
+        return _yaml(error)
+    if isinstance(error, ConfigCompositionException):
+        if isinstance(cause, yaml.YAMLError):
+            return _yaml(cause)
+        return _composition(error, names)
+    if isinstance(error, OmegaConfBaseException):
+        return _value(error, names)
+    if isinstance(error, HydraException):
+        return _flat(str(error))
+    if composing and isinstance(error, UnicodeDecodeError):
+        return f"a file of {names.conf.name}/ is not text in UTF-8: {_flat(str(error))}"
+    if composing and str(error).startswith("Config group override must be"):
+        return _choice(names)
+    if composing and isinstance(error, ValueError | OSError | TypeError):
+        return _flat(str(error))
+    return None
+
+
+def _override(error: OverrideParseException, names: Names) -> str:
+    text = str(error.override)
+    if re.fullmatch(r"[\w./-]+", text):
+        where = [f"{group}={text}" for group, found in names.groups.items() if text in found]
+        if where:
+            return f"{text!r}: choices are written group=name; did you mean {' or '.join(where)}?"
+        if text in names.all:
+            return f"{text!r}: has no value; write {text}=VALUE"
+        return f"{text!r}: choices are written key=value, such as data=cifar10 or seed=1; {nearest(text, names.all)}"
+    reason = _flat(error.message.split("See https")[0]).rstrip(".")
+    return (
+        f"{text!r}: cannot be read ({reason}); write key=value, and put a value with special characters in quotes "
+        "inside quotes: 'key=\"a, b\"'"
+    )
+
+
+def _choice(names: Names) -> str:
+    """A group that was given something else than a name."""
+    groups = names.groups
+    for text in names.arguments:
+        key, _, value = text.partition("=")
+        group = key.lstrip("+~")
+        if group in groups and value not in groups[group]:
+            return f"{text}: expected one of {', '.join(groups[group])}"
+    return "a group was given something else than a name: choices are written group=name, such as data=cifar10"
+
+
+def _missing_file(error: MissingConfigException, names: Names) -> str:
+    wanted, message = error.missing_cfg_file or "", str(error)
+    if message.startswith("Cannot find primary config") or not wanted:
+        found = [file.stem for file in names.conf.glob("*.yaml")]
+        name = wanted or _flat(message)
+        return f"--config-name {name}: no such file in {names.conf.name}/; {nearest(name, found)}"
+    group, _, choice = wanted.removesuffix(".yaml").rpartition("/")
+    found = list(error.options or names.groups.get(group, []))
+    if group.startswith("hydra/"):
+        return f"{group}={choice}: Hydra has no such choice; {nearest(choice, found)}"
+    place = re.match(r"In '([^']+)'", message)
+    named_in = place.group(1) if place and "/" in place.group(1) else None
+    line = f"{group}={choice}: there is no {names.conf.name}/{group}/{choice}.yaml"
+    if named_in is not None:
+        line += f", which {names.conf.name}/{named_in}.yaml asks for"
+    outer, _, inner = group.partition("/")
+    if inner in names.groups:
+        return f"{line}; in a file of conf/{outer} write 'override /{inner}: {choice}'"
+    return f"{line}; {nearest(choice, found)}" if found else line
+
+
+def _composition(error: ConfigCompositionException, names: Names) -> str:
+    message = str(error)
+    cause = error.__cause__
+    match = re.search(r"Could not (?:override|append to|delete from) .*?'([^']+)'", message, re.S)
+    if message.startswith("Ambiguous value"):
+        key = re.search(r"argument '([^']*)'", message)
+        text = key.group(1) if key else ""
+        quoted = text.replace("=", "='", 1) + "'"
+        return f"{text}: several values: add --multirun to try each, or quote them to mean one text: \"{quoted}\""
+    several = re.match(r"Multiple values for ([\w/]+)", message)
+    if several:
+        return f"{several.group(1)}: is chosen already: write {several.group(1)}=... once, and without a +"
+    if match and match.group(1).startswith("hydra."):
+        return f"{match.group(1)}: Hydra has no such setting; --hydra-help says where they are"
+    if message.startswith("Could not append") and match:
+        return f"{match.group(1)}: is a key already: write it without the +"
+    if isinstance(cause, OmegaConfBaseException) and not message.startswith("Could not"):
+        return _value(cause, names)
+    if match:
+        name = match.group(1).split("@")[0]
+        if name in names.all:
+            return f"{name}: cannot be set this way ({_flat(message)})"
+        typed = re.search(r"\+" + re.escape(name) + r"=(.*)", message)
+        return _unknown(name, typed.group(1) if typed else "", names)
+    return _flat(message) or _flat(str(cause))
+
+
+def _unknown(name: str, value: str, names: Names) -> str:
+    """A key that does not exist; where a group is nearest, the choice is shown as it is to be typed."""
+    close = options.similar(name, names.all if "." not in name else names.keys)
+    groups = names.groups
+    if close and close[0] in groups:
+        found = groups[close[0]]
+        if value in found:
+            return f"{name}: no such key or group; did you mean {close[0]}={value}?"
+        return f"{name}: no such key or group; did you mean {close[0]}={'|'.join(found)}?"
+    return options.unknown(name, names.keys if "." in name else names.all)
+
+
+def _value(error: OmegaConfBaseException, names: Names) -> str:
+    key = error.full_key or ""
+    first = _flat(str(error).split("full_key:")[0])
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: needs a value: {key}=..."
+    if isinstance(error, InterpolationKeyError):
+        inner = re.search(r"Interpolation key '([^']+)'", first)
+        if inner:
+            return f"{key}: refers to ${{...}} {options.unknown(inner.group(1), names.keys)}"
+        return f"{key}: {first}"
+    if isinstance(error, InterpolationResolutionError):
+        return f"{key}: {first}"
+    return f"{key}: {first}" if key else first
+
+
+def _yaml(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or _flat(str(error))
+    if mark is None:
+        return f"a configuration file is not valid YAML: {_flat(problem)}"
+    return f"{_relative(mark.name)}, line {mark.line + 1}: not valid YAML: {_flat(problem)}"
+
+
+def _relative(path: str) -> str:
+    with_root = Path(path)
+    try:
+        return str(with_root.relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

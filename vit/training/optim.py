@@ -1,0 +1,194 @@
+"""Optimisers: AdamW, Muon on the block matrices with AdamW on the rest, and SGD.
+
+Notable:
+
+- decay is applied to matrices only: never to norms, biases, tokens, position embeddings or LayerScale;
+- layer-wise decay is baked into each group's learning rate, so every schedule applies it;
+- `Muon` steps all matrices of one shape as one batch, and in float32 on CPUs, where bfloat16 is emulated and slow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit.errors import VitError, nearest
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic with a steep slope at 0, from Jordan et al. 2024, "Muon": https://kellerjordan.github.io/posts/muon/."""
+
+
+def orthogonalise(g_KMN: Tensor, steps: int = 5) -> Tensor:
+    """Bring every singular value of each of K matrices near 1, keeping the singular vectors: (K, M, N) -> (K, M, N).
+
+    Newton-Schulz iteration X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X.  The values end between about 0.7 and 1.2, which
+    serves as well as exact ones do (Jordan et al. 2024).  In bfloat16 on GPUs, in float32 elsewhere.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = g_KMN.to(torch.bfloat16 if g_KMN.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return (x.mT if tall else x).to(g_KMN.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is orthogonalised, for matrices inside the blocks; AdamW for every other group.
+
+    A group with `muon=True` holds 2-D parameters and takes `lr`, `momentum`, `weight_decay`; its step is
+    `lr * sqrt(max(1, rows / columns)) * orthogonalise(nesterov momentum)` (Jordan et al. 2024).  Query, key and value
+    are three maps in one matrix, so `qkv` weights (group key `parts=3`) are orthogonalised part by part.
+    Other groups take `lr`, `betas`, `eps`, `weight_decay` as `torch.optim.AdamW` has them.
+    Decay is decoupled in both: weights shrink by `lr * weight_decay` a step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay, muon=False, parts=1),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if params and group["muon"]:
+                self._muon_step(group, params, grads)
+            elif params:
+                self._adamw_step(group, params, grads)
+        return loss
+
+    def _muon_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        buffers = []
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffers.append(state["momentum_buffer"])
+        momentum = group["momentum"]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, buffers, momentum)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for shape in {p.shape for p in params}:
+            same = [i for i, p in enumerate(params) if p.shape == shape]
+            stacked = torch.stack([nesterov[i] for i in same])
+            parts = stacked.reshape(-1, shape[0] // group["parts"], shape[1])
+            rows, columns = parts.shape[-2:]
+            scale = group["lr"] * max(1.0, rows / columns) ** 0.5
+            steps = orthogonalise(parts).reshape(stacked.shape).unbind()
+            torch._foreach_add_([params[i] for i in same], list(steps), alpha=-scale)
+
+    def _adamw_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=torch.zeros(()))
+        first = [self.state[p]["exp_avg"] for p in params]
+        second = [self.state[p]["exp_avg_sq"] for p in params]
+        counts = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(counts, 1)
+        times = [int(count) for count in counts]  # kept on the CPU: reading them does not wait for the device
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in times])
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(params, first, denominator, [-lr / (1 - beta1**t) for t in times])
+
+
+NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent", "gamma")
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Depth of a parameter for layer-wise decay: 0 embedding, 1 .. depth the blocks, depth + 1 the head.
+
+    As Bao et al. 2022 (BEiT) and Clark et al. 2020 (ELECTRA) count.
+    """
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1 if name.startswith(("norm", "fc_norm", "attn_pool", "head")) else 0
+
+
+def parameter_groups(model: nn.Module, *, kind: str, lr: float, matrix_lr: float, weight_decay: float,
+                     layer_decay: float) -> list[dict[str, Any]]:  # fmt: skip
+    """Sort a `VisionTransformer`'s trainable parameters into optimiser groups.
+
+    Parameters of one group share decay, layer and kind of step; with `layer_decay` < 1 the group's learning rate is
+    `lr * layer_decay ** (layers above it)`.  With `kind="muon"`, 2-D weights inside blocks form `muon` groups at
+    `matrix_lr`.  Each group has a readable `name`.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    depth = max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1) + 1
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY
+        matrix = kind == "muon" and decays and parameter.ndim == 2 and name.startswith("blocks.")
+        parts = 3 if matrix and ".qkv." in name else 1
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        label = ("matrices_qkv" if parts == 3 else "matrices") if matrix else "decay" if decays else "no_decay"
+        if layer_decay != 1:
+            label += f"_layer{layer_of(name, depth):02d}"
+        group = groups.setdefault(
+            label,
+            {"name": label, "params": [], "lr": (matrix_lr if matrix else lr) * scale}
+            | {"weight_decay": weight_decay if decays else 0.0}
+            | ({"muon": matrix, "parts": parts} if kind == "muon" else {}),
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    matrix_lr: float = 0.02,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.999),
+    layer_decay: float = 1.0,
+) -> torch.optim.Optimizer:
+    """Make the optimiser `name` = "muon", "adamw" or "sgd" for a `VisionTransformer`.
+
+    `lr` is the learning rate of AdamW or SGD, `matrix_lr` that of Muon's matrices; `weight_decay` is torch's, which is
+    multiplied by the learning rate.  Raises `VitError` for another name.
+    """
+    groups = parameter_groups(
+        model, kind=name, lr=lr, matrix_lr=matrix_lr, weight_decay=weight_decay, layer_decay=layer_decay
+    )
+    if name == "muon":
+        return Muon(groups, lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay)
+    if name == "adamw":
+        fused = all(p.is_cuda for p in model.parameters())
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    raise VitError(f"optim.name: no optimiser {name!r}; {nearest(name, ('muon', 'adamw', 'sgd'))}")

@@ -1,0 +1,68 @@
+"""The table of all keys in `docs/configuration.md`: `python -m vit.training.reference` writes it anew.
+
+Types, limits and help come from the dataclasses, defaults from `conf/train.yaml` as it composes.  A test compares.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import OmegaConf
+
+from vit import options
+from vit.files import write_text
+from vit.training.app import CONF
+from vit.training.config import Config
+
+DOCUMENT = CONF.parent / "docs" / "configuration.md"
+START, END = "<!-- keys: written by python -m vit.training.reference -->", "<!-- end of keys -->"
+
+
+def table() -> str:
+    """Markdown: a section with its keys for each part of `Config`, and one for the keys that stand alone."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = hydra.compose("train")
+    defaults = OmegaConf.to_container(composed, resolve=False)
+    parts: dict[str, list[str]] = {}
+    for key in options.keys(Config):
+        section = key.name.rpartition(".")[0]
+        takes = options.describe(key.type, key.rule)
+        row = f"| `{key.name}` | {_default(defaults, key.name)} | {takes} | {key.rule.help} |"
+        parts.setdefault(section, []).append(row)
+    about = {name: _summary(kind) for name, kind in options.sections(Config).items()}
+    about[""] = "What stands alone."
+    lines = []
+    for section, rows in parts.items():
+        lines += [f"### {section or 'On their own'}", "", about[section], ""]
+        lines += ["| key | default | takes | what it is |", "| --- | --- | --- | --- |", *rows, ""]
+    return "\n".join(lines)
+
+
+def document(text: str) -> str:
+    """`text` with its table of keys brought up to date."""
+    before, rest = text.split(START)
+    return f"{before}{START}\n\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+def _summary(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+def _default(defaults: Any, name: str) -> str:
+    value = defaults
+    for part in name.split("."):
+        value = value[part]
+    return f"`{options.show(value)}`".replace("'", "")
+
+
+def main(path: Path = DOCUMENT) -> int:
+    """Write the table into the document."""
+    write_text(path, document(path.read_text(encoding="utf-8")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

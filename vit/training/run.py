@@ -1,0 +1,377 @@
+"""One training run, from a checked configuration to a run folder: what `python train.py` does.
+
+Read `train` for the order of things.  Notable:
+
+- nothing is written before the data is open and the model is built, so a mistake leaves no folder behind;
+- validation chooses the checkpoint and the temperature; the test split is touched once, by what was chosen;
+- everything a later command needs travels inside the checkpoints and the bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as L
+import torch
+from omegaconf import OmegaConf
+
+from vit.data.augment import BatchAugment
+from vit.data.catalogue import open_data, preprocessing_for
+from vit.data.dataset import ImageData
+from vit.data.loaders import TrainLoader, eval_loader, train_loader
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
+from vit.files import write_json, write_text
+from vit.inference.bundle import write_bundle
+from vit.inference.description import Description
+from vit.inference.weights import build, load_checkpoint
+from vit.model import VisionTransformer
+from vit.training import checkpoints
+from vit.training.config import Config
+from vit.training.devices import build_trainer
+from vit.training.interrupt import Interrupt
+from vit.training.meter import Meter
+from vit.training.module import TrainingModule
+from vit.training.monitor import Monitor
+from vit.training.optim import build_optimizer
+from vit.training.pace import Pace
+from vit.training.progress import Progress
+from vit.training.resume import checkpoint_of, folder_of
+from vit.training.schedule import Schedule
+from vit.training.tune import tune
+
+log = logging.getLogger("vit")
+
+
+@dataclass
+class RunResult:
+    """What a run left behind.
+
+    Attributes
+        folder: the run folder.
+        metrics: what `metrics.json` holds.
+        status: exit status for the command: 0, or 130 after Ctrl-C.
+    """
+
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
+
+
+def train(config: Config, overrides: list[str]) -> RunResult | None:
+    """Train as `config` says and return what came of it; None in the helper processes of a distributed run.
+
+    Raises `VitError` for anything a person can mend, before training starts where that is possible.
+    """
+    leader = _rank() == 0
+    _show_log(leader)
+    resume = checkpoint_of(config.resume) if config.resume else None
+    data = open_data(config.data)
+    preprocessing = preprocessing_for(config.data, data)
+    config.augment.check(len(data.class_names))
+    if not len(data.splits["val"]):
+        log.warning("there is no validation data: the last checkpoint counts as the best, temperature stays 1")
+    L.seed_everything(config.seed, workers=False, verbose=False)
+    model = build_model(config, data)
+    if config.tune:
+        config = _tuned(config, data, model, preprocessing)
+    description = Description(
+        architecture=model.architecture,
+        class_names=data.class_names,
+        preprocessing=preprocessing,
+        data=data.source,
+        training=_recipe(config, overrides),
+    )
+    module = build_module(config, data, model, description)
+
+    folder = _run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
+    logfile = None
+    if leader:
+        os.environ["VIT_RUN_FOLDER"] = str(folder)
+        logfile = _open_log(folder)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
+        log.info("run folder: %s", folder)
+    try:
+        return _fit_and_finish(config, data, module, folder, resume, leader)
+    finally:
+        if logfile is not None:
+            log.removeHandler(logfile)
+            logfile.close()
+
+
+def build_model(config: Config, data: ImageData) -> VisionTransformer:
+    """The untrained model of `config` for the classes of `data`."""
+    model = VisionTransformer(**config.model.arguments(len(data.class_names)))
+    if config.model.compile:
+        model.compile()
+    return model
+
+
+def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing) -> BatchAugment:
+    """The augmentation of `config` for the classes of `data`."""
+    return BatchAugment(
+        config.augment,
+        num_classes=len(data.class_names),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        seed=config.seed,
+    )
+
+
+def optimizer_options(config: Config) -> dict[str, Any]:
+    """What `build_optimizer` takes, beside the model."""
+    keys = ("name", "lr", "matrix_lr", "weight_decay", "momentum", "betas", "layer_decay")
+    return {key: getattr(config.optim, key) for key in keys}
+
+
+def build_module(
+    config: Config, data: ImageData, model: VisionTransformer, description: Description
+) -> TrainingModule:
+    """Everything that a step of training needs, in one Lightning module."""
+    preprocessing, splits = description.preprocessing, data.splits
+    validates = len(splits["val"]) > 0
+    return TrainingModule(
+        model=model,
+        augment=build_augment(config, data, preprocessing),
+        description=description,
+        optimizer=functools.partial(build_optimizer, **optimizer_options(config)),
+        train_loader=functools.partial(
+            train_loader, splits["train"], preprocessing, config.data, config.augment, seed=config.seed
+        ),
+        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data) if validates else None,
+        ema_decay=config.ema.decay,
+        patch_dropout_off=config.trainer.patch_dropout_off,
+        seed=config.seed,
+    )
+
+
+def _tuned(config: Config, data: ImageData, model: VisionTransformer, preprocessing: Preprocessing) -> Config:
+    """The configuration with the batch size and learning rates that `tune` finds."""
+    split, optim = data.splits["train"], config.optim
+    processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
+    if processes > 1 or config.trainer.strategy != "auto":
+        raise VitError("tune=true measures one process: run it with trainer=auto first, then set what it found")
+    cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    augment = build_augment(config, data, preprocessing)
+
+    def loader_of(batch_size: int) -> TrainLoader:
+        sized = dataclasses.replace(config.data, batch_size=batch_size)
+        loader = train_loader(split, preprocessing, sized, config.augment, seed=config.seed, device=device)
+        augment.cropped = loader.cropped
+        return loader
+
+    batch_size, factor = tune(
+        model=model,
+        optimizer=functools.partial(build_optimizer, **optimizer_options(config)),
+        loader_of=loader_of,
+        prepare=lambda batch: augment(batch.images, batch.labels, batch.index, 0),
+        device=device,
+        batch_size=config.data.batch_size,
+        images=max(config.data.batch_size, len(split) // 16),  # at least 16 steps an epoch
+    )
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optim=dataclasses.replace(optim, lr=optim.lr * factor, matrix_lr=optim.matrix_lr * factor),
+    )
+
+
+def _fit_and_finish(
+    config: Config, data: ImageData, module: TrainingModule, folder: Path, resume: Path | None, leader: bool
+) -> RunResult | None:
+    t = config.trainer
+    pace, interrupt = Pace(), Interrupt()
+    meter = Meter(config.logging.every, pace)
+    schedule = Schedule(
+        schedule={key: value for key, value in asdict(config.schedule).items()},
+        max_epochs=t.max_epochs,
+        max_steps=t.max_steps,
+        max_time=t.max_seconds,
+    )
+    monitor = config.monitor if len(data.splits["val"]) else None
+    keeper = checkpoints.checkpoint_callback(folder / "checkpoints", monitor)
+    callbacks: list[L.Callback] = [schedule, pace, interrupt, meter]
+    if config.logging.progress:
+        callbacks.append(Progress(schedule, meter))
+    board = None
+    if config.logging.tensorboard:
+        board = Monitor(config, folder, data.class_names, meter)
+        callbacks.append(board)
+    if t.patience is not None and monitor:
+        mode = "min" if monitor.endswith("loss") else "max"
+        callbacks.append(L.callbacks.EarlyStopping(monitor, patience=t.patience, mode=mode))
+    callbacks.append(keeper)
+    trainer = build_trainer(config, folder, callbacks)
+    trainer.fit(module, ckpt_path=resume, weights_only=True)
+    if not trainer.is_global_zero:
+        return None
+
+    if resume and not pace.images and interrupt.signal is None:
+        raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
+    best = folder / "checkpoints" / "best.ckpt"
+    if not best.is_file():
+        raise VitError("training ended before a checkpoint was written: nothing to evaluate")
+    metrics: dict[str, Any] = {
+        "train_seconds": round(schedule.spent(), 3),
+        "images_per_second": round(pace.images_per_second, 1),
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "bad_files": len(data.bad_files),
+        "seed": config.seed,
+        "versions": _versions(),
+    }
+    if interrupt.signal is not None:
+        description = load_checkpoint(best)[1]
+        metrics = {"interrupted": True, "val": description.metrics.get("val", {}), **metrics}
+    else:
+        metrics = {**finish(config, data, best, folder / "model", trainer.strategy.root_device), **metrics}
+    write_json(folder / "metrics.json", metrics)
+    if board is not None:
+        board.finish(metrics)
+    _closing_lines(config, folder, metrics)
+    return RunResult(folder, metrics, 130 if interrupt.signal is not None else 0)
+
+
+def finish(
+    config: Config, data: ImageData, checkpoint: Path, bundle: Path, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Calibrate the chosen checkpoint on validation data, test it once, and write the bundle.
+
+    Returns the "test" and "val" blocks of `metrics.json`.  The checkpoint's own description gets the temperature and
+    the figures too.
+    """
+    weights, description = load_checkpoint(checkpoint)
+    model = build(description, weights, checkpoint).to(device)
+    blocks: dict[str, dict[str, Any]] = {}
+    for name in ("val", "test"):
+        split = data.splits[name]
+        if not len(split):
+            continue
+        logits, labels = collect_logits(model, split, description.preprocessing, config.data, device=device)
+        if name == "val":
+            description.temperature = fit_temperature(logits, labels)
+        blocks[name] = scalars(evaluate_logits(logits, labels, data.class_names, description.temperature))
+    raw = description.metrics.get("val_raw")
+    if raw:
+        blocks["val"]["raw"] = raw
+    description.metrics = blocks
+    checkpoints.describe(checkpoint, description)
+    write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx)
+    return {"test": blocks.get("test", {}), **blocks}
+
+
+def _rank() -> int:
+    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(key, "").isdigit():
+            return int(os.environ[key])
+    return 0
+
+
+def _show_log(leader: bool) -> None:
+    """Messages go to standard error, of the first process alone; only what it would say is said."""
+    log.setLevel(logging.INFO if leader else logging.ERROR)
+    if not any(isinstance(handler, logging.StreamHandler) for handler in log.handlers):
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(lambda record: not getattr(record, "file_only", False))
+        log.addHandler(handler)
+        log.propagate = False
+
+
+def _run_folder(config: Config, resume: Path | None) -> Path:
+    """Make `root/name/<date>_<time>`, or go on in the folder of the run that is resumed."""
+    if resume is not None and (folder := folder_of(resume)) is not None:
+        return folder
+    parent = Path(config.run.root) / config.run.name
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        folder = parent / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise VitError(f"run.root={config.run.root}: cannot make {folder}: {error.strerror}") from error
+    raise VitError(f"run.root={config.run.root}: a thousand runs began this second under {parent}")
+
+
+def _open_log(folder: Path) -> logging.Handler:
+    try:
+        handler = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise VitError(f"cannot write {folder / 'train.log'}: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.info("command: %s", " ".join(["train.py", *sys.argv[1:]]))
+    return handler
+
+
+def _recipe(config: Config, overrides: list[str]) -> dict[str, Any]:
+    keep = ("augment", "optim", "schedule", "ema")
+    recipe = {key: asdict(getattr(config, key)) for key in keep}
+    t = config.trainer
+    budget = {"max_epochs": t.max_epochs, "max_steps": t.max_steps, "max_time": t.max_time}
+    return {
+        "overrides": list(overrides),
+        "seed": config.seed,
+        "batch_size": config.data.batch_size,
+        "budget": {key: value for key, value in budget.items() if value is not None},
+        **recipe,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import vit
+
+    return {
+        "vit": vit.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lightning": str(lightning.__version__),
+    }
+
+
+def _closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
+    """The last lines printed: the figures, and what to type next."""
+
+    def figures(block: dict[str, Any]) -> str:
+        parts = []
+        for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
+            value = block.get(key)
+            if value is not None:
+                parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
+        return "  ".join(parts)
+
+    lines = []
+    if metrics.get("interrupted"):
+        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'])}")
+    else:
+        for name in ("val", "test"):
+            if metrics.get(name):
+                lines.append(f"{name:<5} {figures(metrics[name])}")
+    seconds, pace = metrics["train_seconds"], metrics["images_per_second"]
+    lines.append(f"trained in {seconds:.0f} s at {pace:,.0f} images/s; everything is in {folder}")
+    if metrics.get("interrupted"):
+        lines.append(f"go on      python train.py resume={folder}")
+    lines += [
+        f"evaluate   python eval.py checkpoint={folder}",
+        f"classify   vit classify {folder} IMAGE...",
+        f"look       tensorboard --logdir {config.run.root}",
+    ]
+    log.info("%s", "\n".join(lines), extra={"file_only": True})
+    print("\n" + "\n".join(lines), flush=True)

@@ -1,0 +1,133 @@
+"""How far training is, and what follows from it: learning rates, patch dropout, mixing, the end.
+
+Notable: everything is a function of one number, progress in [0, 1], whichever budget sets it: epochs, steps or
+wall-clock time.  With several budgets the one that will be spent first counts.  So a schedule always reaches its end
+where training ends, also when that end is "in seven minutes".
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as L
+import torch
+
+from vit.errors import VitError, nearest
+
+if TYPE_CHECKING:
+    from vit.training.module import TrainingModule
+
+NAMES = ("cosine", "linear", "wsd", "constant")
+_CLOCK_EVERY = 20
+
+
+def factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float = 0.0, final: float = 0.0) -> float:
+    """The learning rate at `progress`, as a share of its peak.
+
+    Every schedule rises linearly over the first `warmup` of training.  Then "cosine" falls along half a cosine to
+    `final` (Loshchilov & Hutter 2017), "linear" along a line, "wsd" stays and falls along a line in the last
+    `cooldown` of training (warmup-stable-decay; Zhai et al. 2022, Hu et al. 2024), and "constant" stays.
+    The warmup starts above 0, since a step of 0 would be wasted.  Raises `VitError` for another name.
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    rest = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if name == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * rest)) / 2
+    if name == "linear":
+        return final + (1 - final) * (1 - rest)
+    if name == "wsd":
+        return final + (1 - final) * min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
+    if name == "constant":
+        return 1.0
+    raise VitError(f"schedule.name: no schedule {name!r}; {nearest(name, NAMES)}")
+
+
+def stop(trainer: L.Trainer) -> None:
+    """End training after this step, with a last validation (whenever the next was due) and so a checkpoint."""
+    trainer.should_stop = True
+    trainer.check_val_every_n_epoch = 1
+
+
+class Schedule(L.Callback):
+    """Set each step's learning rates and end training when a budget is spent.
+
+    Sets `module.progress` before every step.  `trainer.max_time` counts from the first step, validation included, and
+    leaves room for one last validation.  In a distributed run the clock is the first process's.
+    """
+
+    def __init__(
+        self, *, schedule: dict[str, Any], max_epochs: int | None, max_steps: int | None, max_time: float | None
+    ) -> None:
+        self.schedule = schedule
+        self.max_epochs, self.max_steps, self.max_time = max_epochs, max_steps, max_time
+        self.spent_before = 0.0
+        self.validation_seconds = 0.0
+        self._start = self._validation_start = 0.0
+        self._sync: tuple[int, float, float] = (-1, 0.0, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"spent": self.spent()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.spent_before = float(state_dict["spent"])
+
+    def spent(self) -> float:
+        """Seconds of training so far, earlier parts of a resumed run included."""
+        return self.spent_before + (time.monotonic() - self._start if self._start else 0.0)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.monotonic()
+        for group in trainer.optimizers[0].param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.max_epochs and trainer.current_epoch + 1 >= self.max_epochs:
+            trainer.check_val_every_n_epoch = 1  # the last epoch is validated, whenever the next was due
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        module: TrainingModule = pl_module
+        module.progress = self.progress(trainer, batch_idx)
+        scale = factor(module.progress, **self.schedule)
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["initial_lr"] * scale
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.max_steps is not None and trainer.global_step >= self.max_steps:
+            stop(trainer)
+        if self.max_time is not None and self.time_share(trainer, batch_idx) >= 1:
+            stop(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validation_start = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validation_seconds = time.monotonic() - self._validation_start
+
+    def progress(self, trainer: L.Trainer, batch_idx: int) -> float:
+        """How much of training is over when this batch starts, in [0, 1]."""
+        shares = [0.0]
+        if self.max_epochs:
+            batches = trainer.num_training_batches
+            shares.append((trainer.current_epoch + batch_idx / max(1, int(batches))) / self.max_epochs)
+        if self.max_steps:
+            shares.append(trainer.global_step / self.max_steps)
+        if self.max_time is not None:
+            shares.append(self.time_share(trainer, batch_idx))
+        return min(1.0, max(shares))
+
+    def time_share(self, trainer: L.Trainer, batch_idx: int) -> float:
+        """The share of `max_time` that is spent, the same on every process."""
+        assert self.max_time is not None
+        if trainer.world_size == 1:
+            return self.spent() / max(1e-9, self.max_time - self.validation_seconds)
+        last, share, pace = self._sync
+        if last < 0 or (batch_idx % _CLOCK_EVERY == 0 and batch_idx != last):
+            own = self.spent() / max(1e-9, self.max_time - self.validation_seconds)
+            clock = torch.tensor([own, own / max(1, trainer.global_step)], device=trainer.strategy.root_device)
+            share, pace = trainer.strategy.broadcast(clock, 0).tolist()
+            self._sync = last, share, pace = batch_idx, share, pace
+        return share + max(0, batch_idx - last) * pace

@@ -1,0 +1,201 @@
+"""`--multirun`: every job in a process of its own, and one table at the end.
+
+Notable:
+- A job's process has no -m in its arguments, so Lightning can start the other processes of a distributed job from
+  them; and no job inherits another's memory, threads or fault.
+- A job that fails says so in one line and the others still run; the sweep then ends with that job's status.
+- Each result is a line of `results.jsonl` in the sweep's folder as soon as it is there, from whichever process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vit.files import atomic_write
+
+_RESULT = "VIT_JOB_RESULT"  # where a job's process leaves its result
+
+
+def report(result: Any, error: str | None = None) -> None:
+    """Leave a job's result, or the line of its error, where the sweep looks for it; nothing outside a sweep."""
+    place = os.environ.get(_RESULT)
+    if place is None or os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0":
+        return
+    metrics, folder = getattr(result, "metrics", None), getattr(result, "folder", None)
+    found = {"metrics": metrics or {}, "folder": folder and str(folder), "error": error}
+    Path(place).write_text(json.dumps(found, default=str), encoding="utf-8")
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for several jobs."""
+    return bool(args.multirun) or any(text.replace(" ", "") == "hydra.mode=MULTIRUN" for text in args.overrides)
+
+
+class Sweep:
+    """The jobs of one `--multirun`.
+
+    Arguments
+        args: Hydra's parsed arguments.
+        folder: where the results of the sweep go; made with the first result.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.flags = _flags(args)
+        self.folder = folder
+
+    def run(self, overrides: Sequence[str], number: int, monitor: str | None = None) -> float | None:
+        """Run the job of these overrides in its own process; returns its `monitor` metric for a search to go by.
+
+        Never raises for a job that fails: its process has said why, and the table shows it.
+        """
+        print(f"job {number}: {' '.join(overrides)}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="vit-sweep-") as scratch:
+            place = Path(scratch) / "result.json"
+            command = [sys.executable, os.path.abspath(sys.argv[0]), *self.flags, *overrides]
+            status = _wait(command, {**os.environ, _RESULT: str(place)})
+            result: dict[str, Any] = {"metrics": {}, "folder": None, "error": None}
+            if place.is_file():
+                result = json.loads(place.read_text(encoding="utf-8"))
+        row = {"job": number, "overrides": list(overrides), "status": status,
+               "seconds": round(time.monotonic() - start, 1), **result}  # fmt: skip
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+        if status in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        return metric(result["metrics"], monitor) if monitor else None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every job so far, in order."""
+        file = self.folder / "results.jsonl"
+        if not file.is_file():
+            return []
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
+
+    def finish(self) -> int:
+        """Print the table and write it as `results.csv`; returns the exit status of the sweep.
+
+        That is 0, 2 when jobs failed for mistakes in what was asked (or there were none), 1 when one failed otherwise.
+        """
+        rows = self.rows()
+        if not rows:
+            tidy(self.folder)
+            return 2
+        table = tabulate(rows)
+        with atomic_write(self.folder / "results.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
+        print("\n" + align(table))
+        failed = [row["status"] for row in rows if row["status"]]
+        print(f"\n{len(rows) - len(failed)} of {len(rows)} jobs done; {self.folder / 'results.csv'}")
+        return 0 if not failed else 2 if set(failed) == {2} else 1
+
+
+def metric(metrics: Mapping[str, Any], name: str) -> float | None:
+    """"val/top1" of nested metrics."""
+    value: Any = metrics
+    for part in name.split("/"):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+COLUMNS = ("test/top1", "test/loss", "val/top1", "train_seconds")
+
+
+def tabulate(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A header and a row a job: its number, what is swept, the figures, the run folder or what became of it.
+
+    Where only the seed differs between jobs, a row with their mean and standard deviation follows.
+    """
+    settings = [dict(text.lstrip("+~").partition("=")[::2] for text in row["overrides"]) for row in rows]
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    swept = [name for name in names if len({setting.get(name) for setting in settings}) > 1]
+    columns = [name for name in COLUMNS if any(metric(row["metrics"], name) is not None for row in rows)]
+    table = [["job", *swept, *columns, "run"]]
+    for row, setting in zip(rows, settings, strict=True):
+        figures = [_figure(metric(row["metrics"], name), name) for name in columns]
+        failure = f"failed: {row['error'] or 'status ' + str(row['status'])}" if row["status"] else ""
+        outcome = " ".join(text for text in (row["folder"], failure) if text)
+        table.append([str(row["job"]), *(setting.get(name, "") for name in swept), *figures, outcome])
+    if "seed" in swept:
+        table += _over_seeds(rows, settings, swept, columns)
+    return table
+
+
+def _over_seeds(
+    rows: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, str]], swept: list[str], columns: list[str]
+) -> list[list[str]]:
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row, setting in zip(rows, settings, strict=True):
+        groups.setdefault(tuple(setting.get(name, "") for name in swept if name != "seed"), []).append(row)
+    lines = []
+    for values, members in groups.items():
+        cells = []
+        for name in columns:
+            found = [value for row in members if (value := metric(row["metrics"], name)) is not None]
+            spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and name != "train_seconds" else ""
+            cells.append(_figure(statistics.fmean(found), name) + spread if found else "")
+        rest = iter(values)
+        shown = [f"all {len(members)}" if name == "seed" else next(rest) for name in swept]
+        if len(members) > 1 and any(cells):
+            lines.append(["mean", *shown, *cells, ""])
+    return lines
+
+
+def _figure(value: float | None, name: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if name == "train_seconds" else f"{value:.4f}"
+
+
+def align(table: Sequence[Sequence[str]]) -> str:
+    """The rows as text in columns."""
+    widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the folder of a sweep that ended before its first job, and parents that are empty then."""
+    (folder / "multirun.yaml").unlink(missing_ok=True)
+    for place in (folder, folder.parent, folder.parent.parent):
+        try:
+            place.rmdir()
+        except OSError:
+            return
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """The arguments of a job's process beside its overrides: where configuration is looked for."""
+    flags = []
+    for name in ("config_path", "config_name", "config_dir"):
+        value = getattr(args, name)
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", value]
+    return flags
+
+
+def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a command to its end and return its status.
+
+    Ctrl-C reaches both it and this process; it is given the time to end in its own way.
+    """
+    process = subprocess.Popen(command, env=dict(env))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue

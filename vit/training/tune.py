@@ -1,0 +1,144 @@
+"""`tune=true`: find a batch size that the device is busy with and a learning rate that learns, before training.
+
+Notable: one factor scales all learning rates of the optimiser, so the ratio between Muon's and AdamW's stays as
+configured.  The model and the optimiser that are tried are copies; training starts from the untouched weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit.data.loaders import Batch, TrainLoader
+
+log = logging.getLogger("vit")
+
+LOWEST, HIGHEST = 1e-3, 30.0
+"""The range of factors that are tried, from far too small to where most recipes fail."""
+
+
+def learning_rate_factor(
+    model: nn.Module,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int = 100,
+) -> float:
+    """The factor on all learning rates at which the loss falls fastest (Smith 2017, "Cyclical Learning Rates").
+
+    Trains a copy for `steps` steps while the factor grows exponentially from `LOWEST` to `HIGHEST`, smooths the losses
+    over the logarithm of the factor, and takes the steepest descent before the loss turns up for good.  Returns 1 when
+    no descent was seen.  `batches` yields images and targets.
+    """
+    trial = copy.deepcopy(model).train()
+    optim = optimizer(trial)
+    peaks = [group["lr"] for group in optim.param_groups]
+    factors = [LOWEST * (HIGHEST / LOWEST) ** (step / (steps - 1)) for step in range(steps)]
+    losses: list[float] = []
+    smooth = 0.0
+    for step, factor in enumerate(factors):
+        for group, peak in zip(optim.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        images, targets = next(batches)
+        loss = F.cross_entropy(trial(images), targets)
+        optim.zero_grad(set_to_none=True)
+        loss.backward()
+        optim.step()
+        value = float(loss.detach())
+        smooth = 0.9 * smooth + 0.1 * value
+        losses.append(smooth / (1 - 0.9 ** (step + 1)))  # bias-corrected moving average
+        if not math.isfinite(value) or losses[-1] > 3 * min(losses):
+            losses = losses[: max(0, step - 2)]
+            break
+    return steepest(factors[: len(losses)], losses)
+
+
+def steepest(factors: list[float], losses: list[float]) -> float:
+    """The factor where the losses fall fastest over a step of log(factor); 1 when they never fall."""
+    if len(losses) < 5:
+        return 1.0
+    lowest = min(range(len(losses)), key=losses.__getitem__)
+    slopes = [
+        (losses[i + 2] - losses[i - 2]) / math.log(factors[i + 2] / factors[i - 2])
+        for i in range(2, max(3, min(lowest + 1, len(losses) - 2)))
+    ]
+    best = min(range(len(slopes)), key=slopes.__getitem__)
+    return factors[best + 2] if slopes[best] < 0 else 1.0
+
+
+def busy_batch_size(
+    step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3
+) -> int:
+    """The batch size beyond which doubling brings less than `gain` in images a second, or does not fit in memory.
+
+    `step(n)` trains on a batch of n images and waits for the device.  `most` is the number of training images.
+    """
+    best, best_pace = min(start, most), 0.0
+    for size in itertools.takewhile(lambda n: n <= most, (start * 2**i for i in itertools.count())):
+        try:
+            step(size)
+            seconds = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                step(size)
+                seconds.append(time.perf_counter() - began)
+        except torch.OutOfMemoryError:
+            log.info("batch size %d: does not fit in memory", size)
+            torch.cuda.empty_cache()
+            break
+        pace = size / statistics.median(seconds)
+        log.info("batch size %d: %.0f images/s", size, pace)
+        if pace < best_pace * gain:
+            break
+        best, best_pace = size, pace
+    return best
+
+
+def tune(
+    *,
+    model: nn.Module,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    loader_of: Callable[[int], TrainLoader],
+    prepare: Callable[[Batch], tuple[Tensor, Tensor]],
+    device: torch.device,
+    batch_size: int,
+    images: int,
+) -> tuple[int, float]:
+    """Find the batch size, then, at that size, the factor on the learning rates.
+
+    Arguments
+        loader_of: the training loader for a batch size, on `device`.
+        prepare: images and targets of a batch, augmented.
+        images: how many there are to train on.
+    """
+    trial = copy.deepcopy(model).to(device).train()
+    optim = optimizer(trial)
+
+    def step(size: int) -> None:
+        inputs, targets = prepare(next(iter(loader_of(size))))
+        loss = F.cross_entropy(trial(inputs), targets)
+        optim.zero_grad(set_to_none=True)
+        loss.backward()
+        optim.step()
+        float(loss.detach())
+
+    size = busy_batch_size(step, max(2, batch_size // 4), images)
+    loader = loader_of(size)
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            for batch in loader:
+                yield prepare(batch)
+
+    factor = learning_rate_factor(copy.deepcopy(model).to(device), optimizer, endless())
+    log.info("tune: data.batch_size=%d, learning rates x %.3g", size, factor)
+    return size, factor
