@@ -1,0 +1,50 @@
+"""The `vit` command: classify, export, info.
+
+Notable: it parses first and imports later, so `--help` and mistakes in the call answer at once, and `vit classify`
+on an ONNX file never imports torch.
+
+Exit status: 0 all went well; 1 some inputs could not be used; 2 the call itself was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from vit.errors import VitError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's own by default) and return the exit status.
+
+    A mistake of the user's is one line on standard error; with VIT_TRACEBACK=1 in the environment, a traceback.
+    """
+    from vit.cli.parser import parse
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except VitError as error:
+        if os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
+            raise
+        from vit.data.decode import printable
+
+        # one line whatever file names it quotes, and no control character for the terminal to obey
+        print(f"vit: {printable(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        close_stdout()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def close_stdout() -> None:
+    """Leave nothing for the interpreter to flush into a closed pipe when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,67 @@
+"""`vit classify`: label images.  Imports no torch where an ONNX file answers."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from vit.cli import close_stdout
+from vit.cli.output import FORMATS, formatter, open_output
+from vit.errors import VitError
+from vit.inference.loading import load
+from vit.inference.sources import paths
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns 0 when all inputs were labelled, 1 when some could not be used.
+
+    Raises `VitError` when the model, the sources or the output are wrong.
+    """
+    classifier = load(arguments.model, device=arguments.device, backend=arguments.backend)
+    ending = os.path.splitext(arguments.output or "")[1].lower()
+    lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
+    channels = classifier.description.preprocessing.channels
+    sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels)
+    results = classifier.stream(sources, top_k=arguments.top_k, batch_size=arguments.batch_size)
+    done = failed = 0
+    try:
+        with open_output(arguments.output) as output, _progress(to_terminal=_shows(output)) as advance:
+            for result in results:
+                output.write(((lines.head() if done == 0 else "") + lines.row(result)).encode())
+                output.flush()
+                done, failed = done + 1, failed + (result.error is not None)
+                advance()
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        close_stdout()
+        return int(failed > 0)
+    except OSError as error:
+        raise VitError(f"cannot write the results: {error.strerror or error}") from error
+    if failed:
+        print(f"vit: {failed} of {done} inputs could not be used; their rows say why", file=sys.stderr)
+    return int(failed > 0)
+
+
+def _shows(output: Any) -> bool:
+    try:
+        return bool(output.isatty())
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _progress(to_terminal: bool) -> Iterator[Any]:
+    """A count on standard error, where a person watches and the results do not go to the same screen."""
+    if to_terminal or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed} images"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda: bar.advance(task)

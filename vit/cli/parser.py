@@ -1,0 +1,119 @@
+"""The options of the `vit` command.  Imports nothing but argparse; each command is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from vit.errors import VitError
+
+MODEL = "run folder, .ckpt, bundle folder or exported .onnx file"
+SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VitError(f"{message} (`{self.prog} --help` explains)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.  The result's `run(arguments)` runs the command and returns its exit status.
+
+    Raises `VitError` for a mistake; `--help` and `--version` print and leave by SystemExit(0).
+    """
+    return _parser().parse_args(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from vit import __version__
+
+    parser = _Parser(
+        prog="vit",
+        description="Use a trained Vision Transformer. Training and evaluation are train.py and eval.py.",
+    )
+    parser.add_argument("--version", action="version", version=f"vit {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _classify(commands)
+    _export(commands)
+    _info(commands)
+    return parser
+
+
+def _classify(commands: Any) -> None:
+    command = commands.add_parser(
+        "classify",
+        help="label images",
+        description="Label images. Results go to standard output, progress and messages to standard error. "
+        "Exit status: 0 all were labelled; 1 some could not be used (their rows say why); 2 the call was wrong.",
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument("sources", metavar="SOURCE", nargs="+", help=SOURCE)
+    command.add_argument("--top-k", type=_count, default=5, metavar="K", help="likeliest classes to give (5)")
+    command.add_argument(
+        "--format",
+        choices=("table", "jsonl", "csv"),
+        help="table (default), jsonl (one object a line, full precision) or csv; taken from the name of --output",
+    )
+    command.add_argument("--output", metavar="FILE", help="write results there, whole or not at all")
+    command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images computed at once (32)")
+    _where(command)
+    command.add_argument(
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look into subfolders (default)",
+    )
+    command.set_defaults(run=_later("classify"))
+
+
+def _export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write a model as one ONNX file or as a bundle",
+        description="Write a model as one ONNX file, which needs nothing else to classify, or as a bundle: a folder "
+        "with weights, configuration and model card that timm loads as well. Verified against torch before it "
+        "takes its name.",
+    )
+    command.add_argument("model", metavar="MODEL", help="run folder, .ckpt or bundle folder")
+    command.add_argument("output", metavar="OUT", help="a name ending in .onnx, or a folder to make")
+    command.set_defaults(run=_later("export"))
+
+
+def _info(commands: Any) -> None:
+    command = commands.add_parser(
+        "info",
+        help="what a model is: architecture, classes, preprocessing, data, figures",
+        description="What a model is: architecture, classes, preprocessing, temperature, data, figures, recipe.",
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument("--format", choices=("table", "json"), default="table", help="table (default) or json")
+    command.set_defaults(run=_later("info"))
+
+
+def _where(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
+    command.add_argument(
+        "--backend",
+        choices=("auto", "onnx", "torch"),
+        default="auto",
+        help="auto takes the model's ONNX file on a CPU, where it has one; the answers are the same",
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**9):
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, not {text!r}")
+    return int(text)
+
+
+def _later(name: str) -> Any:
+    """The `run` of `vit.cli.<name>`, imported when it is called."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        return int(import_module(f"vit.cli.{name}").run(arguments))
+
+    return run
