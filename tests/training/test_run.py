@@ -1,13 +1,17 @@
 """Whole runs on the real digits: the run folder, budgets, resuming, EMA, early stopping, bad ends."""
 
+import io
 import itertools
 import json
+import logging
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from vit.data.catalogue import DataConfig, open_data
@@ -139,6 +143,41 @@ def test_an_average_is_validated_beside_the_raw_weights_and_kept(run):
     state = checkpoint["state_dict"]
     assert all(torch.equal(value, state[f"ema.{key}"]) for key, value in model.state_dict().items())
     assert not torch.equal(state["ema.head.weight"], state["model.head.weight"])
+
+
+def test_a_run_leaves_the_logger_as_it_found_it(run):
+    logger = logging.getLogger("vit")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    folder = run("trainer.max_epochs=1").folder
+    assert (logger.handlers, logger.level, logger.propagate) == before
+    with pytest.raises(VitError):
+        run("trainer.max_epochs=1", f"resume={folder}")
+    assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+def test_unreadable_images_are_listed_in_the_log_of_the_run_and_counted(run, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (16, 16), (number * 20, 0, 99)).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "photos" / "cat" / "broken.png").write_bytes(b"not an image")
+    options = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.max_bad_fraction=0.1", "data.image_size=16")
+    result = run(*options, "data.workers=0", "model.patch_size=8", "trainer.max_epochs=1")
+    lines = (result.folder / "train.log").read_text().splitlines()
+    assert "command: train.py" in lines[0]
+    assert any("WARNING" in line and "1 of 21 images cannot be read" in line for line in lines)
+    assert any("broken.png: " in line for line in lines)
+    assert result.metrics["bad_files"] == 1
+
+
+def test_messages_of_a_second_run_go_to_the_standard_error_of_that_time(run, monkeypatch):
+    for _ in range(2):
+        stream = io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        folder = run("trainer.max_epochs=1").folder
+        monkeypatch.undo()
+        assert f"run folder: {folder}" in stream.getvalue()
+        stream.close()
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(run):

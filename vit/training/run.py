@@ -14,9 +14,9 @@ import functools
 import logging
 import os
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, field
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from vit.inference.bundle import write_bundle
 from vit.inference.description import Description
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
-from vit.training import checkpoints
+from vit.training import checkpoints, logs
 from vit.training.config import Config
 from vit.training.devices import build_trainer
 from vit.training.interrupt import Interrupt
@@ -75,7 +75,11 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
     leader = _rank() == 0
-    _show_log(leader)
+    with logs.shown(leader) as early:
+        return _train(config, overrides, leader, early)
+
+
+def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHandler) -> RunResult | None:
     resume = checkpoint_of(config.resume) if config.resume else None
     data = open_data(config.data)
     preprocessing = preprocessing_for(config.data, data)
@@ -96,18 +100,13 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
     module = build_module(config, data, model, description)
 
     folder = _run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
-    logfile = None
-    if leader:
-        os.environ["VIT_RUN_FOLDER"] = str(folder)
-        logfile = _open_log(folder)
+    if not leader:
+        return _fit_and_finish(config, data, module, folder, resume, leader)
+    os.environ["VIT_RUN_FOLDER"] = str(folder)
+    with logs.kept(folder / "train.log", early):
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
         log.info("run folder: %s", folder)
-    try:
         return _fit_and_finish(config, data, module, folder, resume, leader)
-    finally:
-        if logfile is not None:
-            log.removeHandler(logfile)
-            logfile.close()
 
 
 def build_model(config: Config, data: ImageData) -> VisionTransformer:
@@ -280,17 +279,6 @@ def _rank() -> int:
     return 0
 
 
-def _show_log(leader: bool) -> None:
-    """Messages go to standard error, of the first process alone; only what it would say is said."""
-    log.setLevel(logging.INFO if leader else logging.ERROR)
-    if not any(isinstance(handler, logging.StreamHandler) for handler in log.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.addFilter(lambda record: not getattr(record, "file_only", False))
-        log.addHandler(handler)
-        log.propagate = False
-
-
 def _run_folder(config: Config, resume: Path | None) -> Path:
     """Make `root/name/<date>_<time>`, or go on in the folder of the run that is resumed."""
     if resume is not None and (folder := folder_of(resume)) is not None:
@@ -307,17 +295,6 @@ def _run_folder(config: Config, resume: Path | None) -> Path:
         except OSError as error:
             raise VitError(f"run.root={config.run.root}: cannot make {folder}: {error.strerror}") from error
     raise VitError(f"run.root={config.run.root}: a thousand runs began this second under {parent}")
-
-
-def _open_log(folder: Path) -> logging.Handler:
-    try:
-        handler = logging.FileHandler(folder / "train.log", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise VitError(f"cannot write {folder / 'train.log'}: {error.strerror}") from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-    log.info("command: %s", " ".join(["train.py", *sys.argv[1:]]))
-    return handler
 
 
 def _recipe(config: Config, overrides: list[str]) -> dict[str, Any]:

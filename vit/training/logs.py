@@ -1,0 +1,69 @@
+"""Where the messages of a run go: to standard error and to its `train.log`, for as long as the run lasts.
+
+Notable:
+- what is said before there is a run folder (which images cannot be read, say) is in `train.log` as well;
+- whoever calls `train` finds the "vit" logger as it was before, also after an exception, so that a second run in the
+  same process never writes to a stream that is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+from vit.errors import VitError
+
+log = logging.getLogger("vit")
+
+_NEVER = logging.CRITICAL + 1
+
+
+@contextlib.contextmanager
+def shown(leader: bool) -> Iterator[MemoryHandler]:
+    """Show messages on standard error: all of them in the first process, only errors in the others.
+
+    A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
+    Gives what gathers the messages until `kept` takes them over.
+    """
+    level, propagate, handlers = log.level, log.propagate, list(log.handlers)
+    log.setLevel(logging.INFO if leader else logging.ERROR)
+    if not any(isinstance(each, logging.StreamHandler) for each in handlers):
+        stream = logging.StreamHandler()
+        stream.setFormatter(logging.Formatter("%(message)s"))
+        stream.addFilter(lambda record: not getattr(record, "file_only", False))
+        log.addHandler(stream)
+        log.propagate = False
+    early = MemoryHandler(10_000, flushLevel=_NEVER, flushOnClose=False)
+    log.addHandler(early)
+    try:
+        log.info("command: %s", " ".join(["train.py", *sys.argv[1:]]), extra={"file_only": True})
+        yield early
+    finally:
+        early.close()
+        for handler in set(log.handlers) - set(handlers):
+            log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+@contextlib.contextmanager
+def kept(path: Path, early: MemoryHandler) -> Iterator[None]:
+    """Write the messages to `path`, with their times, those of `early` first.  Raises `VitError`."""
+    try:
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise VitError(f"cannot write {path}: {error.strerror}") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.removeHandler(early)
+    early.setTarget(file)
+    early.flush()
+    log.addHandler(file)
+    try:
+        yield
+    finally:
+        log.removeHandler(file)
+        file.close()
