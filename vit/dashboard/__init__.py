@@ -1,0 +1,1 @@
+"""The Attention tab: what training writes for it, how TensorBoard serves it, its web page.  Loads without torch."""

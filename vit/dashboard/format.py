@@ -1,0 +1,95 @@
+"""What the Attention tab is fed: plain JSON with small arrays in it, compressed; version 1.
+
+Whoever writes a record and whoever reads it use this file.  Notable:
+
+- An array travels as uint8, `value = (code / 255)^2 * peak` with one peak a row (the last axis): attention is mostly
+  small, and the square root spends the codes there.  A row's largest value is exact; the error of any other is at most
+  `peak / 255`, and near zero much less.
+- A record says its version. One of another version, or one that is damaged, is refused with the reason, and what is
+  beside it can still be shown.
+- Records come from files that someone else may have made: sizes are bounded before anything is unpacked.
+
+Standard library and NumPy only.
+
+Records, by tag (`NN` is the number of the probe image, two digits or more):
+
+`attention/run`       once: classes, grid, image, patch, prefix, layers, heads, readout, and the probes, each with
+                      its image (PNG, base64), label and name
+`attention/steps`     every step: of each probe the prediction, faithfulness, sinks
+`attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`
+`attention/pairs/NN`  some steps: every patch's attention to every other: `pairs_record`; a blob sequence of one
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PLUGIN = "vit_attention"
+VERSION = 1
+RUN, STEPS, PROBE, PAIRS = "attention/run", "attention/steps", "attention/probe/", "attention/pairs/"
+
+LARGEST = 64 * 2**20
+"""Bytes that a record may unpack to."""
+
+
+class RecordError(ValueError):
+    """A record that cannot be shown, with the reason."""
+
+
+def pack(array: np.ndarray) -> dict[str, Any]:
+    """Numbers of at least 0, (..., N) -> {"shape", "peaks", "codes"}, both arrays in base64.
+
+    Raises ValueError for a negative number or one that is not finite.
+    """
+    array = np.asarray(array, dtype=np.float32)
+    if not array.ndim or not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError("expected an array of finite numbers of at least 0")
+    peaks = array.max(axis=-1, keepdims=True, initial=0)
+    codes = np.rint(255 * np.sqrt(array / np.where(peaks > 0, peaks, 1))).astype(np.uint8)
+    return {
+        "shape": list(array.shape),
+        "peaks": base64.b64encode(peaks.astype("<f4").tobytes()).decode(),
+        "codes": base64.b64encode(codes.tobytes()).decode(),
+    }
+
+
+def unpack(packed: Any) -> np.ndarray:
+    """The inverse of `pack`, float32.  Raises `RecordError`."""
+    try:
+        shape = [int(n) for n in packed["shape"]]
+        codes = np.frombuffer(base64.b64decode(packed["codes"], validate=True), np.uint8)
+        peaks = np.frombuffer(base64.b64decode(packed["peaks"], validate=True), "<f4")
+        if not shape or min(shape) < 0 or codes.size != math.prod(shape) or peaks.size != math.prod(shape[:-1]):
+            raise RecordError("an array does not have the size it says")
+        return (codes.reshape(shape) / np.float32(255)) ** 2 * peaks.reshape(*shape[:-1], 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"an array cannot be read: {error}") from None
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record of plain JSON types as bytes, with its version."""
+    text = json.dumps({"v": VERSION, **record}, separators=(",", ":"), allow_nan=False)
+    return zlib.compress(text.encode("ascii"), 6)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The inverse of `encode`.  Raises `RecordError` for another version, and for what is damaged."""
+    try:
+        unzip = zlib.decompressobj()
+        text = unzip.decompress(data, LARGEST)
+        if not unzip.eof:
+            raise RecordError("the record is cut off, or too large")
+        record = json.loads(text)
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise error if isinstance(error, RecordError) else RecordError(f"the record is damaged: {error}") from None
+    version = record.get("v") if isinstance(record, dict) else None
+    if version != VERSION:
+        raise RecordError(f"the record is of version {version}, and this reads version {VERSION}")
+    return record
