@@ -96,6 +96,29 @@ def test_time_already_spent_counts_after_a_resume(monkeypatch):
     assert second.progress(_trainer(), 0) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("batches", [1, 7, 100])
+def test_the_clock_of_several_processes_is_the_first_ones_also_where_epochs_are_short(batches, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("vit.training.schedule.time.monotonic", lambda: now[0])
+    schedule = Schedule(schedule={"name": "linear"}, max_epochs=None, max_steps=None, max_time=50.0)
+    strategy = SimpleNamespace(root_device="cpu", broadcast=lambda clock, source: clock)
+    trainer = _trainer(world_size=2, strategy=strategy, should_stop=False)
+    now[0] = 1.0
+    schedule.on_train_start(_trainer(optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])]), None)
+    for step in range(400):
+        epoch, batch = divmod(step, batches)
+        trainer.current_epoch, trainer.global_step = epoch, step
+        if batch == 0:
+            now[0] += 0.3  # the validation before it
+        assert schedule.progress(trainer, batch) == pytest.approx(min(1, (now[0] - 1) / 50), abs=0.05)
+        now[0] += 0.25
+        trainer.global_step = step + 1
+        schedule.on_train_batch_end(trainer, None, None, None, batch)
+        if trainer.should_stop:
+            break
+    assert now[0] - 1 == pytest.approx(50, abs=2.5)
+
+
 def test_learning_rates_follow_the_schedule_from_each_groups_own_peak():
     schedule = Schedule(schedule={"name": "linear"}, max_epochs=2, max_steps=None, max_time=None)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}, {"lr": 0.02}])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vit.training.module import TrainingModule
 
 NAMES = ("cosine", "linear", "wsd", "constant")
-_CLOCK_EVERY = 20
+_CLOCK_EVERY = 20  # batches between readings of the first process's clock
 
 
 def factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float = 0.0, final: float = 0.0) -> float:
@@ -67,7 +67,8 @@ class Schedule(L.Callback):
         self.spent_before = 0.0
         self.validation_seconds = 0.0
         self._start = self._validation_start = 0.0
-        self._sync: tuple[int, float, float] = (-1, 0.0, 0.0)
+        self._batches = 0
+        self._sync: tuple[int, float, float] = (-1, 0.0, 0.0)  # batches, share and share a batch, at the last reading
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent": self.spent()}
@@ -100,6 +101,7 @@ class Schedule(L.Callback):
             stop(trainer)
         if self.max_time is not None and self.time_share(trainer, batch_idx) >= 1:
             stop(trainer)
+        self._batches += 1
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validation_start = time.monotonic()
@@ -120,14 +122,19 @@ class Schedule(L.Callback):
         return min(1.0, max(shares))
 
     def time_share(self, trainer: L.Trainer, batch_idx: int) -> float:
-        """The share of `max_time` that is spent, the same on every process."""
+        """The share of `max_time` that is spent, the same on every process.
+
+        Several processes read the first one's clock now and then, often at first, and after each validation; between,
+        they count on at its pace.
+        """
         assert self.max_time is not None
+        room, n = max(1e-9, self.max_time - self.validation_seconds), self._batches
         if trainer.world_size == 1:
-            return self.spent() / max(1e-9, self.max_time - self.validation_seconds)
+            return self.spent() / room
         last, share, pace = self._sync
-        if last < 0 or (batch_idx % _CLOCK_EVERY == 0 and batch_idx != last):
-            own = self.spent() / max(1e-9, self.max_time - self.validation_seconds)
-            clock = torch.tensor([own, own / max(1, trainer.global_step)], device=trainer.strategy.root_device)
+        if n != last and (batch_idx == 0 or n < _CLOCK_EVERY or n % _CLOCK_EVERY == 0):
+            here = (self.spent() - self.spent_before) / room
+            clock = torch.tensor([self.spent() / room, here / max(1, n)], device=trainer.strategy.root_device)
             share, pace = trainer.strategy.broadcast(clock, 0).tolist()
-            self._sync = last, share, pace = batch_idx, share, pace
-        return share + max(0, batch_idx - last) * pace
+            last, self._sync = n, (n, share, pace)
+        return share + (n - last) * pace
