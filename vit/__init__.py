@@ -5,6 +5,9 @@
     model = vit.create_model("vit_tiny", image_size=32, patch_size=4, num_classes=10)  # a torch.nn.Module
     classifier = vit.load("runs/digits/2026-01-01_10-00-00")
     results = classifier.classify(["photo.jpg"])
+    with vit.record_attention(model) as record:
+        logits = model(images)
+    maps = vit.rollout(record.weights, prefix_tokens=model.num_prefix_tokens, grid=model.grid)  # (B, rows, columns)
 
 Notable: `import vit` imports nothing else.  Each name below is fetched from its room when it is first used, so a
 program that only classifies never pays for torch.
@@ -28,6 +31,8 @@ _ROOMS = {
     "Preprocessing": "vit.data.preprocess",
     "ImageError": "vit.data.decode",
     "VitError": "vit.errors",
+    "record_attention": "vit.explain.record",
+    "rollout": "vit.explain.methods",
 }
 
 __all__ = [
@@ -41,12 +46,16 @@ __all__ = [
     "create_model",
     "load",
     "load_torch",
+    "record_attention",
+    "rollout",
 ]
 
 if TYPE_CHECKING:
     from vit.data.decode import ImageError
     from vit.data.preprocess import Preprocessing
     from vit.errors import VitError
+    from vit.explain.methods import rollout
+    from vit.explain.record import record_attention
     from vit.inference.classifier import Classifier, Result
     from vit.inference.description import Description
     from vit.inference.loading import load, load_torch

@@ -38,8 +38,13 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float
     does not saturate.  Takes q (..., N, d), k (..., M, d), v (..., M, d); returns outputs (..., N, d) and the
     weights (..., N, M), whose rows sum to 1.  `dropout` is the share of weights dropped from the mean.
     """
-    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    weights = attention_weights(q, k)
     return F.dropout(weights, dropout, training=dropout > 0) @ v, weights
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """How much each query attends to each key, `softmax(q kᵀ / sqrt(d))`: (..., N, d), (..., M, d) -> (..., N, M)."""
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class DotProductAttention(nn.Module):
@@ -54,8 +59,8 @@ class DotProductAttention(nn.Module):
 
     def attend(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """As `forward`, with the weights (B, 1, N, N) beside the output."""
-        y_BND, weights_BNN = dot_product_attention(x_BND, self.attention_dropout * self.training)
-        return self.drop(y_BND), weights_BNN.unsqueeze(1)
+        y_B1ND, weights_B1NN = dot_product_attention(x_BND.unsqueeze(1), self.attention_dropout * self.training)
+        return self.drop(y_B1ND.squeeze(1)), weights_B1NN
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
         return self.attend(x_BND)[0]
@@ -110,10 +115,13 @@ class MultiHeadAttention(nn.Module):
         y_BHNd, weights_BHNN = scaled_dot_product_attention(q, k, v, self.attention_dropout * self.training)
         return self.merge(y_BHNd), weights_BHNN
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        q, k, v = self.project(x_BND, rotary)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The means of the values, by torch's fused kernel, which never holds the weights: -> (B, N, D)."""
         dropout = self.attention_dropout if self.training else 0.0
         return self.merge(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
+
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+        return self.mix(*self.project(x_BND, rotary))
 
 
 class CrossAttention(nn.Module):

@@ -1,0 +1,204 @@
+"""Recording: the attention weights of a model that normally runs fused attention, which never holds them.
+
+    with record_attention(model) as record:
+        logits = model(images)
+    record.weights  # one tensor (B, H, N, N) a layer
+
+Notable:
+- by default the output still comes from the fused kernel and the weights are computed beside it, so logits are those
+  of the model, to the bit, also with dropout; `gradients=True` computes the output from the weights, so that they have
+  gradients;
+- the head's own weighting of the last tokens is recorded like one more layer (`record.readout`), whatever the pooling,
+  so every method works with a class token, a mean and an attention pool alike;
+- what is changed is changed on the instance, and undone on leaving, also by an exception.  A compiled model runs
+  uncompiled for the while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vit.errors import VitError
+from vit.model.attention import DotProductAttention, MultiHeadAttention, attention_weights
+from vit.model.positions import Rotary
+from vit.model.vision_transformer import VisionTransformer
+
+Rows = Literal["all", "readout"]
+
+
+class Record:
+    """What the last forward pass inside `record_attention` left.
+
+    Attributes
+        layers: which layers are recorded, in order.
+        prefix_tokens, grid: tokens in front of the patches, and rows and columns of patches.
+    """
+
+    def __init__(self, layers: tuple[int, ...], prefix_tokens: int, grid: tuple[int, int]) -> None:
+        self.layers, self.prefix_tokens, self.grid = layers, prefix_tokens, grid
+        self._weights: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
+        self._readout: Tensor | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Weights after softmax, one tensor for each recorded layer: (B, H, N, N), rows sum to 1.
+
+        With `rows="readout"` (B, H, 1, N): the class token's row or, without one that is read, the mean of the patches'
+        rows.  Detached, unless recorded with gradients.  Raises `VitError` before the model has run.
+        """
+        if len(self._weights) < len(self.layers):
+            raise VitError("nothing is recorded yet: call the model inside `with record_attention(model)`")
+        return [self._weights[layer] for layer in self.layers]
+
+    @property
+    def readout(self) -> Tensor:
+        """How the head weighs the tokens of the last layer, (B, R, N), rows sum to 1.
+
+        The class token alone, all patches equally (both R = 1), or the pooling head's own weights (R = its heads).
+        Raises `VitError` before the model has run.
+        """
+        if self._readout is None:
+            raise VitError("nothing is recorded yet: call the model inside `with record_attention(model)`")
+        return self._readout
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """What the recorded layers put out, (B, N, D) each; detached, unless recorded with gradients."""
+        return [self._tokens[layer] for layer in self.layers]
+
+
+@contextlib.contextmanager
+def record_attention(
+    model: nn.Module, *, layers: Sequence[int] | None = None, rows: Rows = "all", gradients: bool = False
+) -> Iterator[Record]:
+    """Record the attention weights of every forward pass of `model` inside the block; the last one is kept.
+
+    Arguments
+        model: a `VisionTransformer`, or a module that holds one (compiled, distributed).  Not for several threads.
+        layers: which blocks, from 0, negative from the end; None: all.
+        rows: "readout" keeps, of each layer, only the row that leads to the head: 1 / N of the memory.
+        gradients: keep the weights in the graph, so that `torch.autograd.grad(score, record.weights)` works; the
+            output is then computed from the weights, equal to rounding where there is no attention dropout.
+
+    Raises `VitError` for a layer that does not exist or a model that is no `VisionTransformer`.
+    """
+    vit = find(model)
+    if rows not in ("all", "readout"):
+        raise VitError(f"rows: expected all or readout, not {rows!r}")
+    record = Record(_layers(layers, len(vit.blocks)), vit.num_prefix_tokens, vit.grid)
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer in record.layers:
+            block: Any = vit.blocks[layer]
+            own_row = vit.pool == "token" and rows == "readout"
+            forward = _forward(block.attn, record, layer, rows, own_row, gradients)
+            undo.enter_context(_replaced(block.attn, "forward", forward))
+            undo.callback(block.register_forward_hook(_keep_tokens(record, layer, gradients)).remove)
+        undo.enter_context(_replaced(vit, "pool_tokens", _pool(vit, record, gradients)))
+        yield record
+
+
+def find(model: nn.Module) -> VisionTransformer:
+    """The `VisionTransformer` that `model` is or holds.  Raises `VitError` when there is none, or more than one."""
+    found = [module for module in model.modules() if isinstance(module, VisionTransformer)]
+    if len(found) != 1:
+        raise VitError(
+            f"attention is recorded from a VisionTransformer; {type(model).__name__} holds {len(found) or 'none'}"
+        )
+    return found[0]
+
+
+def _layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    chosen = range(depth) if layers is None else layers
+    return tuple(sorted({resolve_layer(layer, depth) for layer in chosen}))
+
+
+def resolve_layer(layer: int, depth: int) -> int:
+    """A layer's number from 0, given that or the number from the end.  Raises `VitError`."""
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth <= layer < depth:
+        raise VitError(f"layer {layer!r}: the model has layers 0 to {depth - 1} (or -{depth} to -1, from the end)")
+    return layer % depth
+
+
+def _forward(
+    attn: Any, record: Record, layer: int, rows: Rows, own_row: bool, gradients: bool
+) -> Callable[..., Tensor]:
+    """What stands in for the forward pass of an attention layer."""
+    prefix = record.prefix_tokens
+
+    def keep(weights_BHNN: Tensor) -> None:
+        if rows == "readout" and own_row:
+            weights_BHNN = weights_BHNN[:, :, :1]
+        elif rows == "readout":
+            weights_BHNN = weights_BHNN[:, :, prefix:].mean(dim=2, keepdim=True)
+        record._weights[layer] = weights_BHNN if gradients else weights_BHNN.detach().float()
+
+    def explicit(x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+        y_BND, weights_BHNN = attn.attend(x_BND, rotary)
+        keep(weights_BHNN)
+        return y_BND
+
+    def beside(x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+        q, k, v = attn.project(x_BND, rotary)
+        with torch.no_grad():
+            keep(attention_weights(q[:, :, :1] if own_row else q, k))
+        return attn.mix(q, k, v)
+
+    assert isinstance(attn, MultiHeadAttention | DotProductAttention)
+    return beside if isinstance(attn, MultiHeadAttention) and not gradients else explicit
+
+
+def _keep_tokens(record: Record, layer: int, gradients: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        record._tokens[layer] = output if gradients else output.detach()
+
+    return hook
+
+
+def _pool(vit: VisionTransformer, record: Record, gradients: bool) -> Callable[[Tensor], Tensor]:
+    """What stands in for `pool_tokens`: the same, as a mean by weights that are recorded."""
+    pool_tokens, prefix, pool = vit.pool_tokens, vit.num_prefix_tokens, vit.attn_pool
+
+    def pooled(x_BND: Tensor) -> Tensor:
+        B, N, _ = x_BND.shape
+        patches_BPD = x_BND[:, prefix:]
+        if pool is not None:
+            q, k, v = pool.project(pool.latent.expand(B, -1, -1), patches_BPD)
+            with torch.set_grad_enabled(gradients):
+                record._readout = F.pad(attention_weights(q, k)[:, :, 0], (prefix, 0))
+            if gradients:
+                y_BHNd = record._readout[:, :, None, prefix:] @ v
+                return pool.refine(pool.merge(y_BHNd))
+        elif vit.pool == "mean":
+            record._readout = F.pad(x_BND.new_full((B, 1, N - prefix), 1 / (N - prefix)), (prefix, 0))
+            if gradients:
+                record._readout.requires_grad_()
+                return (record._readout @ x_BND)[:, 0]
+        else:
+            record._readout = F.one_hot(torch.zeros(B, 1, dtype=torch.int64, device=x_BND.device), N).to(x_BND.dtype)
+        if not gradients:
+            record._readout = record._readout.detach().float()
+        return pool_tokens(x_BND)
+
+    return pooled
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Shadow a method on one instance."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before
