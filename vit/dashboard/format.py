@@ -38,9 +38,15 @@ RUN, STEPS, PROBE, PAIRS = "attention/run", "attention/steps", "attention/probe/
 LARGEST = 64 * 2**20
 """Bytes that a record may unpack to."""
 
+_MOST_VALUES = 1_000_000  # in a record's JSON: arrays are text, and 64 MiB of "[],[]," would take gigabytes as lists
+
 
 class RecordError(ValueError):
     """A record that cannot be shown, with the reason."""
+
+
+class VersionError(RecordError):
+    """A record of another version of this format."""
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
@@ -86,10 +92,21 @@ def decode(data: bytes) -> dict[str, Any]:
         text = unzip.decompress(data, LARGEST)
         if not unzip.eof:
             raise RecordError("the record is cut off, or too large")
-        record = json.loads(text)
+        if sum(text.count(mark) for mark in b"[{,") > _MOST_VALUES:
+            raise RecordError("the record holds too many values")
+        record = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (zlib.error, ValueError, RecursionError) as error:
         raise error if isinstance(error, RecordError) else RecordError(f"the record is damaged: {error}") from None
-    version = record.get("v") if isinstance(record, dict) else None
-    if version != VERSION:
-        raise RecordError(f"the record is of version {version}, and this reads version {VERSION}")
+    if not isinstance(record, dict):
+        raise RecordError("the record is damaged: it is not an object")
+    version = record.get("v")
+    if type(version) is not int or version != VERSION:
+        raise VersionError(f"written in format {version!r}, and this TensorBoard reads {VERSION}: update vit")
     return record
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number")
+    return value

@@ -1,0 +1,129 @@
+"""The viewer as one file that needs nothing else: style, modules and data in one HTML page.
+
+The page opens from a disk, sends nothing anywhere, and its content policy lets nothing in: scripts and styles run by
+their hashes only, images come from the data.  What it shows is text from somebody's files, so the data stands in a
+block that is no script, with every "<" escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STATIC = Path(__file__).parent / "static"
+STYLE = "viewer.css"
+
+_IMPORT = re.compile(r'^import \{([^}]*)\} from "\./([\w.-]+\.js)";[ \t]*\n', re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=(?:async )?function\b|const\b|let\b|class\b)", re.MULTILINE)
+_TOP_LEVEL = re.compile(r"^(?:export )?(?:async )?(?:function\*?|const|let|var|class) +([\w$]+)", re.MULTILINE)
+_MOUNT = re.compile(r"^export (?:async )?function mount\b", re.MULTILINE)
+
+# what index.js is to TensorBoard: the source answers from the data in the page
+_START = """
+{
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const source = {
+    runs: async () => data.runs,
+    probe: async (run, i) => data.probe[`${run}\\n${i}`] ?? { steps: [], problems: [] },
+    pairs: async (run, i, step) => {
+      const record = data.pairs[`${run}\\n${i}\\n${step}`];
+      if (!record) throw new Error("not in this page");
+      return record;
+    },
+  };
+  mount(document.body, source, { url: true });
+}
+"""
+
+
+def page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
+    """The viewer with its data, as the text of an HTML file.
+
+    Args:
+        title: of the window.
+        data: plain JSON: {"runs": what the route /runs gives, "probe": {"RUN\\nPROBE": what /probe gives},
+            "pairs": {"RUN\\nPROBE\\nSTEP": a pairs record}}.
+        static: folder of the viewer's modules and style.
+
+    Raises:
+        ValueError: data that is no JSON, or a module that cannot be put into a page.
+    """
+    style = (static / STYLE).read_text(encoding="utf-8")
+    script = f"{bundle(static)}{_START}"
+    for name, text in (("the viewer's modules", script), (STYLE, style)):
+        if re.search(r"</(script|style)|<!--", text, re.IGNORECASE):
+            raise ValueError(f"{name} hold an end tag or a comment of HTML, which would end them early")
+    policy = (
+        "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
+        f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
+    )
+    title = title.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<title>{html.escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<script type="application/json" id="data">{content}</script>
+<script type="module">{script}</script>
+</body>
+</html>
+"""
+
+
+def bundle(static: Path = STATIC) -> str:
+    """The module that exports `mount` and all it imports as one module, in an order that works.
+
+    A module imports with lines `import {a, b} from "./x.js";` and exports with `export` before a function, const, let
+    or class; names of the top level are unique over all modules.  Raises ValueError for anything else.
+    """
+    modules = {path.name: path.read_text(encoding="utf-8") for path in sorted(static.glob("*.js"))}
+    starts = [name for name, text in modules.items() if _MOUNT.search(text)]
+    if len(starts) != 1:
+        raise ValueError(f"expected one module that exports mount, there are {len(starts)}: {', '.join(starts)}")
+    order: list[str] = []
+    _visit(starts[0], modules, order, ())
+    owners: dict[str, str] = {}
+    for name in order:
+        for own in _TOP_LEVEL.findall(modules[name]):
+            if owners.setdefault(own, name) != name:
+                raise ValueError(f"{own} is a name of the top level in {owners[own]} and in {name}")
+    parts = []
+    for name in order:
+        text = _EXPORT.sub("", _IMPORT.sub("", modules[name]))
+        if left := re.search(r"^(import|export)\b.*|\bimport\(.*", text, re.MULTILINE):
+            raise ValueError(f"{name}: cannot be put into a page: {left[0]}")
+        parts.append(f"// {name}\n{text.strip()}\n")
+    return "\n".join(parts)
+
+
+def _visit(name: str, modules: Mapping[str, str], order: list[str], trail: tuple[str, ...]) -> None:
+    """Put what `name` imports, and then `name`, into `order`."""
+    if name in trail:
+        raise ValueError(f"modules import each other in a circle: {' -> '.join([*trail, name])}")
+    if name not in modules:
+        raise ValueError(f"{trail[-1]} imports {name}, which is not there")
+    if name in order:
+        return
+    for names, target in _IMPORT.findall(modules[name]):
+        _visit(target, modules, order, (*trail, name))
+        exported = set(_TOP_LEVEL.findall("\n".join(re.findall(r"^export .*", modules[target], re.MULTILINE))))
+        if missing := {each.strip() for each in names.split(",") if each.strip()} - exported:
+            raise ValueError(f"{name} imports {', '.join(sorted(missing))}, which {target} does not export")
+    order.append(name)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
