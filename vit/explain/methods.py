@@ -31,7 +31,7 @@ from vit.errors import VitError, nearest
 from vit.explain.record import Record, find, record_attention, resolve_layer
 
 Fusion = Literal["mean", "max", "min"]
-FUSIONS = ("mean", "max", "min")
+FUSIONS: tuple[Fusion, ...] = ("mean", "max", "min")
 
 
 @dataclass
@@ -221,6 +221,18 @@ def rollout(
     return _map(_roll(weights, row, prefix_tokens, fusion, discard), prefix_tokens, grid)
 
 
+def rollout_by_depth(t: Trace, *, fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
+    """Rollout through layers 0 to l, as if the head read there, for every l: (L, B, rows, columns).
+
+    The last is the rollout.  All are carried down together, so it costs hardly more than the deepest alone.
+    """
+    start_B1N = t.readout.mean(dim=1, keepdim=True)
+    rows_BLN = start_B1N[:, :0]
+    for weights_BHNN in reversed(t.weights):
+        rows_BLN = _down(torch.cat([start_B1N, rows_BLN], dim=1), weights_BHNN, t.prefix_tokens, fusion, discard)
+    return torch.stack([_map(row_BN, t.prefix_tokens, t.grid) for row_BN in rows_BLN.unbind(dim=1)])
+
+
 def _start(readout: Tensor | None, B: int, N: int, prefix: int, like: Tensor) -> Tensor:
     if readout is None:
         readout = like.new_zeros(B, N)
@@ -233,20 +245,24 @@ def _start(readout: Tensor | None, B: int, N: int, prefix: int, like: Tensor) ->
 
 def _roll(weights: Sequence[Tensor], row_BN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
     """Carry a row down through all layers: (B, N) -> (B, N), of sum 1."""
+    rows_B1N = row_BN[:, None]
+    for weights_BHNN in reversed(weights):
+        rows_B1N = _down(rows_B1N, weights_BHNN, prefix, fusion, discard)
+    return rows_B1N[:, 0]
+
+
+def _down(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
+    """Rows times `Â = rownorm(fuse_h(A) + I)`: (B, R, N) -> (B, R, N)."""
     if fusion not in FUSIONS:
         raise VitError(f"fusion: no {fusion!r}; {nearest(str(fusion), FUSIONS)}")
     if not 0 <= discard < 1:
         raise VitError(f"discard: expected a share from 0 to under 1, not {discard!r}")
-    for weights_BHNN in reversed(weights):
-        if fusion == "mean" and not discard:
-            # (mean_h A + I) / 2: rows sum to 1 as they are
-            row_BN = (_through(row_BN, weights_BHNN) + row_BN) / 2
-        else:
-            fused_BNN = _discarded(_fuse(weights_BHNN, fusion), prefix, discard)
-            # rownorm(fused + I)
-            share_BN = row_BN / (fused_BNN.sum(dim=2) + 1)
-            row_BN = torch.bmm(share_BN[:, None], fused_BNN)[:, 0] + share_BN
-    return row_BN
+    if fusion == "mean" and not discard and rows_BRN.shape[1] == 1:
+        # (mean_h A + I) / 2: its rows sum to 1 as they are, and no mean matrix has to be made
+        return (_through(rows_BRN[:, 0], weights_BHNN)[:, None] + rows_BRN) / 2
+    fused_BNN = _discarded(_fuse(weights_BHNN, fusion), prefix, discard)
+    shares_BRN = rows_BRN / (fused_BNN.sum(dim=2) + 1)[:, None]
+    return torch.bmm(shares_BRN, fused_BNN) + shares_BRN
 
 
 def _through(row_BN: Tensor, weights_BHNN: Tensor) -> Tensor:
@@ -307,9 +323,8 @@ def _rollout(
 def _gradient_rollout(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
     row_BN = _entry(t, layer, gradients=True)
     for weights in reversed(_below(t, _positive(t), layer, head)):
-        mean_BNN = weights.mean(dim=1)
-        share_BN = row_BN / (mean_BNN.sum(dim=2) + 1)
-        row_BN = (share_BN[:, None] @ mean_BNN)[:, 0] + share_BN
+        share_BN = row_BN / (weights.mean(dim=1).sum(dim=2) + 1)
+        row_BN = _through(share_BN, weights) + share_BN
     return _map(row_BN, t.prefix_tokens, t.grid)
 
 
