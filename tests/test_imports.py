@@ -55,6 +55,7 @@ FILES: dict[str, tuple[set[str], set[str]]] = {
     "inference/torch_backend.py": ({"numpy", "torch"}, {"safetensors"}),
     "inference/weights.py": ({"torch"}, {"safetensors"}),
     "evaluation/collect.py": ({"numpy", "torch"}, set()),
+    "evaluation/faithful.py": ({"numpy", "torch"}, {"rich"}),
 }
 
 

@@ -24,11 +24,12 @@ import numpy as np
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS, ImageData
 from vit.errors import VitError, nearest
-from vit.evaluation.collect import Scorer, collect_logits
+from vit.evaluation.collect import collect_logits
 from vit.evaluation.figures import confusion_figure, reliability_figure, save_png
 from vit.evaluation.metrics import as_arrays, evaluate_logits, outcomes, reliability
 from vit.evaluation.mistakes import find_mistakes, mistakes_figure, write_mistakes
 from vit.files import write_json, write_text
+from vit.inference.classifier import Classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,6 +53,7 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    faithfulness: int = 0,
 ) -> dict[str, Any]:
     """Evaluate `model` on a split and write what came of it.
 
@@ -63,6 +65,8 @@ def evaluate(
         output: folder of the results; None: `default_output(model)`.
         batch_size: images at a time; None: the data's `eval_batch_size`.
         device: "auto", "cpu", "cuda", "cuda:1".
+        faithfulness: measure attention maps on this many images of the split, as "faithfulness" (see
+            `vit.evaluation.faithful`); 0: not.
 
     Returns:
         What `metrics.json` holds: the figures under the split's name (`evaluate_logits` without the confusion matrix),
@@ -78,6 +82,8 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise VitError(f"batch_size={batch_size}: expected at least 1")
     scorer, description, where = _load(model, device)
+    if faithfulness and isinstance(scorer, Classifier):
+        raise VitError(f"faithfulness=true: {os.fspath(model)} is an ONNX file, which holds no attention: give the run")
     config = data_config(description, data)
     opened = open_data(config, description.class_names)
     chosen = opened.splits[split]
@@ -97,6 +103,14 @@ def evaluate(
     names, temperature = description.class_names, description.temperature
     block = evaluate_logits(logits, labels, names, temperature)
     confusion = np.array(block.pop("confusion"))
+    measured = None
+    if faithfulness:
+        from vit.evaluation.faithful import measure_faithfulness
+
+        assert not isinstance(scorer, Classifier)
+        measured = measure_faithfulness(
+            scorer, chosen, description.preprocessing, images=faithfulness, temperature=temperature
+        )
     before, after = (reliability(outcomes(logits, labels, t)) for t in (1.0, temperature))
     mistakes = find_mistakes(logits, labels, temperature)
 
@@ -113,6 +127,7 @@ def evaluate(
         "bad_files": len(opened.bad_files),
         "at_training": at_training(description, config, split),
         "reliability": {"uncalibrated": before.rows(), "calibrated": after.rows()},
+        **({} if measured is None else {"faithfulness": measured}),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(chosen) / seconds, 1),
         "folder": str(folder),
@@ -189,7 +204,7 @@ def write_confusion(path: str | os.PathLike[str], confusion: np.ndarray, class_n
     write_text(path, text.getvalue())
 
 
-def _load(model: str | os.PathLike[str], device: str) -> tuple[nn.Module | Scorer, Description, Any]:
+def _load(model: str | os.PathLike[str], device: str) -> tuple[nn.Module | Classifier, Description, Any]:
     """What gives logits, what it says of itself, and the device that it is on."""
     from vit.inference.bundle import WEIGHTS
     from vit.inference.loading import load, load_torch, locate

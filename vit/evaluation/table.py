@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vit.evaluation.names import readable
 
 WORST = 5
 """Classes listed."""
+LOWER = frozenset({"deletion", "positive", "agreement", "randomised_head", "randomised_all"})
+"""Measures of attention maps of which less is better."""
 
 
 def print_summary(metrics: dict[str, Any]) -> None:
@@ -47,6 +50,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
             classes.add_row(Text(readable(row["class"], 32)), *shares, f"{row['support']:,}")
         console.print()
         console.print(classes)
+    if metrics.get("faithfulness"):
+        print_faithfulness(metrics["faithfulness"])
     if metrics["bad_files"]:
         console.print(f"\n{metrics['bad_files']:,} files could not be read and were left out")
     changed = changed_since(metrics)
@@ -82,3 +87,46 @@ def worst_classes(rows: list[dict[str, Any]], count: int = WORST) -> list[dict[s
     """Of the classes with images and a mistake, the `count` with the lowest F1; among equals the larger class first."""
     flawed = [row for row in rows if row["support"] and row["f1"] < 1]
     return sorted(flawed, key=lambda row: (row["f1"], -row["support"], row["index"]))[:count]
+
+
+def print_faithfulness(measured: Mapping[str, Any]) -> None:
+    """Print what `vit.evaluation.faithful.measure_faithfulness` returned: measures against methods."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    methods, chance = measured["methods"], measured["chance"]
+    names = list(dict.fromkeys(name for each in methods.values() for name in each))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", no_wrap=True)
+    for method in methods:
+        table.add_column(method.replace("_", "\n"), justify="right", no_wrap=True)
+    for name in names:
+        title = f"{name.replace('_', ' ')} {'↓' if name in LOWER else '↑'}"
+        table.add_row(title, *(_cell(each.get(name)) for each in methods.values()))
+    console.print(f"\nattention maps on {measured['images']:,} images, ± half of the 95% interval; ↓ lower is better")
+    console.print(table)
+    console.print(Text("* better than random maps beyond the interval of the difference", style="dim"))
+    if chance:
+        console.print(Text("by chance: " + ", ".join(f"{k} {v:.3f}" for k, v in chance.items()), style="dim"))
+    useless = _useless(methods)
+    if useless:
+        console.print(Text(f"not to be trusted here, no better than random: {', '.join(useless)}", style="yellow"))
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    half = f"{(row['high'] - row['low']) / 2:.3f}".lstrip("0")
+    return f"{row['mean']:.3f}±{half}{'*' if row['better'] else ' '}"
+
+
+def _useless(methods: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Methods that neither deletion nor insertion tells from random maps."""
+    tests = ("deletion", "insertion")
+    return [
+        method.replace("_", " ")
+        for method, each in methods.items()
+        if method != "random" and not any(each[name]["better"] for name in tests)
+    ]

@@ -27,13 +27,13 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
     from vit.evaluation.report import evaluate
     from vit.evaluation.table import print_summary
 
-    print_summary(
-        evaluate(
-            config.checkpoint,
-            config.data,
-            split=config.split,
-            output=config.output,
-            batch_size=config.batch_size,
-            device=config.device,
-        )
+    metrics = evaluate(
+        config.checkpoint,
+        config.data,
+        split=config.split,
+        output=config.output,
+        batch_size=config.batch_size,
+        device=config.device,
+        faithfulness=config.faithfulness_images if config.faithfulness else 0,
     )
+    print_summary(metrics)

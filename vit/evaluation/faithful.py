@@ -1,0 +1,155 @@
+"""Methods of explanation against measures that they can fail: `python eval.py checkpoint=MODEL faithfulness=true`.
+
+Notable:
+- every measure stands beside what random maps get on the same images, and a method counts as better only where the
+  bootstrap interval of its difference from random, image by image, leaves out 0;
+- the class that is explained is the predicted one where patches are removed, and the object's own where the data set
+  knows the boxes of its objects (`data=shapes`).
+
+What each measure is: `vit.explain.faithfulness`.  Imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vit.data.dataset import Split
+from vit.data.parallel import progress
+from vit.data.preprocess import Preprocessing
+from vit.evaluation.table import LOWER
+from vit.explain.faithfulness import (
+    covered,
+    energy,
+    interval,
+    perturb,
+    pointing,
+    pointing_chance,
+    randomisation,
+    rank_correlation,
+)
+from vit.explain.methods import CLASS_SPECIFIC, METHODS, trace
+
+_BATCH = 32
+_RANDOMISED = 64  # images of the randomisation check
+
+
+def measure_faithfulness(
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    images: int = 256,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure every method of `METHODS` on images of `split`.
+
+    Args:
+        model: a `VisionTransformer`.
+        images: how many, evenly spread over the split; all where it has fewer.
+        temperature: probabilities are softmax(logits / temperature).
+        seed: of random maps, of ties and of the bootstrap.
+
+    Returns:
+        {"images": n, "methods": {method: {measure: {"mean", "low", "high", "better"}}}, "chance": {measure: mean}}.
+        "low" and "high" are a 95% bootstrap interval; "better" says whether the method beats random maps beyond the
+        interval of the difference, None for "random" itself and where there is nothing to compare.
+    """
+    chosen = np.unique(np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(np.int64))
+    device = next(model.parameters()).device
+    boxed = split.boxes is not None and split.native_size is not None and preprocessing.keeps(split.native_size)
+    found: dict[str, dict[str, list[np.ndarray]]] = {method: {} for method in METHODS}
+    chance: dict[str, list[np.ndarray]] = {}
+    with progress("Measuring faithfulness", len(chosen)) as advance:
+        for start in range(0, len(chosen), _BATCH):
+            rows = chosen[start : start + _BATCH]
+            pixels = np.stack([split.resized(int(i), preprocessing) for i in rows])
+            batch = torch.from_numpy(preprocessing.normalise(pixels)).to(device)
+            traced = trace(model, batch)
+            for method, maps_of in METHODS.items():
+                maps = maps_of(traced, seed=seed + start)
+                done = perturb(
+                    model, batch, maps, traced.target, temperature=temperature, batch_size=4 * _BATCH, seed=seed + start
+                )
+                for name in ("deletion", "insertion", "positive", "negative"):
+                    _note(found[method], name, getattr(done, name))
+            if boxed:
+                _against_boxes(model, batch, split.subset(rows), preprocessing.image_size, found, chance, seed + start)
+            advance(len(rows))
+    _randomise(model, split, preprocessing, chosen[:_RANDOMISED], found, device, seed)
+    values = {method: {name: np.concatenate(parts) for name, parts in each.items()} for method, each in found.items()}
+    methods = {method: {name: _row(values, method, name, seed) for name in each} for method, each in values.items()}
+    return {
+        "images": len(chosen),
+        "methods": methods,
+        "chance": {name: float(np.concatenate(parts).mean()) for name, parts in chance.items()},
+    }
+
+
+def _against_boxes(
+    model: nn.Module,
+    images: Tensor,
+    split: Split,
+    size: tuple[int, int],
+    found: Mapping[str, dict[str, list[np.ndarray]]],
+    chance: dict[str, list[np.ndarray]],
+    seed: int,
+) -> None:
+    """The pointing game and energy on the object that names the image and, where two are of a class, on each."""
+    assert split.boxes is not None
+    assert split.object_labels is not None
+    boxes = torch.from_numpy(split.boxes).to(images.device)
+    labels = torch.from_numpy(split.object_labels).to(images.device)
+    objects = int((labels >= 0).all(dim=0).sum())  # class objects come first
+    traces = [trace(model, images, labels[:, m]) for m in range(objects)]
+    for method, maps_of in METHODS.items():
+        maps = [maps_of(t, seed=seed) for t in traces]
+        _note(found[method], "pointing", pointing(maps[0], boxes[:, 0], size))
+        _note(found[method], "energy", energy(maps[0], boxes[:, 0], size))
+        if objects == 2:
+            both = torch.stack([pointing(each, boxes[:, m], size) for m, each in enumerate(maps)])
+            _note(found[method], "pointing_each", both.float().mean(dim=0))
+            if method in CLASS_SPECIFIC:
+                _note(found[method], "agreement", rank_correlation(maps[0].flatten(1), maps[1].flatten(1)))
+    grid = traces[0].grid
+    _note(chance, "pointing", pointing_chance(grid, boxes[:, 0], size))
+    _note(chance, "energy", covered(grid, boxes[:, 0], size).mean(dim=1))
+
+
+def _randomise(
+    model: nn.Module,
+    split: Split,
+    preprocessing: Preprocessing,
+    rows: np.ndarray,
+    found: Mapping[str, dict[str, list[np.ndarray]]],
+    device: torch.device,
+    seed: int,
+) -> None:
+    pixels = np.stack([split.resized(int(i), preprocessing) for i in rows])
+    images = torch.from_numpy(preprocessing.normalise(pixels)).to(device)
+    target = trace(model, images, methods=()).target
+    for method in METHODS:
+        if method != "random":  # which depends on no model
+            parts = list(randomisation(model, images, target, method, seed=seed).values())
+            _note(found[method], "randomised_head", parts[0])
+            _note(found[method], "randomised_all", parts[-1])
+
+
+def _note(into: dict[str, list[np.ndarray]], name: str, values: Tensor) -> None:
+    into.setdefault(name, []).append(values.detach().double().cpu().numpy())
+
+
+def _row(values: Mapping[str, Mapping[str, np.ndarray]], method: str, name: str, seed: int) -> dict[str, Any]:
+    own = values[method][name]
+    low, high = interval(own, seed=seed)
+    row = {"mean": float(own.mean()), "low": low, "high": high, "better": None}
+    random = values["random"].get(name)
+    if method != "random" and random is not None:
+        difference = interval(random - own if name in LOWER else own - random, seed=seed)
+        row["better"] = difference[0] > 0
+    return row
