@@ -26,7 +26,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".part", dir=path.parent)
+        start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes, and this one is longer
+        handle, name = tempfile.mkstemp(prefix=f".{start}.", suffix=".part", dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise VitError(f"cannot write {path}: {error.strerror or error}") from error

@@ -12,9 +12,10 @@ Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +29,9 @@ from vit.inference.description import Description
 from vit.inference.processors import available
 
 Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or why there are none
+
+NO_NUMBER = "the model gives no number for this image (its weights hold NaN or infinities)"
 
 
 class Backend(Protocol):
@@ -142,6 +146,18 @@ class Classifier:
         return self._stream(inputs, int(top_k), int(batch_size))
 
     def _stream(self, inputs: Iterable[Any], top_k: int, batch_size: int) -> Iterator[Result]:
+        with contextlib.closing(self.prepared(inputs, batch_size)) as batches:
+            for rows in batches:
+                yield from self.answer(rows, top_k)
+
+    def prepared(
+        self, inputs: Iterable[Input | Unusable | Pause], batch_size: int = 32
+    ) -> Generator[list[Prepared], None, None]:
+        """The inputs in batches, in their order, decoded ahead by threads.
+
+        Each is its path (None for an image in memory) with the model's input before normalisation, uint8 (H, W, C),
+        or with the reason why there is none.
+        """
         workers = available()
         size = min(batch_size, workers)
         waiting: deque[tuple[str | None, Future[np.ndarray | str]]] = deque()
@@ -150,17 +166,26 @@ class Classifier:
             for item in inputs:
                 if isinstance(item, Pause):
                     while waiting:
-                        yield from self._answer(waiting, batch_size, top_k)
+                        yield _taken(waiting, batch_size)
                     continue
                 waiting.append((_path(item), pool.submit(self._prepare, item)))
                 if len(waiting) >= size + batch_size:
-                    yield from self._answer(waiting, size, top_k)
+                    yield _taken(waiting, size)
                     size = min(batch_size, 2 * size)
             while waiting:
-                yield from self._answer(waiting, size, top_k)
+                yield _taken(waiting, size)
                 size = min(batch_size, 2 * size)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def answer(self, rows: Sequence[Prepared], top_k: int = 5) -> list[Result]:
+        """Classify what `prepared` gave."""
+        images = [pixels for _, pixels in rows if not isinstance(pixels, str)]
+        logits = iter(self.logits(self.description.preprocessing.normalise(np.stack(images))) if images else ())
+        return [
+            Result(path, error=pixels) if isinstance(pixels, str) else self._result(path, next(logits), top_k)
+            for path, pixels in rows
+        ]
 
     def _prepare(self, item: Any) -> np.ndarray | str:
         """The model's input before normalisation, uint8 (H, W, C), or why there is none."""
@@ -177,23 +202,9 @@ class Classifier:
         except Exception as error:  # one bad input must never stop the others
             return f"cannot be used: {type(error).__name__}: {error}"
 
-    def _answer(
-        self, waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: int, top_k: int
-    ) -> Iterator[Result]:
-        """Classify the next `size` inputs."""
-        rows = [waiting.popleft() for _ in range(min(size, len(waiting)))]
-        prepared = [(path, future.result()) for path, future in rows]
-        images = [pixels for _, pixels in prepared if not isinstance(pixels, str)]
-        logits = iter(self.logits(self.description.preprocessing.normalise(np.stack(images))) if images else ())
-        for path, pixels in prepared:
-            if isinstance(pixels, str):
-                yield Result(path, error=pixels)
-            else:
-                yield self._result(path, next(logits), top_k)
-
     def _result(self, path: str | None, logits: np.ndarray, top_k: int) -> Result:
         if not np.isfinite(logits).all():
-            return Result(path, error="the model gives no number for this image (its weights hold NaN or infinities)")
+            return Result(path, error=NO_NUMBER)
         probabilities = softmax(logits, self.description.temperature)
         names = self.description.class_names
         best = np.argsort(-probabilities, kind="stable")[:top_k]
@@ -206,6 +217,11 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _taken(waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: int) -> list[Prepared]:
+    rows = [waiting.popleft() for _ in range(min(size, len(waiting)))]
+    return [(path, future.result()) for path, future in rows]
 
 
 def _path(item: Any) -> str | None:
