@@ -5,6 +5,8 @@ import itertools
 import json
 import logging
 import math
+import os
+import signal
 import sys
 
 import numpy as np
@@ -119,6 +121,47 @@ def test_an_interrupted_run_resumes_in_the_middle_of_an_epoch_as_if_nothing_happ
     assert rest.status == 0
     a, b = weights(whole.folder), weights(rest.folder)
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", ["collect_logits", "write_bundle"])
+def test_a_run_interrupted_after_training_says_how_to_go_on_and_is_finished_by_resuming(
+    run, monkeypatch, capsys, place, number
+):
+    whole = run("trainer.max_epochs=1", "ema.decay=0.9")
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(f"vit.training.run.{place}", lambda *args, **options: os.kill(os.getpid(), number))
+    part = run("trainer.max_epochs=1", "ema.decay=0.9")
+    monkeypatch.undo()
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert part.status == 130
+    assert "test" not in part.metrics
+    assert part.metrics["val"]["top1"] == pytest.approx(whole.metrics["val"]["top1"])
+    assert f"python train.py resume={part.folder}" in capsys.readouterr().out
+
+    rest = run("trainer.max_epochs=1", "ema.decay=0.9", f"resume={part.folder}")
+    assert rest.status == 0
+    assert rest.metrics["test"] == whole.metrics["test"]
+    assert rest.metrics["val"] == whole.metrics["val"]
+    assert rest.metrics["steps"] == whole.metrics["steps"]
+    assert rest.metrics["images_per_second"] == part.metrics["images_per_second"]
+    assert (rest.folder / "model" / "model.safetensors").is_file()
+
+
+def test_a_second_signal_stops_at_once_and_leaves_the_signals_as_they_were(run, monkeypatch):
+    original = TrainingModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run("trainer.max_epochs=1")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_resuming_a_finished_run_says_what_to_raise(run):

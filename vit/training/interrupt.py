@@ -18,28 +18,44 @@ _SHARE_EVERY = 20
 class Interrupt(L.Callback):
     """End training after the current step on the first SIGINT or SIGTERM; a second one stops at once.
 
-    Over several processes the first decides for all, asked every 20 steps, so that none waits for one that left.
+    A context manager: inside it both signals are answered, and before and after training they raise
+    `KeyboardInterrupt`.  Over several processes the first decides for all, asked every 20 steps, so that none waits for
+    one that left; the others ignore both signals until they end.
+
+    Args
+        leader: whether this is the first process.
 
     Attributes
-        signal: the signal that ended training, None when none did.
+        signal: the signal that ended the run, None when none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leader: bool = True) -> None:
+        self.leader = leader
         self.signal: int | None = None
+        self._training = False
         self._previous: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
-        self._leader = trainer.is_global_zero
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.leader:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.signal is not None and self._leader:
+        if not self.leader:
+            return
+        again, self.signal = self.signal is not None, number
+        if again or not self._training:
             raise KeyboardInterrupt
-        self.signal = number
-        if self._leader:
-            log.warning("stopping after this step; a checkpoint follows (press Ctrl-C again to stop at once)")
+        log.warning("stopping after this step; a checkpoint follows (press Ctrl-C again to stop at once)")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._training = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         wanted = self.signal is not None
@@ -51,9 +67,4 @@ class Interrupt(L.Callback):
             stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        self._training = False

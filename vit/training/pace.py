@@ -12,14 +12,22 @@ class Pace(L.Callback):
     """Count images, seconds spent training (validation and checkpoints apart) and seconds waiting for data.
 
     Attributes
-        images: training images of all processes so far.
+        images: training images of all processes so far, in earlier parts of a resumed run too.
+        earlier: how many of them were in those.
         seconds: wall-clock seconds in training steps, waiting for data included.
     """
 
     def __init__(self) -> None:
-        self.images = 0
+        self.images = self.earlier = 0
         self.seconds = 0.0
         self._running: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self.images, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.images = self.earlier = int(state_dict["images"])
+        self.seconds = float(state_dict["seconds"])
 
     @property
     def images_per_second(self) -> float:

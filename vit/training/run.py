@@ -9,8 +9,10 @@ Read `train` for the order of things.  Notable:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import os
 import platform
@@ -38,6 +40,7 @@ from vit.inference.description import Description
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
 from vit.training import checkpoints, logs
+from vit.training.attention import AttentionLog
 from vit.training.config import Config
 from vit.training.devices import build_trainer
 from vit.training.interrupt import Interrupt
@@ -101,12 +104,13 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
 
     folder = _run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
-        return _fit_and_finish(config, data, module, folder, resume, leader)
+        with Interrupt(leader) as interrupt:
+            return _fit_and_finish(config, data, module, folder, resume, interrupt)
     os.environ["VIT_RUN_FOLDER"] = str(folder)
-    with logs.kept(folder / "train.log", early):
+    with logs.kept(folder / "train.log", early), Interrupt() as interrupt:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
         log.info("run folder: %s", folder)
-        return _fit_and_finish(config, data, module, folder, resume, leader)
+        return _fit_and_finish(config, data, module, folder, resume, interrupt)
 
 
 def build_model(config: Config, data: ImageData) -> VisionTransformer:
@@ -188,10 +192,9 @@ def _tuned(config: Config, data: ImageData, model: VisionTransformer, preprocess
 
 
 def _fit_and_finish(
-    config: Config, data: ImageData, module: TrainingModule, folder: Path, resume: Path | None, leader: bool
+    config: Config, data: ImageData, module: TrainingModule, folder: Path, resume: Path | None, interrupt: Interrupt
 ) -> RunResult | None:
-    t = config.trainer
-    pace, interrupt = Pace(), Interrupt()
+    t, pace = config.trainer, Pace()
     meter = Meter(config.logging.every, pace)
     schedule = Schedule(
         schedule={key: value for key, value in asdict(config.schedule).items()},
@@ -207,17 +210,20 @@ def _fit_and_finish(
     board = None
     if config.logging.tensorboard:
         board = Monitor(config, folder, data.class_names, meter)
-        callbacks.append(board)
+        callbacks += [board, AttentionLog(config.logging.attention, data, module.description.preprocessing, board.events)]
     if t.patience is not None and monitor:
         mode = "min" if monitor.endswith("loss") else "max"
         callbacks.append(L.callbacks.EarlyStopping(monitor, patience=t.patience, mode=mode))
     callbacks.append(keeper)
     trainer = build_trainer(config, folder, callbacks)
-    trainer.fit(module, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # Lightning's way out where it is interrupted
+        raise KeyboardInterrupt from None
     if not trainer.is_global_zero:
         return None
 
-    if resume and not pace.images and interrupt.signal is None:
+    if resume and pace.images == pace.earlier and interrupt.signal is None and _finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
     best = folder / "checkpoints" / "best.ckpt"
     if not best.is_file():
@@ -232,11 +238,12 @@ def _fit_and_finish(
         "seed": config.seed,
         "versions": _versions(),
     }
+    if interrupt.signal is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            metrics = {**finish(config, data, best, folder / "model", trainer.strategy.root_device), **metrics}
     if interrupt.signal is not None:
         description = load_checkpoint(best)[1]
         metrics = {"interrupted": True, "val": description.metrics.get("val", {}), **metrics}
-    else:
-        metrics = {**finish(config, data, best, folder / "model", trainer.strategy.root_device), **metrics}
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
@@ -267,9 +274,17 @@ def finish(
     if raw:
         blocks["val"]["raw"] = raw
     description.metrics = blocks
-    checkpoints.describe(checkpoint, description)
     write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx)
+    checkpoints.describe(checkpoint, description)
     return {"test": blocks.get("test", {}), **blocks}
+
+
+def _finished(folder: Path) -> bool:
+    """Whether a run got as far as its figures on the test split."""
+    try:
+        return "test" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _rank() -> int:
