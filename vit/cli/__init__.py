@@ -1,4 +1,4 @@
-"""The `vit` command: classify, export, info.
+"""The `vit` command: classify, explain, export, info.
 
 Notable: it parses first and imports later, so `--help` and mistakes in the call answer at once, and `vit classify`
 on an ONNX file never imports torch.

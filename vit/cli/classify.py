@@ -1,4 +1,4 @@
-"""`vit classify`: label images.  Imports no torch where an ONNX file answers."""
+"""`vit classify`: label images.  Imports no torch where an ONNX file answers, unless maps are asked for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vit.cli import close_stdout
 from vit.cli.output import FORMATS, formatter, open_output
 from vit.errors import VitError
+from vit.inference.classifier import Prepared
 from vit.inference.loading import load
 from vit.inference.sources import paths
 
@@ -26,15 +27,19 @@ def run(arguments: argparse.Namespace) -> int:
     lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
     sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels)
-    results = classifier.stream(sources, top_k=arguments.top_k, batch_size=arguments.batch_size)
+    explain = _explainer(arguments) if arguments.explain is not None else None
+    batches = classifier.prepared(sources, arguments.batch_size)
     done = failed = 0
     try:
-        with open_output(arguments.output) as output, _progress(to_terminal=_shows(output)) as advance:
-            for result in results:
-                output.write(((lines.head() if done == 0 else "") + lines.row(result)).encode())
-                output.flush()
-                done, failed = done + 1, failed + (result.error is not None)
-                advance()
+        with open_output(arguments.output) as output, progress(to_terminal=_shows(output)) as advance:
+            for rows in batches:
+                for result in classifier.answer(rows, arguments.top_k):
+                    output.write(((lines.head() if done == 0 else "") + lines.row(result)).encode())
+                    output.flush()
+                    done, failed = done + 1, failed + (result.error is not None)
+                    advance()
+                if explain is not None:
+                    explain(rows)
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         close_stdout()
         return int(failed > 0)
@@ -45,6 +50,26 @@ def run(arguments: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
+def _explainer(arguments: argparse.Namespace) -> Callable[[Sequence[Prepared]], None]:
+    """What writes overlays of a batch into the folder of --explain.  Imports torch; rows come from where they would."""
+    from vit.cli.maps import Folder, torch_model
+
+    folder = Folder(arguments.explain)
+    model, description = torch_model(arguments.model, arguments.device)
+    from vit.explain.maps import Mapper
+
+    mapper = Mapper(model, description.preprocessing)
+
+    def explain(rows: Sequence[Prepared]) -> None:
+        named = [(path or "", pixels) for path, pixels in rows if not isinstance(pixels, str)]
+        named = [(path, pixels) for path, pixels in named if not folder.owns(path)]
+        for (path, pixels), mapped in zip(named, mapper.maps([pixels for _, pixels in named]), strict=True):
+            if mapped is not None:
+                folder.save(path, pixels, mapped)
+
+    return explain
+
+
 def _shows(output: Any) -> bool:
     try:
         return bool(output.isatty())
@@ -53,10 +78,10 @@ def _shows(output: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _progress(to_terminal: bool) -> Iterator[Any]:
+def progress(to_terminal: bool) -> Iterator[Any]:
     """A count on standard error, where a person watches and the results do not go to the same screen."""
     if to_terminal or not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda count=1: None
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -64,4 +89,4 @@ def _progress(to_terminal: bool) -> Iterator[Any]:
     columns = (SpinnerColumn(), TextColumn("{task.completed} images"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda: bar.advance(task)
+        yield lambda count=1: bar.advance(task, count)

@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 from vit.errors import VitError
 
+METHODS = ("rollout", "raw", "relevance", "gradient_rollout", "legrad", "random")
+"""Those of `vit.explain.methods`, which loads torch; a test compares."""
+
 MODEL = "run folder, .ckpt, bundle folder or exported .onnx file"
 SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
 
@@ -38,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vit {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _classify(commands)
+    _explain(commands)
     _export(commands)
     _info(commands)
     return parser
@@ -60,14 +64,54 @@ def _classify(commands: Any) -> None:
     )
     command.add_argument("--output", metavar="FILE", help="write results there, whole or not at all")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images computed at once (32)")
-    _where(command)
     command.add_argument(
-        "--recursive",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="look into subfolders (default)",
+        "--explain", metavar="DIR", help="also write an attention rollout over each image there (needs torch's weights)"
     )
+    _device(command)
+    command.add_argument(
+        "--backend",
+        choices=("auto", "onnx", "torch"),
+        default="auto",
+        help="auto takes the model's ONNX file on a CPU, where it has one; the answers are the same",
+    )
+    _recursive(command)
     command.set_defaults(run=_later("classify"))
+
+
+def _explain(commands: Any) -> None:
+    command = commands.add_parser(
+        "explain",
+        help="show what a model looks at: overlays, and a page to explore",
+        description="Show what a model looks at in images. Writes an overlay an image and index.html, the viewer of "
+        "TensorBoard's Attention tab as one file, into a folder. Exit status: 0 all were explained; 1 some could not "
+        "be used (messages say why); 2 the call was wrong.",
+    )
+    command.add_argument("model", metavar="MODEL", help="run folder, .ckpt or bundle folder")
+    command.add_argument("sources", metavar="SOURCE", nargs="+", help=SOURCE)
+    command.add_argument("--output", metavar="DIR", required=True, help="the folder to write to; made if need be")
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default="rollout",
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)} (rollout; docs/explain.md tells them apart)",
+    )
+    command.add_argument(
+        "--target",
+        metavar="LABEL",
+        help="the class to explain, by name or number (the predicted one), for relevance, gradient_rollout and legrad",
+    )
+    command.add_argument(
+        "--layer", type=_integer, metavar="N", help="raw: this layer; others: no higher than it; from 0, or -1 the last"
+    )
+    command.add_argument("--save-maps", action="store_true", help="also write each map as .npz")
+    command.add_argument(
+        "--index", type=_number, default=32, metavar="N", help="images in index.html at most (32); 0 writes none"
+    )
+    command.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images computed at once (8)")
+    _device(command)
+    _recursive(command)
+    command.set_defaults(run=_later("explain"))
 
 
 def _export(commands: Any) -> None:
@@ -94,19 +138,33 @@ def _info(commands: Any) -> None:
     command.set_defaults(run=_later("info"))
 
 
-def _where(command: argparse.ArgumentParser) -> None:
+def _device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
+
+
+def _recursive(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--backend",
-        choices=("auto", "onnx", "torch"),
-        default="auto",
-        help="auto takes the model's ONNX file on a CPU, where it has one; the answers are the same",
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look into subfolders (default)",
     )
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 10**9):
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, not {text!r}")
+def _count(text: str, least: int = 1) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, not {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    return _count(text, least=0)
+
+
+def _integer(text: str) -> int:
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 9):
+        raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}")
     return int(text)
 
 

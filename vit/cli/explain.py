@@ -1,0 +1,126 @@
+"""`vit explain`: what a model looks at in images, as overlays, arrays and a page to explore.  Imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit.cli import close_stdout
+from vit.cli.classify import progress
+from vit.cli.maps import Folder, class_index, torch_model
+from vit.cli.viewer import NAME, Viewer, is_page
+from vit.data.decode import printable
+from vit.errors import VitError
+from vit.inference.classifier import NO_NUMBER, Classifier, Prepared
+from vit.inference.sources import paths
+
+if TYPE_CHECKING:
+    from vit.explain.maps import Mapper
+
+_BY_CLASS = ("relevance", "gradient_rollout", "legrad")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns 0 when all images were explained, 1 when some could not be used.
+
+    Raises `VitError` when the model, the sources, the class, the layer or the folder are wrong.
+    """
+    folder = Folder(arguments.output)
+    if arguments.index:
+        folder.own(folder.path / NAME, is_page)  # before the work
+    model, description = torch_model(arguments.model, arguments.device)
+    from vit.explain.maps import Mapper
+    from vit.inference.torch_backend import TorchBackend
+
+    target = class_index(arguments.target, description.class_names)
+    mapper = Mapper(
+        model,
+        description.preprocessing,
+        method=arguments.method,
+        target=target,
+        layer=arguments.layer,
+        temperature=description.temperature,
+    )
+    if target is not None and arguments.method not in _BY_CLASS:
+        print(
+            f"vit: {arguments.method} does not depend on the class: its maps are the same for every --target "
+            f"(those of {', '.join(_BY_CLASS)} are not)",
+            file=sys.stderr,
+        )
+    viewer = Viewer(mapper, description.class_names, arguments.model, arguments.index)
+    work = _Work(folder, mapper, viewer, description.class_names, arguments.save_maps)
+    sources = paths(arguments.sources, recursive=arguments.recursive, channels=description.preprocessing.channels)
+    batches = Classifier(TorchBackend(model, description)).prepared(folder.others(sources), arguments.batch_size)
+    with progress(to_terminal=sys.stdout.isatty()) as advance:
+        for rows in batches:
+            work.batch(rows)
+            advance(len(rows))
+    if len(viewer):
+        viewer.write(folder.own(folder.path / NAME, is_page))
+    work.report(page=folder.path / NAME if len(viewer) else None)
+    return int(work.failed > 0)
+
+
+class _Work:
+    """One call's images, a batch at a time."""
+
+    def __init__(
+        self, folder: Folder, mapper: Mapper, viewer: Viewer, class_names: Sequence[str], arrays: bool
+    ) -> None:
+        self._folder, self._mapper, self._viewer = folder, mapper, viewer
+        self._class_names, self._arrays = class_names, arrays
+        self._width = min(30, max([5, *(len(printable(name)) for name in class_names)]))
+        self.done = self.failed = 0
+
+    def batch(self, rows: Sequence[Prepared]) -> None:
+        """Write what belongs to some inputs, in their order."""
+        maps = iter(self._mapper.maps([pixels for _, pixels in rows if not isinstance(pixels, str)]))
+        shown = []
+        for path, pixels in rows:
+            name = path or ""
+            if isinstance(pixels, str):
+                self._fail(name, pixels)
+            elif (mapped := next(maps)) is None:
+                self._fail(name, NO_NUMBER)
+            else:
+                label = self._class_names[mapped.index]
+                written = self._folder.save(
+                    name, pixels, mapped, array=self._arrays, label=label, method=self._mapper.method
+                )
+                shown.append((name, pixels))
+                self._tell(name, label, mapped.probability, written)
+        self._viewer.add(shown)
+
+    def report(self, page: Path | None) -> None:
+        """What was done, on standard error."""
+        if self.failed:
+            count = f"{self.failed} of {self.done + self.failed} inputs could not be used"
+            print(f"vit: {count}", file=sys.stderr)
+        if page is not None:
+            if self._viewer.left_out:
+                print(
+                    f"vit: {NAME} shows the first {len(self._viewer)} images (--index N changes that); the other "
+                    f"{self._viewer.left_out} have overlays only",
+                    file=sys.stderr,
+                )
+            print(f"vit: open {printable(page)} in a browser", file=sys.stderr)
+
+    def _fail(self, path: str, reason: str) -> None:
+        self.failed += 1
+        self._viewer.add_problem(path, reason)
+        print(f"vit: {printable(path)}: {printable(reason)}", file=sys.stderr)
+
+    def _tell(self, path: str, label: str, probability: float, written: Path) -> None:
+        self.done += 1
+        head = f"{'LABEL':<{self._width}}  {'PROB':>7}  PATH -> OVERLAY\n" if self.done == 1 else ""
+        line = f"{printable(label):<{self._width}}  {probability:>7.2%}  {printable(path)} -> {printable(written)}\n"
+        try:
+            sys.stdout.write(head + line)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough; the files are still wanted
+            close_stdout()
+        except OSError as error:
+            raise VitError(f"cannot write the results: {error.strerror or error}") from error

@@ -1,0 +1,124 @@
+"""Where maps go: a folder of overlays, a file an image, and nothing in it that is not ours is touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vit.data.decode import printable
+from vit.errors import VitError, nearest
+from vit.inference.bundle import WEIGHTS
+from vit.inference.loading import load_torch, locate
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vit.explain.maps import Mapped
+    from vit.inference.description import Description
+    from vit.inference.sources import Item
+    from vit.model import VisionTransformer
+
+_LONGEST = 240  # bytes of a stem: with "-999.png" it is still a file name
+
+
+def torch_model(model: str, device: str) -> tuple[VisionTransformer, Description]:
+    """The model of a command that looks inside it.  Raises `VitError`, also where there is only an ONNX file."""
+    found = locate(model)
+    if found.checkpoint is None and (found.bundle is None or not (found.bundle / WEIGHTS).is_file()):
+        raise VitError(
+            f"{printable(found.path)} holds no weights for torch, only an ONNX file, which does not give its attention "
+            "away: name the run folder, a checkpoint, or a bundle with model.safetensors"
+        )
+    return load_torch(model, device=device)
+
+
+def class_index(label: str | None, names: Sequence[str]) -> int | None:
+    """The class that `label` names, by its name or, where no class is called so, by its number; None for None.
+
+    Raises `VitError` where there is no such class, or several of that name.
+    """
+    if label is None:
+        return None
+    found = [index for index, name in enumerate(names) if name == label]
+    if len(found) > 1:
+        listed = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise VitError(f"--target: {len(found)} classes are called {label!r}: give the number ({listed})")
+    if found:
+        return found[0]
+    if label.isascii() and label.isdecimal() and len(label) < 9 and int(label) < len(names):
+        return int(label)
+    hint = f"numbers go from 0 to {len(names) - 1}" if label.isdecimal() else nearest(label, names)
+    raise VitError(f"--target: no class {label!r}; {hint}")
+
+
+class Folder:
+    """The folder that maps are written to.  Made with its first file.
+
+    Raises `VitError` where there is something else of that name.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if not path:
+            raise VitError("the name of the folder for maps is empty")
+        try:
+            other = os.path.lexists(path) and not self.path.is_dir()
+        except ValueError:
+            other = True
+        if other:
+            raise VitError(f"cannot write to {printable(path)}: it is not a folder")
+        self._taken: dict[str, int] = {}
+        self._real = os.path.realpath(path)
+
+    def others(self, sources: Iterable[Item]) -> Iterator[Item]:
+        """`sources` without the overlays that lie in this folder from an earlier call."""
+        return (item for item in sources if not (isinstance(item, str) and self.owns(item)))
+
+    def owns(self, path: str) -> bool:
+        """Whether the file is an overlay in this folder."""
+        from vit.explain.maps import is_overlay
+
+        try:
+            here = os.path.realpath(os.path.dirname(path) or ".") == self._real
+        except (OSError, ValueError):
+            return False
+        return here and is_overlay(Path(path))
+
+    def save(
+        self, path: str, pixels: np.ndarray, mapped: Mapped, *, array: bool = False, label: str = "", method: str = ""
+    ) -> Path:
+        """Write the overlay of an image and, with `array`, the map; returns where the overlay is.
+
+        Named after the image; of several of one name the second gets "-2", the third "-3".
+        Raises `VitError` when it cannot be written, or would replace a file that is not ours.
+        """
+        from vit.explain.maps import is_map, is_overlay, save_map, save_overlay
+
+        stem = self._free(path)
+        overlay = self.path / f"{stem}.png"
+        save_overlay(self.own(overlay, is_overlay), pixels, mapped.values)
+        if array:
+            save_map(self.own(self.path / f"{stem}.npz", is_map), mapped, label, method)
+        return overlay
+
+    def own(self, path: Path, is_ours: Callable[[Path], bool]) -> Path:
+        """`path`, if nothing is there or what is there is ours.  Raises `VitError`."""
+        if os.path.lexists(path) and not is_ours(path):
+            raise VitError(
+                f"{printable(path)} is there already, and it is none of the files that vit writes: name another folder"
+            )
+        return path
+
+    def _free(self, path: str) -> str:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        stem = os.fsdecode(os.fsencode(stem)[:_LONGEST])
+        # some file systems do not tell capitals from small letters
+        name, count = stem, self._taken.get(stem.casefold(), 0)
+        while name.casefold() in self._taken:
+            count += 1
+            name = f"{stem}-{count}"
+        self._taken[stem.casefold()] = max(count, 1)
+        self._taken.setdefault(name.casefold(), 1)
+        return name

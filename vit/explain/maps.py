@@ -1,0 +1,170 @@
+"""Maps of many images: computed in batches that fit the memory, written as pictures and arrays.
+
+`Mapper` is one choice of method, class and layer for one model; `save_overlay` and `save_map` write what it gives,
+each file whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+from vit.explain.methods import CLASS_SPECIFIC, METHODS, check_method, trace
+from vit.explain.record import find, resolve_layer
+from vit.explain.records import Observed, measure, observe
+from vit.explain.render import enlarge, overlay, picture
+from vit.files import atomic_write
+
+_MEMORY = 1 << 30  # bytes of attention held at once, about
+_MARK = ("Software", "vit explain")
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A map and what it is of.
+
+    Attributes
+        values: float32 (rows, columns) of patches, at least 0, sum 1.
+        index, probability: the class: the one that was asked for, or the predicted one.
+    """
+
+    values: np.ndarray
+    index: int
+    probability: float
+
+
+class Mapper:
+    """Maps by one method.
+
+    Arguments
+        model: a `VisionTransformer`.
+        preprocessing, temperature: as the model's description has them.
+        method, target, layer: as for `vit.explain.explain`; `target` is one class for all images, or None.
+
+    Raises `VitError` for a method or layer that does not exist.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        method: str = "rollout",
+        target: int | None = None,
+        layer: int | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        check_method(method)
+        self.model, self.preprocessing, self.temperature = model, preprocessing, temperature
+        self.method, self.target, self.layer = method, target, layer
+        vit = find(model)
+        if layer is not None:
+            resolve_layer(layer, len(vit.blocks))
+        tokens = vit.num_prefix_tokens + vit.grid[0] * vit.grid[1]
+        heads = sum(getattr(block.attn, "heads", 1) for block in vit.blocks)
+        self._bytes = 4 * heads * tokens**2
+        self._device = next(model.parameters()).device
+        self._drawn = 0
+
+    def maps(self, images: Sequence[np.ndarray]) -> list[Mapped | None]:
+        """Maps of prepared images, uint8 (H, W, C) each; None where the model gives no finite numbers.
+
+        Raises `VitError` when the device has not enough memory.
+        """
+        copies = 6 if self.method in CLASS_SPECIFIC else 1
+        return [mapped for part in self._parts(images, copies) for mapped in self._maps(self._tensor(part))]
+
+    def observations(
+        self, images: Sequence[np.ndarray], *, faithful: Sequence[str] = ()
+    ) -> Iterator[tuple[Observed, int]]:
+        """What the viewer shows of each image that has finite numbers: a batch's observation and the place in it.
+
+        `faithful` are the methods whose deletion and insertion is measured, on the predicted class.
+        """
+        for part in self._parts(images, 6):
+            with _within_memory(self._device, len(part)):
+                tensor = self._tensor(part)
+                observed = observe(self.model, tensor, [None] * len(part), temperature=self.temperature)
+                if faithful:
+                    measure(self.model, tensor, observed, faithful, temperature=self.temperature, batch_size=32)
+            for i in range(len(part)):
+                yield observed, i
+
+    def _maps(self, images: Tensor) -> list[Mapped | None]:
+        with _within_memory(self._device, len(images)):
+            traced = trace(self.model, images, self.target, methods=[self.method])
+            if self.method == "random":  # a draw of its own for each image, wherever batches begin
+                each = [replace(traced, logits=logits[None]) for logits in traced.logits]
+                maps = torch.cat([METHODS["random"](one, seed=self._drawn + i) for i, one in enumerate(each)])
+                self._drawn += len(images)
+            else:
+                maps = METHODS[self.method](traced, layer=self.layer)
+            logits = traced.logits.double().cpu()
+            probabilities = (logits / self.temperature).softmax(dim=1)
+            values, targets = maps.cpu().numpy(), traced.target.tolist()
+        finite = logits.isfinite().all(dim=1).tolist()
+        return [
+            Mapped(values[i], target, float(probabilities[i, target])) if finite[i] else None
+            for i, target in enumerate(targets)
+        ]
+
+    def _parts(self, images: Sequence[np.ndarray], copies: int) -> Iterator[Sequence[np.ndarray]]:
+        most = max(1, _MEMORY // (copies * self._bytes))
+        for start in range(0, len(images), most):
+            yield images[start : start + most]
+
+    def _tensor(self, images: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(self.preprocessing.normalise(np.stack(images))).to(self._device)
+
+
+@contextlib.contextmanager
+def _within_memory(device: torch.device, count: int) -> Iterator[None]:
+    """Full float32 on every device, as classification has it, and a line for a person where memory runs out."""
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    except torch.OutOfMemoryError:
+        raise VitError(
+            f"{device} has not enough memory for the attention of {count} images: lower the batch size"
+        ) from None
+
+
+def save_overlay(path: Path, pixels: np.ndarray, values: np.ndarray) -> None:
+    """The map over what the model saw, as a PNG; small images are enlarged.  Raises `VitError`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(*_MARK)
+    with atomic_write(path) as part:
+        overlay(enlarge(picture(pixels)), values).save(part, "PNG", pnginfo=info)
+
+
+def is_overlay(path: Path) -> bool:
+    """Whether the file is a picture that `save_overlay` wrote."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(_MARK[0]) == _MARK[1]
+    except Exception:  # whatever it is, it is not ours
+        return False
+
+
+def save_map(path: Path, mapped: Mapped, label: str, method: str) -> None:
+    """The map as `.npz`: `map` (rows, columns), `label`, `probability`, `method`.  Raises `VitError`."""
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez(file, map=mapped.values, label=label, probability=mapped.probability, method=method)
+
+
+def is_map(path: Path) -> bool:
+    """Whether the file is an array that `save_map` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return set(held.files) == {"map", "label", "probability", "method"}
+    except Exception:  # whatever it is, it is not ours
+        return False
