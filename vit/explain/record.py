@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.errors import VitError
-from vit.model.attention import DotProductAttention, MultiHeadAttention, attention_weights
+from vit.model.attention import DotProductAttention, MultiHeadAttention, attention_weights, dot_product_attention
 from vit.model.positions import Rotary
 from vit.model.vision_transformer import VisionTransformer
 
@@ -50,11 +50,11 @@ class Record:
     def weights(self) -> list[Tensor]:
         """Weights after softmax, one tensor for each recorded layer: (B, H, N, N), rows sum to 1.
 
+        In single precision at least, whatever the model runs in; with gradients, in the model's.
         With `rows="readout"` (B, H, 1, N): the class token's row or, without one that is read, the mean of the patches'
         rows.  Detached, unless recorded with gradients.  Raises `VitError` before the model has run.
         """
-        if len(self._weights) < len(self.layers):
-            raise VitError("nothing is recorded yet: call the model inside `with record_attention(model)`")
+        self._check_ran()
         return [self._weights[layer] for layer in self.layers]
 
     @property
@@ -64,14 +64,22 @@ class Record:
         The class token alone, all patches equally (both R = 1), or the pooling head's own weights (R = its heads).
         Raises `VitError` before the model has run.
         """
-        if self._readout is None:
-            raise VitError("nothing is recorded yet: call the model inside `with record_attention(model)`")
+        self._check_ran()
+        assert self._readout is not None
         return self._readout
 
     @property
     def tokens(self) -> list[Tensor]:
-        """What the recorded layers put out, (B, N, D) each; detached, unless recorded with gradients."""
+        """What the recorded layers put out, (B, N, D) each; detached, unless recorded with gradients.
+
+        Raises `VitError` before the model has run.
+        """
+        self._check_ran()
         return [self._tokens[layer] for layer in self.layers]
+
+    def _check_ran(self) -> None:
+        if self._readout is None:
+            raise VitError("nothing is recorded yet: call the model inside `with record_attention(model)`")
 
 
 @contextlib.contextmanager
@@ -87,21 +95,24 @@ def record_attention(
         gradients: keep the weights in the graph, so that `torch.autograd.grad(score, record.weights)` works; the
             output is then computed from the weights, equal to rounding where there is no attention dropout.
 
-    Raises `VitError` for a layer that does not exist or a model that is no `VisionTransformer`.
+    Recordings may nest, also of one model: each records every pass.
+    Raises `VitError` for a layer that does not exist, gradients of single rows, or a model that is no
+    `VisionTransformer`.
     """
     vit = find(model)
     if rows not in ("all", "readout"):
         raise VitError(f"rows: expected all or readout, not {rows!r}")
+    if rows == "readout" and gradients:
+        raise VitError("gradients=True needs rows='all': the output is computed from whole matrices")
+    row = None if rows == "all" else "token" if vit.pool == "token" else "mean"
     record = Record(_layers(layers, len(vit.blocks)), vit.num_prefix_tokens, vit.grid)
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in record.layers:
             block: Any = vit.blocks[layer]
-            own_row = vit.pool == "token" and rows == "readout"
-            forward = _forward(block.attn, record, layer, rows, own_row, gradients)
-            undo.enter_context(_replaced(block.attn, "forward", forward))
+            undo.enter_context(_replaced(block.attn, "forward", _Attention(block.attn, record, layer, row, gradients)))
             undo.callback(block.register_forward_hook(_keep_tokens(record, layer, gradients)).remove)
-        undo.enter_context(_replaced(vit, "pool_tokens", _pool(vit, record, gradients)))
+        undo.enter_context(_replaced(vit, "pool_tokens", _Pool(vit, record, gradients)))
         yield record
 
 
@@ -127,32 +138,41 @@ def resolve_layer(layer: int, depth: int) -> int:
     return layer % depth
 
 
-def _forward(
-    attn: Any, record: Record, layer: int, rows: Rows, own_row: bool, gradients: bool
-) -> Callable[..., Tensor]:
+class _Attention:
     """What stands in for the forward pass of an attention layer."""
-    prefix = record.prefix_tokens
 
-    def keep(weights_BHNN: Tensor) -> None:
-        if rows == "readout" and own_row:
-            weights_BHNN = weights_BHNN[:, :, :1]
-        elif rows == "readout":
-            weights_BHNN = weights_BHNN[:, :, prefix:].mean(dim=2, keepdim=True)
-        record._weights[layer] = weights_BHNN if gradients else weights_BHNN.detach().float()
+    def __init__(self, attn: Any, record: Record, layer: int, row: str | None, gradients: bool) -> None:
+        assert isinstance(attn, MultiHeadAttention | DotProductAttention)
+        self.attn, self.record, self.layer, self.row, self.gradients = attn, record, layer, row, gradients
+        around = attn.__dict__.get("forward")
+        self.around = around if isinstance(around, _Attention) else None
+        """A recording in which this one is: it sees every pass, too."""
+        self.explicit: bool = gradients or (self.around is not None and self.around.explicit)
 
-    def explicit(x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        y_BND, weights_BHNN = attn.attend(x_BND, rotary)
-        keep(weights_BHNN)
-        return y_BND
-
-    def beside(x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def __call__(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+        attn: Any = self.attn
+        if self.explicit:
+            y_BND, weights_BHNN = attn.attend(x_BND, rotary)
+            self.keep(weights_BHNN)
+            return y_BND
+        if isinstance(attn, DotProductAttention):
+            with _exact(x_BND):
+                self.keep(dot_product_attention(single(x_BND[:, None]))[1])
+            return attn.attend(x_BND)[0]
         q, k, v = attn.project(x_BND, rotary)
-        with torch.no_grad():
-            keep(attention_weights(q[:, :, :1] if own_row else q, k))
+        with _exact(x_BND):
+            own_row = self.row == "token" and self.around is None
+            self.keep(attention_weights(single(q[:, :, :1] if own_row else q), single(k)))
         return attn.mix(q, k, v)
 
-    assert isinstance(attn, MultiHeadAttention | DotProductAttention)
-    return beside if isinstance(attn, MultiHeadAttention) and not gradients else explicit
+    def keep(self, weights_BHNN: Tensor) -> None:
+        if self.around is not None:
+            self.around.keep(weights_BHNN)
+        if self.row == "token":
+            weights_BHNN = weights_BHNN[:, :, :1]
+        elif self.row == "mean":
+            weights_BHNN = weights_BHNN[:, :, self.record.prefix_tokens :].mean(dim=2, keepdim=True)
+        self.record._weights[self.layer] = weights_BHNN if self.gradients else single(weights_BHNN.detach())
 
 
 def _keep_tokens(record: Record, layer: int, gradients: bool) -> Callable[..., None]:
@@ -162,32 +182,53 @@ def _keep_tokens(record: Record, layer: int, gradients: bool) -> Callable[..., N
     return hook
 
 
-def _pool(vit: VisionTransformer, record: Record, gradients: bool) -> Callable[[Tensor], Tensor]:
+class _Pool:
     """What stands in for `pool_tokens`: the same, as a mean by weights that are recorded."""
-    pool_tokens, prefix, pool = vit.pool_tokens, vit.num_prefix_tokens, vit.attn_pool
 
-    def pooled(x_BND: Tensor) -> Tensor:
-        B, N, _ = x_BND.shape
-        patches_BPD = x_BND[:, prefix:]
+    def __init__(self, vit: VisionTransformer, record: Record, gradients: bool) -> None:
+        self.vit, self.record, self.gradients = vit, record, gradients
+        around = vit.__dict__.get("pool_tokens")
+        self.around = around if isinstance(around, _Pool) else None
+        self.explicit: bool = gradients or (self.around is not None and self.around.explicit)
+
+    def __call__(self, x_BND: Tensor) -> Tensor:
+        (B, N, _), prefix, pool = x_BND.shape, self.record.prefix_tokens, self.vit.attn_pool
         if pool is not None:
+            patches_BPD = x_BND[:, prefix:]
             q, k, v = pool.project(pool.latent.expand(B, -1, -1), patches_BPD)
-            with torch.set_grad_enabled(gradients):
-                record._readout = F.pad(attention_weights(q, k)[:, :, 0], (prefix, 0))
-            if gradients:
-                y_BHNd = record._readout[:, :, None, prefix:] @ v
-                return pool.refine(pool.merge(y_BHNd))
-        elif vit.pool == "mean":
-            record._readout = F.pad(x_BND.new_full((B, 1, N - prefix), 1 / (N - prefix)), (prefix, 0))
-            if gradients:
-                record._readout.requires_grad_()
-                return (record._readout @ x_BND)[:, 0]
+            if self.explicit:
+                readout_BHN = F.pad(attention_weights(q, k)[:, :, 0], (prefix, 0))
+                self.keep(readout_BHN)
+                return pool.refine(pool.merge(readout_BHN[:, :, None, prefix:] @ v))
+            with _exact(x_BND):
+                self.keep(F.pad(attention_weights(single(q), single(k))[:, :, 0], (prefix, 0)))
+        elif self.vit.pool == "mean":
+            like = x_BND if self.explicit else single(x_BND[:0])
+            readout_B1N = F.pad(like.new_full((B, 1, N - prefix), 1 / (N - prefix)), (prefix, 0))
+            if self.explicit:
+                self.keep(readout_B1N.requires_grad_())
+                return (readout_B1N @ x_BND)[:, 0]
+            self.keep(readout_B1N)
         else:
-            record._readout = F.one_hot(torch.zeros(B, 1, dtype=torch.int64, device=x_BND.device), N).to(x_BND.dtype)
-        if not gradients:
-            record._readout = record._readout.detach().float()
-        return pool_tokens(x_BND)
+            self.keep(F.one_hot(torch.zeros(B, 1, dtype=torch.int64, device=x_BND.device), N).to(x_BND.dtype))
+        return type(self.vit).pool_tokens(self.vit, x_BND)
 
-    return pooled
+    def keep(self, readout: Tensor) -> None:
+        if self.around is not None:
+            self.around.keep(readout)
+        self.record._readout = readout if self.gradients else single(readout.detach())
+
+
+def single(x: Tensor) -> Tensor:
+    """In at least single precision: what is measured has not the precision of what is trained."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _exact(like: Tensor) -> Iterator[None]:
+    """Off the graph, and in the precision that tensors have."""
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        yield
 
 
 @contextlib.contextmanager
