@@ -136,8 +136,8 @@ def _randomise(
     for method in METHODS:
         if method != "random":  # which depends on no model
             parts = list(randomisation(model, images, target, method, seed=seed).values())
-            _note(found[method], "randomised_head", parts[0])
-            _note(found[method], "randomised_all", parts[-1])
+            _note(found[method], "random_head", parts[0])
+            _note(found[method], "random_model", parts[-1])
 
 
 def _note(into: dict[str, list[np.ndarray]], name: str, values: Tensor) -> None:

@@ -9,7 +9,7 @@ from vit.evaluation.names import readable
 
 WORST = 5
 """Classes listed."""
-LOWER = frozenset({"deletion", "positive", "agreement", "randomised_head", "randomised_all"})
+LOWER = frozenset({"deletion", "positive", "agreement", "random_head", "random_model"})
 """Measures of attention maps of which less is better."""
 
 
@@ -98,14 +98,14 @@ def print_faithfulness(measured: Mapping[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     methods, chance = measured["methods"], measured["chance"]
     names = list(dict.fromkeys(name for each in methods.values() for name in each))
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for method in methods:
         table.add_column(method.replace("_", "\n"), justify="right", no_wrap=True)
     for name in names:
         title = f"{name.replace('_', ' ')} {'↓' if name in LOWER else '↑'}"
         table.add_row(title, *(_cell(each.get(name)) for each in methods.values()))
-    console.print(f"\nattention maps on {measured['images']:,} images, ± half of the 95% interval; ↓ lower is better")
+    console.print(f"\nattention maps on {measured['images']:,} images, with 95% intervals; ↓ lower is better")
     console.print(table)
     console.print(Text("* better than random maps beyond the interval of the difference", style="dim"))
     if chance:
@@ -115,11 +115,14 @@ def print_faithfulness(measured: Mapping[str, Any]) -> None:
         console.print(Text(f"not to be trusted here, no better than random: {', '.join(useless)}", style="yellow"))
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(row: Mapping[str, Any] | None) -> Any:
+    """The mean, marked where it beats random maps, over its interval."""
+    from rich.text import Text
+
     if row is None:
-        return ""
-    half = f"{(row['high'] - row['low']) / 2:.3f}".lstrip("0")
-    return f"{row['mean']:.3f}±{half}{'*' if row['better'] else ' '}"
+        return Text("")
+    mark = "*" if row["better"] else " "
+    return Text.assemble(f"{row['mean']:.3f}{mark}\n", (f"{row['low']:.2f}-{row['high']:.2f}", "dim"))
 
 
 def _useless(methods: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

@@ -144,7 +144,7 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
             )
             positive = gradient.clamp(min=0)
             out.legrad.append(positive.mean(dim=1) if positive.ndim == 3 else positive.mean(dim=(1, 2)))
-    out.readout, out.tokens = readout.float(), out.tokens.detach()
+    out.readout, out.tokens = readout, out.tokens.detach()
     out.weights = [weights.detach() for weights in out.weights]
 
 
