@@ -192,7 +192,9 @@ def test_descriptions_that_make_no_sense_are_passed_over(tmp_path, metadata):
 
 
 def test_labels_outside_the_class_names(tmp_path):
-    assert "label 2 in train" in refused(write(tmp_path / "a.parquet", [0, 1, 2], names=["x", "y"]))
+    assert "a.parquet: label 2, but there are 2 class names" in refused(
+        write(tmp_path / "a.parquet", [0, 1, 2], names=["x", "y"])
+    )
 
 
 def test_missing_labels(tmp_path, caplog):
@@ -212,6 +214,31 @@ def test_one_class_map_for_all_splits(tmp_path):
     assert opened(tmp_path).splits["test"].labels.tolist() == [2, 0]
     write(tmp_path / "test.parquet", ["c", "z"], start=50)
     assert "test has 'z'" in refused(tmp_path)
+
+
+def test_each_file_numbers_its_classes_as_it_says(tmp_path):
+    """One class map, train's: the same number may mean another class in a file that was made on its own."""
+    write(tmp_path / "train-0.parquet", [0, 1, 2] * 5, names=["ant", "bee", "cat"])
+    write(tmp_path / "train-1.parquet", [0, 1], start=20, names=["cat", "ant"])
+    write(tmp_path / "test.parquet", [0, 1, 2], start=50, names=["cat", "ant", "bee"])
+    data = opened(tmp_path, val_fraction=0.0)
+    assert data.class_names == ["ant", "bee", "cat"]
+    assert data.splits["train"].labels.tolist() == [0, 1, 2] * 5 + [2, 0]
+    assert data.splits["test"].labels.tolist() == [2, 0, 1]
+    assert values(data.splits["test"]) == [50, 51, 52]
+    write(tmp_path / "test.parquet", [0, 1], names=["dog", "ant"])
+    assert "test has 'dog'" in refused(tmp_path)
+    write(tmp_path / "test.parquet", [0, 2], names=["cat", "ant"])
+    assert "test.parquet: label 2, but there are 2 class names" in refused(tmp_path)
+    write(tmp_path / "test.parquet", ["ant", "bee"])
+    assert "test.parquet: label 'ant', but there are 3 class names" in refused(tmp_path)
+
+
+def test_class_names_that_repeat_are_told_apart(tmp_path):
+    write(tmp_path / "train.parquet", [0, 1, 2] * 5, names=["crane", "bee", "crane"])
+    data = opened(tmp_path / "train.parquet", val_fraction=0.0, test_fraction=0.0)
+    assert data.class_names == ["crane (0)", "bee", "crane (2)"]
+    assert data.splits["train"].labels.tolist() == [0, 1, 2] * 5
 
 
 def test_a_trained_model_brings_its_classes(tmp_path):

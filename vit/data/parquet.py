@@ -17,8 +17,8 @@ import logging
 import os
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +131,15 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         raise VitError(f"data=parquet needs data.root=PATH: {LAYOUT}")
     shown = printable(config.root)
     files = _find(os.path.abspath(config.root), shown)
-    first = next(iter(files.values()))[0]
+    order = [split for split in SPLITS if split in files]
+    first = files[order[0]][0]  # of train, where there is one: its description is the class map
     with _file(first) as file:
         columns = _columns(file.schema_arrow, config, shown)
 
     groups: list[tuple[str, int, int]] = []
     raw: dict[str, list[Any]] = {}
     weight = 0
-    for split in [split for split in SPLITS if split in files]:
+    for split in order:
         values: list[Any] = []
         found: list[tuple[str, int, int]] = []
         for path in files[split]:
@@ -150,7 +151,12 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
                     rows = file.metadata.row_group(group)
                     found.append((path, group, rows.num_rows))
                     weight += rows.total_byte_size
-                values += file.read(columns=[columns.label]).column(0).to_pylist()
+                labels = file.read(columns=[columns.label]).column(0).to_pylist()
+                if columns.names is not None:
+                    # by this file's own numbers: they need not be those of the file beside it
+                    own = _class_names(file.schema_arrow, columns.label) or columns.names
+                    labels = _named(labels, own, printable(path))
+                values += labels
         if values and all(value is None or value == -1 for value in values):
             log.warning("%s: the %s split has no labels; it is not used", shown, split)
             continue
@@ -161,7 +167,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
     if not any(raw.values()):
         raise VitError(f"{shown} holds no images with labels: {LAYOUT}")
 
-    names, known = _names(raw, columns, shown)
+    names, known = _names(raw, columns)
     memory = _memory()
     fits = memory is None or weight < memory / 2
     if not fits:
@@ -296,9 +302,29 @@ def _columns(schema: Any, config: DataConfig, shown: str) -> Columns:
     image = choose("image_column", config.image_column, is_image, "Image", ("image", "img"), "images")
     label = choose("label_column", config.label_column, is_label, "ClassLabel", _LABEL_NAMES, "labels")
     leaf = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
-    names = features.get(label, {}).get("names")
-    good = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return Columns(leaf, label, tuple(names) if good and pa.types.is_integer(schema.field(label).type) else None)
+    return Columns(leaf, label, _class_names(schema, label))
+
+
+def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
+    """What the labels 0, 1, ... of a file are called, where it says so.  Names that repeat get their number."""
+    import pyarrow as pa
+
+    names = _features(schema).get(label, {}).get("names")
+    if not pa.types.is_integer(schema.field(label).type) or not isinstance(names, list):
+        return None
+    if not all(isinstance(name, str) for name in names):
+        return None
+    often = Counter(names)  # ImageNet has two cranes
+    return tuple(f"{name} ({k})" if often[name] > 1 else name for k, name in enumerate(names))
+
+
+def _named(labels: list[int | None], names: Sequence[str], shown: str) -> list[Any]:
+    """Labels as class names; those that are missing (None, -1) as they are."""
+    good = {None, *range(-1, len(names))}
+    wrong = [label for label in labels if label not in good]
+    if wrong:
+        raise VitError(f"{shown}: label {wrong[0]!r}, but there are {len(names)} class names")
+    return [label if label is None or label == -1 else names[label] for label in labels]
 
 
 def _features(schema: Any) -> dict[str, Any]:
@@ -310,20 +336,15 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
-def _names(raw: dict[str, list[Any]], columns: Columns, shown: str) -> tuple[dict[str, list[str]], list[str] | None]:
+def _names(raw: dict[str, list[Any]], columns: Columns) -> tuple[dict[str, list[str]], list[str] | None]:
     """Class names for every row, and the class map where it is not simply the sorted names of train."""
-    if columns.names is not None:
-        names: dict[str, list[str]] = {}
-        for split, values in raw.items():
-            wrong = [value for value in values if not 0 <= value < len(columns.names)]
-            if wrong:
-                raise VitError(f"{shown}: label {wrong[0]} in {split}, but there are {len(columns.names)} class names")
-            names[split] = [columns.names[value] for value in values]
-        return names, list(columns.names)
-    numbers = all(isinstance(value, int) for values in raw.values() for value in values)
     named = {split: [str(value) for value in values] for split, values in raw.items()}
+    train = set(raw.get("train", ()))
+    if columns.names is not None:
+        return named, [*columns.names, *sorted(train - set(columns.names))]
+    numbers = all(isinstance(value, int) for values in raw.values() for value in values)
     # 2 before 10
-    return named, [str(value) for value in sorted(set(raw.get("train", ())))] if numbers else None
+    return named, [str(value) for value in sorted(train)] if numbers else None
 
 
 def _prints(groups: list[tuple[str, int, int]], channels: int) -> np.ndarray:
