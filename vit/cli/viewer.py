@@ -84,23 +84,21 @@ class Viewer:
         from vit.dashboard.page import page
         from vit.explain.records import run_info
 
-        run = self._title
-        info = {"v": 1, **run_info(self._mapper.model, self._class_names, run), "probes": self._images}
+        run, mapper = self._title, self._mapper
+        info = {"v": 1, **run_info(mapper.model, self._class_names, run), "probes": self._images}
+        if mapper.target is not None:
+            info["asked"] = mapper.target
         pairs = self._means if self._heads is None else self._heads
-        steps = [{"v": 1, "step": 0, "probes": self._steps}]
+        shown = {
+            "run": run,
+            "info": info,
+            "steps": [{"v": 1, "step": 0, "probes": self._steps}],
+            "pairs": [0] if pairs else [],
+            "problems": self._remarks(),
+        }
         data = {
-            "runs": {
-                "version": 1,
-                "runs": [
-                    {
-                        "run": run,
-                        "info": info,
-                        "steps": steps,
-                        "pairs": [0] if pairs else [],
-                        "problems": self._remarks(),
-                    }
-                ],
-            },
+            "start": _start(mapper, info),
+            "runs": {"version": 1, "runs": [shown]},
             "probe": {f"{run}\n{i}": {"steps": [probe], "problems": []} for i, probe in enumerate(self._probes)},
             "pairs": {f"{run}\n{i}\n0": record for i, record in enumerate(pairs)},
         }
@@ -133,6 +131,16 @@ def is_page(path: Path) -> bool:
             return f"<title>{_TITLE}".encode() in file.read(4096)
     except OSError:
         return False
+
+
+def _start(mapper: Mapper, info: dict[str, Any]) -> str:
+    """What the page opens with, as its URL has it: what was asked for.  Layers count from 1 there."""
+    parts = [f"method={mapper.method}"] if mapper.method in info["methods"] else []
+    if mapper.target is not None:
+        parts.append("target=true")
+    if mapper.layer is not None:
+        parts.append(f"layer={mapper.layer % info['layers'] + 1}")
+    return "&".join(parts)
 
 
 def _png(pixels: np.ndarray) -> str:

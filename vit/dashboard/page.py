@@ -37,6 +37,7 @@ _START = """
       return record;
     },
   };
+  if (data.start && !location.hash) history.replaceState(null, "", `#${data.start}`);
   mount(document.body, source, { url: true });
 }
 """
@@ -48,7 +49,8 @@ def page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
     Args:
         title: of the window.
         data: plain JSON: {"runs": what the route /runs gives, "probe": {"RUN\\nPROBE": what /probe gives},
-            "pairs": {"RUN\\nPROBE\\nSTEP": a pairs record}}.
+            "pairs": {"RUN\\nPROBE\\nSTEP": a pairs record}}; where there is "start", what the viewer opens with, as its
+            URLs have it after "#".
         static: folder of the viewer's modules and style.
 
     Raises:

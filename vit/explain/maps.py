@@ -88,12 +88,12 @@ class Mapper:
     ) -> Iterator[tuple[Observed, int]]:
         """What the viewer shows of each image that has finite numbers: a batch's observation and the place in it.
 
-        `faithful` are the methods whose deletion and insertion is measured, on the predicted class.
+        Where a class is asked for it takes the place of the true one.  `faithful` are the methods whose deletion and insertion is measured, on the predicted class.
         """
         for part in self._parts(images, 6):
             with _within_memory(self._device, len(part)):
                 tensor = self._tensor(part)
-                observed = observe(self.model, tensor, [None] * len(part), temperature=self.temperature)
+                observed = observe(self.model, tensor, [self.target] * len(part), temperature=self.temperature)
                 if faithful:
                     measure(self.model, tensor, observed, faithful, temperature=self.temperature, batch_size=32)
             for i in range(len(part)):
