@@ -102,7 +102,7 @@ def broken(path: str, value: object) -> dict:
         ("preprocessing", None, "preprocessing"),
         ("preprocessing.image_size", [8, 8], "images of"),
         ("preprocessing.channels", 1, "channel"),
-        ("preprocessing.std", [0, 0, 0], "std"),
+        ("preprocessing.std", [0, 0, 0], "some/file.ckpt: preprocessing: std"),
         ("preprocessing.interpolation", "cubist", "cubist"),
         ("temperature", 0, "temperature"),
         ("temperature", "1", "temperature"),

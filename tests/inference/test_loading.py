@@ -112,6 +112,13 @@ def test_folders_and_files_that_are_no_model(tmp_path):
         load(tmp_path / "photo.jpg")
 
 
+@pytest.mark.parametrize("name", ["model.ckpt", "model.onnx"])
+def test_a_pipe_is_no_model_and_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(VitError, match="is neither a file nor a folder: expected a run folder"):
+        load(tmp_path / name, device="cpu")
+
+
 def test_unknown_backends_and_devices(small_bundle):
     with pytest.raises(VitError, match="did you mean 'onnx'"):
         load(small_bundle, backend="onx")

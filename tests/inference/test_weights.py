@@ -105,6 +105,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, form):
     [
         (b"", "is empty"),
         (b"just some text\n", "not a checkpoint"),
+        (b"hello world", r"x\.ckpt is truncated or not a checkpoint$"),  # torch's own complaint is the number 101
         (b"PK\x03\x04" + b"\0" * 100, "truncated or not a checkpoint"),
         (bytes(range(256)) * 4, "not a checkpoint"),
         (pickle.dumps({"a": 1}, protocol=2), "not a checkpoint"),
@@ -125,6 +126,19 @@ def test_a_truncated_checkpoint(tmp_path, share):
     (tmp_path / "cut.ckpt").write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(VitError, match=r"cut\.ckpt is truncated or not a checkpoint"):
         load_checkpoint(tmp_path / "cut.ckpt")
+
+
+def test_a_checkpoint_damaged_inside(tmp_path):
+    """Bytes that changed on the disk or on the way must not become other labels."""
+    torch.save(checkpoint(*make()), tmp_path / "x.ckpt")
+    whole = bytearray((tmp_path / "x.ckpt").read_bytes())
+    weight = make()[0].state_dict()["blocks.0.mlp.fc1.weight"].numpy().tobytes()
+    place = whole.index(weight) + 4000
+    whole[place] ^= 0xFF
+    (tmp_path / "x.ckpt").write_bytes(whole)
+    with pytest.raises(VitError, match=r"x\.ckpt is damaged: its checksums do not fit") as caught:
+        load_checkpoint(tmp_path / "x.ckpt")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

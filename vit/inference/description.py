@@ -193,7 +193,7 @@ def _preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Pre
     try:
         preprocessing = Preprocessing.from_dict(table)
     except VitError as error:
-        raise VitError(f"{source}: preprocessing: {error}") from None
+        raise VitError(f"{source}: {error}") from None
     except (TypeError, ValueError, KeyError) as error:
         raise VitError(f"{source}: preprocessing cannot be read: {error}") from None
     if tuple(preprocessing.image_size) != tuple(architecture["image_size"]):

@@ -58,10 +58,13 @@ def locate(model: str | os.PathLike[str]) -> Found:
         if path.is_dir():
             return _locate_in(path)
         exists = os.path.lexists(path)
+        other = path.exists() and not path.is_file()
     except (OSError, ValueError) as error:
         raise VitError(f"cannot read {printable(path)}: {error}") from None
     if not exists:
         raise VitError(f"no model at {printable(path)}: expected {EXPECTED}; {suggest(path)}")
+    if other:  # a pipe, a device: reading it might never end
+        raise VitError(f"{printable(path)} is neither a file nor a folder: expected {EXPECTED}")
     if path.suffix.lower() == ".onnx":
         return Found(path, "onnx", onnx=path)
     if path.name in (WEIGHTS, CONFIG, ONNX) and is_bundle(path.parent):

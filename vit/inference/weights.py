@@ -3,7 +3,8 @@
 Notable
 - A checkpoint is read with `weights_only=True`: tensors and plain containers.  A file that needs anything else would
   run code of its author's choosing, so it is refused, and the message says what it asked for.
-- Files are mapped, not read: of a training checkpoint only the weights asked for are touched, not the optimiser's.
+- Files are mapped, not read into memory: of a training checkpoint only the weights asked for get there.
+- A checkpoint's checksums are compared (under a second a GB), which torch does not do: changed bytes are no weights.
 - Weights fit a model exactly or not at all: missing, unexpected and misshapen entries are named.
 - Sizes in a description are compared with the tensors beside it before anything of that size is allocated.
 
@@ -17,6 +18,8 @@ import pickle
 import pickletools
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +103,7 @@ def _read(path: Path) -> Any:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; only this one can be mapped
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about how foreign files were pickled
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global:?|class|builtin)\s+`?([A-Za-z_][\w.]*\.\w+)", str(error))
         name = asked.group(1) if asked else None if zipped else _asked_for(path)
@@ -111,8 +114,21 @@ def _read(path: Path) -> Any:
             ) from None
         raise VitError(f"{path} is not a checkpoint, or a damaged one") from None
     except Exception as error:  # torch meets damaged bytes with many kinds
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise VitError(f"{path} is truncated or not a checkpoint: {reason}") from None
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        told = f": {reason}" if " " in reason else ""  # some say but a number
+        raise VitError(f"{path} is truncated or not a checkpoint{told}") from None
+    if zipped and not _sums_fit(path):
+        raise VitError(f"{path} is damaged: its checksums do not fit what is in it")
+    return content
+
+
+def _sums_fit(path: Path) -> bool:
+    """Whether every part of a file in torch's format, a zip archive, has the bytes that were written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
+        return False
 
 
 def _asked_for(path: Path) -> str | None:
