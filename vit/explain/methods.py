@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, nearest
-from vit.explain.record import Record, find, record_attention, resolve_layer
+from vit.explain.record import Record, find, record_attention, resolve_layer, single
 
 Fusion = Literal["mean", "max", "min"]
 FUSIONS: tuple[Fusion, ...] = ("mean", "max", "min")
@@ -82,7 +82,8 @@ def explain(
         method: a key of `METHODS`.
         target: the class to explain, one or one an image; None: the predicted one.  Ignored by methods that do not
             depend on the class (see `CLASS_SPECIFIC`).
-        layer: `raw`: which layer; the others: go no higher than this one.  None: the last.
+        layer: `raw`: which layer, None: the last, which of an attention pool is the pool's own; the others: go no
+            higher than this one, None: the last.
         head: this head alone, instead of all; not for `legrad`.
         fusion: how `rollout` makes one matrix of a layer's heads.
         discard: `rollout`: the share of each layer's smallest weights that is left out.
@@ -104,6 +105,8 @@ def trace(
     of `explain`.  Raises `VitError`.
     """
     wanted = set(METHODS if methods is None else methods)
+    for method in wanted:
+        check_method(method)
     gradients = bool(wanted & CLASS_SPECIFIC)
     vit = find(model)
     with _undisturbed(model, images.device, gradients), record_attention(model, gradients=gradients) as record:
@@ -112,7 +115,7 @@ def trace(
         logits = vit(images)
         chosen = _target(target, logits.detach())
         out = Trace(
-            logits=logits.detach().float(),
+            logits=single(logits.detach()),
             target=chosen,
             weights=record.weights,
             readout=record.readout,
@@ -131,21 +134,19 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
     score = logits.gather(1, out.target[:, None]).sum()
     inputs = [*out.weights, *([out.readout] if out.readout.requires_grad else [])]
     found = torch.autograd.grad(score, inputs, retain_graph=legrad)
-    out.gradients = list(found[: len(out.weights)])
-    out.readout_gradients = found[-1] if len(found) > len(out.weights) else None
+    out.gradients = [single(gradient) for gradient in found[: len(out.weights)]]
+    out.readout_gradients = single(found[-1]) if len(found) > len(out.weights) else None
     readout = out.readout.detach()
     if legrad:
         out.legrad = []
         for weights, tokens in zip(out.weights, record.tokens, strict=True):
             logits = vit.head(vit.fc_norm(vit.pool_tokens(vit.norm(tokens))))
             own = record.readout if out.pool == "attention" else weights
-            (gradient,) = torch.autograd.grad(
-                logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True
-            )
-            positive = gradient.clamp(min=0)
+            (gradient,) = torch.autograd.grad(logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True)
+            positive = single(gradient).clamp(min=0)
             out.legrad.append(positive.mean(dim=1) if positive.ndim == 3 else positive.mean(dim=(1, 2)))
-    out.readout, out.tokens = readout, out.tokens.detach()
-    out.weights = [weights.detach() for weights in out.weights]
+    out.readout, out.tokens = single(readout), out.tokens.detach()
+    out.weights = [single(weights.detach()) for weights in out.weights]
 
 
 @contextlib.contextmanager
@@ -170,7 +171,9 @@ def _target(target: int | Tensor | None, logits: Tensor) -> Tensor:
     if target is None:
         return logits.argmax(1)
     chosen = torch.as_tensor(target, device=logits.device)
-    if chosen.is_floating_point() or chosen.ndim > 1 or (chosen.ndim and len(chosen) != B):
+    if chosen.dtype == torch.bool or chosen.is_floating_point() or chosen.is_complex():
+        raise VitError(f"target: expected a class as a whole number, not {target!r}")
+    if chosen.ndim > 1 or (chosen.ndim and len(chosen) != B):
         raise VitError(f"target: expected a class, or one for each of {B} images, not shape {tuple(chosen.shape)}")
     chosen = chosen.to(torch.int64).expand(B)
     wrong = [label for label in chosen.tolist() if not 0 <= label < K]
@@ -214,9 +217,15 @@ def rollout(
 
     Raises `VitError` when the sizes do not fit each other or an option is out of range.
     """
-    if not weights:
+    if not len(weights):
         raise VitError("rollout: there are no weights")
-    B, _, N, _ = weights[0].shape
+    B, N = weights[0].shape[0], weights[0].shape[-1]
+    for each in weights:
+        if each.ndim != 4 or (each.shape[0], *each.shape[2:]) != (B, N, N):
+            raise VitError(
+                f"rollout: expected weights (B, H, N, N), all rows of every layer, not {tuple(each.shape)}; "
+                "record with rows='all'"
+            )
     row = _start(readout, B, N, prefix_tokens, weights[0])
     return _map(_roll(weights, row, prefix_tokens, fusion, discard), prefix_tokens, grid)
 
@@ -237,7 +246,8 @@ def _start(readout: Tensor | None, B: int, N: int, prefix: int, like: Tensor) ->
     if readout is None:
         readout = like.new_zeros(B, N)
         readout[:, slice(0, 1) if prefix else slice(None)] = 1
-    readout = readout if readout.ndim == 2 else readout.mean(dim=1)
+    readout = readout.to(like)
+    readout = readout.mean(dim=1) if readout.ndim == 3 else readout
     if readout.shape != (B, N):
         raise VitError(f"readout: expected a weight for each of {N} tokens of {B} images, not {tuple(readout.shape)}")
     return readout / readout.sum(dim=1, keepdim=True)
@@ -262,12 +272,14 @@ def _down(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, disc
         return (_through(rows_BRN[:, 0], weights_BHNN)[:, None] + rows_BRN) / 2
     fused_BNN = _discarded(_fuse(weights_BHNN, fusion), prefix, discard)
     shares_BRN = rows_BRN / (fused_BNN.sum(dim=2) + 1)[:, None]
-    return torch.bmm(shares_BRN, fused_BNN) + shares_BRN
+    with torch.autocast(fused_BNN.device.type, enabled=False):
+        return torch.bmm(shares_BRN, fused_BNN) + shares_BRN
 
 
 def _through(row_BN: Tensor, weights_BHNN: Tensor) -> Tensor:
     """`row @ mean_h A`, without making the mean matrix: (B, N) -> (B, N)."""
-    return (row_BN[:, None, None] @ weights_BHNN)[:, :, 0].mean(dim=1)
+    with torch.autocast(row_BN.device.type, enabled=False):
+        return (row_BN[:, None, None] @ weights_BHNN)[:, :, 0].mean(dim=1)
 
 
 def _fuse(weights_BHNN: Tensor, fusion: str) -> Tensor:
@@ -368,7 +380,8 @@ def _positive(t: Trace) -> list[Tensor]:
 def _entry(t: Trace, layer: int | None, gradients: bool = False) -> Tensor:
     """The row that a method carries down: (B, N).  From the head, or from `layer` as if the head read there."""
     readout = t.readout
-    if gradients and t.readout_gradients is not None and layer is None:
+    last = layer is None or resolve_layer(layer, len(t.weights)) == len(t.weights) - 1
+    if gradients and t.readout_gradients is not None and last:
         # each patch's share in the score, as for any attention; scaled to sum 1, which changes no map
         readout = (readout * t.readout_gradients).clamp(min=0)
         total = readout.sum(dim=(1, 2), keepdim=True)
