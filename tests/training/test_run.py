@@ -261,6 +261,12 @@ def test_a_time_budget_ends_training_and_its_schedule(run, monkeypatch):
     assert rates[-1] < 0.2 * rates[0]
 
 
+def test_a_share_of_batches_is_at_least_one_batch(run):
+    result = run("trainer.max_epochs=2", "trainer.limit_train_batches=0.01", "trainer.limit_val_batches=0.1")
+    assert result.metrics["steps"] == 2
+    assert result.status == 0
+
+
 def test_a_data_set_smaller_than_a_batch_trains_on_all_of_it(run):
     result = run("data.max_images=40", "data.batch_size=512", "trainer.max_epochs=2")
     assert result.metrics["steps"] == 2

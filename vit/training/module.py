@@ -92,14 +92,17 @@ class TrainingModule(L.LightningModule):
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=strategy.root_device
         )
         self.augment.cropped = self.loader.cropped
+        self.trainer.limit_train_batches = _limit(self.trainer.limit_train_batches, len(self.loader))
         return self.loader
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
         if self._make_eval_loader is None:
             return []
-        return self._make_eval_loader(
+        loader = self._make_eval_loader(
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.trainer.strategy.root_device
         )
+        self.trainer.limit_val_batches = _limit(self.trainer.limit_val_batches, len(loader))
+        return loader
 
     # training
 
@@ -204,6 +207,11 @@ class TrainingModule(L.LightningModule):
         self.description.metrics = blocks
         prefix = "model." if self.ema is None else "ema."
         checkpoint["vit"] = self.description.to_dict() | {"weights_prefix": prefix}
+
+
+def _limit(limit: int | float, batches: int) -> int | float:
+    """At least one batch, however small the share; Lightning refuses such a share."""
+    return 1 if isinstance(limit, float) and limit * batches < 1 else limit
 
 
 def _validation_metrics(classes: int) -> nn.ModuleDict:
