@@ -131,6 +131,7 @@ class LoggingConfig:
     tensorboard: bool = setting("write TensorBoard event files")
     every: int = setting("steps between scalars", least=1)
     images: int = setting("images in a grid; 0: none", least=0)
+    attention: int = setting("images whose attention is shown as it forms; 0: none", least=0)
     progress: bool = setting("a progress bar in the terminal")
 
 

@@ -79,29 +79,36 @@ def target_caption(target: Tensor, names: Sequence[str]) -> Caption:
     return [(names[k], percent(share)) for k, share in parts]
 
 
-def grid(images: Sequence[Image.Image], captions: Sequence[Caption], good: bool | None = None) -> Image.Image:
+def grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[Caption],
+    good: bool | Sequence[bool | None] | None = None,
+    columns: int | None = None,
+) -> Image.Image:
     """Captioned images in rows.
 
     Args:
         images: grey or RGB, any sizes.
         captions: for each image its lines; all images get room for the longest.
-        good: colour of the captions' last lines: green, red, or for None black.
+        good: colour of the captions' last lines: green, red, or for None black; for all, or for each.
+        columns: images in a row; None: about as many as rows.
     """
     tiles = [_tile(image) for image in images]
-    font, line = _font(11), 15
+    font, line = typeface(11), 15
     longest = max(font.getlength(clean(text)) + font.getlength(figure) for lines in captions for text, figure in lines)
     width = max(min(_WIDEST, max(_NARROWEST, math.ceil(longest) + 10)), *(tile.width for tile in tiles))
     height = max(tile.height for tile in tiles)
     strip = line * max(len(caption) for caption in captions) + 4
-    columns = math.ceil(math.sqrt(len(tiles)))
+    columns = columns or math.ceil(math.sqrt(len(tiles)))
+    marks = good if isinstance(good, Sequence) else [good] * len(tiles)
     rows = math.ceil(len(tiles) / columns)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, rows * (height + strip + _GAP) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    last_colour = _INK if good is None else _GOOD if good else _BAD
     for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         x = _GAP + i % columns * (width + _GAP)
         y = _GAP + i // columns * (height + strip + _GAP)
         sheet.paste(tile, (x + (width - tile.width) // 2, y + (height - tile.height) // 2))
+        last_colour = _INK if marks[i] is None else _GOOD if marks[i] else _BAD
         for row, (text, figure) in enumerate(caption):
             colour = last_colour if row == len(caption) - 1 else _INK
             top = y + height + 3 + row * line
@@ -125,7 +132,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
     """
     k = len(counts)
     cell = 40 if k <= 10 else 28 if k <= 24 else 14 if k <= 50 else max(1, 800 // k)
-    font = _font(11)
+    font = typeface(11)
     named = k <= 50
     labels = [fit(clean(name), font, 120) for name in names] if named else []
     longest = math.ceil(max((font.getlength(label) for label in labels), default=0))
@@ -171,7 +178,7 @@ def accuracy_bars(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
     shown = np.arange(len(counts))
     if len(shown) > _MOST_BARS:
         shown = np.argsort(accuracy, kind="stable")[:_MOST_BARS]  # NaN sorts last
-    font, line, length = _font(11), 18, 260
+    font, line, length = typeface(11), 18, 260
     labels = [fit(clean(names[int(k)]), font, 140) for k in shown]
     left = math.ceil(max(font.getlength(label) for label in labels)) + 16
     sheet = Image.new("RGB", (left + length + 110, line * len(shown) + 12), _PAPER)
@@ -216,7 +223,7 @@ def _short(count: int) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     # DejaVu, which knows more of the world's letters than Pillow's own font, comes with matplotlib; looking for the
     # package does not import it
     spec = importlib.util.find_spec("matplotlib")

@@ -210,7 +210,8 @@ def _fit_and_finish(
     board = None
     if config.logging.tensorboard:
         board = Monitor(config, folder, data.class_names, meter)
-        callbacks += [board, AttentionLog(config.logging.attention, data, module.description.preprocessing, board.events)]
+        preprocessing = module.description.preprocessing
+        callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
     if t.patience is not None and monitor:
         mode = "min" if monitor.endswith("loss") else "max"
         callbacks.append(L.callbacks.EarlyStopping(monitor, patience=t.patience, mode=mode))

@@ -1,0 +1,43 @@
+"""How often something may be done that costs time, so that all of it stays a given share of a whole training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+
+class Budget:
+    """Seconds spent on one kind of thing, against a share of the seconds that training takes.
+
+    What it takes as a whole is told from how far it is.  More of the share is given out at first, when most happens:
+    the square root of what is done, so that a tenth of the way allows a third.
+
+    Args:
+        share: of the time of a training that runs to its end, at most.
+    """
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self.spent = self.last = 0.0
+        self._began = self._from = 0.0
+
+    def start(self, progress: float = 0.0) -> None:
+        """Training goes on from `progress`, of which 1 is the end."""
+        self._began, self._from = time.monotonic(), progress
+
+    def left(self, progress: float) -> float:
+        """Seconds that may still be spent by now; below 0 where there was more."""
+        done = max(1e-6, min(1.0, (progress - self._from) / max(1e-6, 1 - self._from)))
+        return self.share * (time.monotonic() - self._began) / math.sqrt(done) - self.spent
+
+    @contextlib.contextmanager
+    def spend(self) -> Iterator[None]:
+        """Do something, and put down as `last` what it took."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.last = time.monotonic() - began
+            self.spent += self.last
