@@ -28,6 +28,9 @@ from vit.training.config import check_model, load, seconds
         ("trainer=fsdp trainer.accelerator=cpu optim=adamw", "trainer.strategy=fsdp .* on CPUs use trainer=ddp_cpu"),
         ("trainer=cpu trainer.precision=16", "trainer.precision=16 needs a GPU"),
         ("trainer=ddp_cpu tune=true", "tune=true measures one process"),
+        ("model.image_size=32", r"model.image_size=32: .* data.image_size=16, .* set data.image_size=32"),
+        ("data.image_size=[8,16] model.image_size=8", r"model.image_size=8: .* data.image_size=\[8, 16\]"),
+        ("model.in_channels=3", "model.in_channels=3: .* data.channels=1, .* set data.channels=3"),
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches: expected a whole number of batches or a share"),
     ],
 )
@@ -52,6 +55,10 @@ def test_refused_by_what_is_to_be_built(overrides, told, compose):
     config = load(compose(*overrides.split()))
     with pytest.raises(VitError, match=told):
         check_model(config)
+
+
+def test_a_size_may_be_said_in_two_ways(compose):
+    assert load(compose("model.image_size=[16,16]")).model.image_size == (16, 16)
 
 
 def test_mixing_needs_two_classes(compose):

@@ -210,6 +210,7 @@ def load_eval(values: Mapping[str, Any]) -> EvalConfig:
 def check(config: Config) -> None:
     """Raise `VitError` on the first contradiction between keys that is known without data or torch."""
     trainer, schedule = config.trainer, config.schedule
+    _follow_data(config)
     limit = trainer.max_seconds
     if trainer.max_epochs is None and trainer.max_steps is None and limit is None:
         raise VitError(
@@ -237,6 +238,22 @@ def check(config: Config) -> None:
         raise VitError("trainer.precision=16 needs a GPU: on a CPU use trainer.precision=32 (or auto)")
     if schedule.name == "wsd" and schedule.cooldown == 0 and schedule.final != 0:
         raise VitError("schedule.final has no effect with schedule.cooldown=0: set schedule.cooldown, such as 0.2")
+
+
+def _follow_data(config: Config) -> None:
+    model, data = config.model, config.data
+    size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size, model.image_size)
+    pairs = (
+        ("image_size", "image_size", size != data.size),
+        ("in_channels", "channels", model.in_channels != data.channels),
+    )
+    for name, key, differs in pairs:
+        if differs:
+            own, theirs = options.show(getattr(model, name)), options.show(getattr(data, key))
+            raise VitError(
+                f"model.{name}={own}: the images come with data.{key}={theirs}, and the model follows them; "
+                f"set data.{key}={own} instead"
+            )
 
 
 def _share_batch(config: Config, processes: int) -> None:
