@@ -88,7 +88,8 @@ class Mapper:
     ) -> Iterator[tuple[Observed, int]]:
         """What the viewer shows of each image that has finite numbers: a batch's observation and the place in it.
 
-        Where a class is asked for it takes the place of the true one.  `faithful` are the methods whose deletion and insertion is measured, on the predicted class.
+        Where a class is asked for it takes the place of the true one.  `faithful` are the methods whose deletion and
+        insertion is measured, on the predicted class.
         """
         for part in self._parts(images, 6):
             with _within_memory(self._device, len(part)):
