@@ -29,6 +29,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes, and this one is longer
         handle, name = tempfile.mkstemp(prefix=f".{start}.", suffix=".part", dir=path.parent)
         os.close(handle)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise VitError(f"cannot write {path}: {error.filename or path.parent} is not a folder") from error
     except OSError as error:
         raise VitError(f"cannot write {path}: {error.strerror or error}") from error
     part = Path(name)

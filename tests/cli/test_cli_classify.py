@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
@@ -194,6 +197,18 @@ def test_output_to_a_device_does_not_replace_the_device(small_bundle, photograph
     assert json.loads(done.stdout)["path"] == str(photographs[0])
 
 
+def test_decoders_add_nothing_to_standard_error(small_bundle, tmp_path):
+    """Pillow logs what it dislikes about a TIFF's samples a pixel; the row says it already."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+    tag = struct.pack("<HHI", 277, 3, 1)  # SamplesPerPixel, one SHORT
+    assert tag + b"\3" in buffer.getvalue()
+    (tmp_path / "odd.tif").write_bytes(buffer.getvalue().replace(tag + b"\3", tag + b"\x91"))
+    done = vit("classify", small_bundle, tmp_path / "odd.tif")
+    assert done.returncode == 1
+    assert done.stderr == b"vit: 1 of 1 inputs could not be used; their rows say why\n"
+
+
 def test_output_that_cannot_be_written(small_bundle, photographs, tmp_path):
     (tmp_path / "file").touch()
     for output in (tmp_path, tmp_path / "file" / "x.csv"):
@@ -201,6 +216,7 @@ def test_output_that_cannot_be_written(small_bundle, photographs, tmp_path):
         assert done.returncode == 2
         assert done.stderr.count(b"\n") == 1
         assert b"cannot write" in done.stderr
+    assert b"file is not a folder" in done.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")

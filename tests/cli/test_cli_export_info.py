@@ -138,6 +138,22 @@ def test_info_prints_in_any_locale(small_bundle):
     assert b"gr\\xf6\\xdfe" in done.stdout
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", [("info",), ("info", "--format", "json"), ("export", "out")])
+def test_a_full_disk_behind_standard_output(small_bundle, tmp_path, arguments):
+    command, *rest = arguments
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vit", command, small_bundle, *rest],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
+    assert done.returncode == 2
+    assert done.stderr == b"vit: cannot write to standard output: No space left on device\n"
+
+
 def test_info_of_damaged_weights(small_bundle, tmp_path):
     (tmp_path / "config.json").write_bytes((small_bundle / "config.json").read_bytes())
     for content in (b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0[]", b'\x0a\0\0\0\0\0\0\0{"a": "b"}'):

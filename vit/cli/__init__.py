@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         close_stdout()
         return 0
+    except OSError as error:
+        # files say themselves that they cannot be written; an error of no file is standard output's
+        if error.filename is not None or os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
+            raise
+        close_stdout()
+        print(f"vit: cannot write to standard output: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import stat
 import warnings
@@ -36,6 +37,7 @@ Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What its readers say about odd metadata is either of no consequence, or followed by an error, which is reported.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python itself would print it, naming no file
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what makes the image upright (EXIF 2.32, tag 0x0112)
