@@ -83,11 +83,22 @@ def tab_address(address: str, state: dict[str, str] | None = None) -> str:
     return f"{address}#" + "&".join(["vit_attention", *own])
 
 
+def inside(page: Page) -> Frame:
+    """The frame that TensorBoard makes for the tab."""
+    node = page.wait_for_selector("iframe[src*=vit_attention]", state="attached", timeout=60_000)
+    frame = node and node.content_frame()
+    assert frame
+    return frame
+
+
 def viewer(page: Page) -> Frame:
-    """The frame of the Attention tab, once a map is there, or a word on why not."""
-    page.wait_for_selector("iframe[src*=vit_attention]", timeout=15_000)
-    frame = next(frame for frame in page.frames if "vit_attention" in frame.url)
-    frame.wait_for_selector(".run .meaning:not(:empty), .run .message:not([hidden]):not(:empty)", timeout=15_000)
+    """The frame of the Attention tab, once there is a map, or a word on why not."""
+    return ready(page.main_frame if "plugin_entry" in page.url else inside(page))
+
+
+def ready(frame: Frame) -> Frame:
+    """`frame` once the viewer in it has drawn what it fetched."""
+    frame.wait_for_selector(".run .meaning:not(:empty), .run .message:not([hidden]):not(:empty)", timeout=60_000)
     frame.wait_for_function("!document.querySelector('.message')?.textContent.startsWith('Fetching')")
     return frame
 

@@ -21,7 +21,8 @@ export function column(name, store, actions) {
   const stage = element("div", {class: "stage"}, map.root, colours.root, message);
   const body = element("div", {class: "body"}, stage, panel.root, answers.root, heads.root);
   const root = element("article", {class: "run", "aria-label": `Run ${name}`},
-    element("header", {}, element("h2", {text: name}), facts), problems, answer, sentence, body);
+    element("header", {}, element("h2", {text: name}), facts), problems, answer, sentence,
+    element("div", {class: "fit"}, body));
   let moment = null, state = null, numbers = null;
 
   function update(now, settings, pointed) {
@@ -55,7 +56,7 @@ export function column(name, store, actions) {
     if (!moment?.image) return;
     const {grid} = moment.info;
     const index = pointed ? samePlace(pointed.index, pointed.grid, grid) : numbers ? brightest(numbers) : 0;
-    map.point(index, Boolean(pointed));
+    map.point(index, Boolean(pointed), Boolean(pointed?.pinned));
     const {pairsStep} = moment;
     const pairs = pairsStep === null || pairsStep === undefined ? null : store.pairs(moment.run, moment.number, pairsStep);
     attempt(panel.root, moment.record, () => panel.update(moment, state, numbers, index, pairs));

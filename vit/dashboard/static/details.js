@@ -6,8 +6,8 @@ import {className, percent, sinks, trust} from "./words.js";
 export function details() {
   const top = element("ol", {class: "top"});
   const verdict = element("p", {class: "verdict"});
-  const deletion = measure("Deletion", "Probability left while the brightest patches are removed first; lower is better.");
-  const insertion = measure("Insertion", "Probability gained while the brightest patches are put in first; higher is better.");
+  const deletion = measure("Deletion", "brightest patches taken away first: lower is better");
+  const insertion = measure("Insertion", "brightest patches put in first: higher is better");
   const measures = element("dl", {class: "measures"}, ...deletion.nodes, ...insertion.nodes);
   const note = element("p", {class: "note"});
   const sink = element("p", {class: "sink"});
@@ -30,7 +30,7 @@ export function details() {
       deletion.update(found.areas.deletion, found.random.deletion);
       insertion.update(found.areas.insertion, found.random.insertion);
     }
-    setText(note, found.note ? `This was ${found.note}.` : "");
+    setText(note, found.note ?? "");
     const soaked = sinks(moment);
     setText(sink, soaked.text);
     sink.classList.toggle("warns", soaked.warns);
@@ -44,14 +44,14 @@ function meter(share) {
 }
 
 // A figure with a bar, and a mark where the random map is.
-function measure(name, meaningOf) {
+function measure(name, rule) {
   const [figure, baseline] = [element("b"), element("span", {class: "baseline"})];
   const fill = element("span", {class: "fill"}), mark = element("span", {class: "mark"});
   const bar = element("span", {class: "meter", "aria-hidden": "true"}, fill, mark);
   return {
-    nodes: [element("dt", {text: name, title: meaningOf}),
+    nodes: [element("dt", {text: name}),
       element("dd", {}, element("span", {class: "figures"}, figure, baseline), bar,
-        element("small", {text: name === "Deletion" ? "lower is better" : "higher is better", title: meaningOf}))],
+        element("small", {text: rule}))],
     update(area, random) {
       setText(figure, area.toFixed(2));
       setText(baseline, ` random ${random.toFixed(2)}`);

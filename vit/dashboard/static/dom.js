@@ -35,10 +35,13 @@ export function keyed(parent, keys, make) {
   });
 }
 
+let identifiers = 0;
+
 // A drop-down list with its label: {root, update(options: [[value, text]], value)}.
 export function choice(label, onchange) {
-  const select = element("select", {onchange: () => onchange(select.value)});
-  const root = element("label", {class: "choice"}, element("span", {text: label}), select);
+  const id = `vit-choice-${++identifiers}`;
+  const select = element("select", {"aria-labelledby": id, onchange: () => onchange(select.value)});
+  const root = element("label", {class: "choice"}, element("span", {id, text: label}), select);
   let shown = "";
   return {root, select, update(options, value) {
     const wanted = JSON.stringify(options);

@@ -91,8 +91,8 @@ export function mainMap(actions) {
     view.root.setAttribute("aria-label",
       `Attention map of ${grid[0]} by ${grid[1]} patches. The arrow keys move from patch to patch.`);
     view.update(image, info, map, state.look, state.opacity);
-  }, point(index, chosen) {
-    [at, pinned] = [index, chosen ? index : null];
+  }, point(index, chosen, stays) {
+    [at, pinned] = [index, stays ? index : null];
     cursor.classList.toggle("chosen", chosen);
     placeOn(cursor, index, grid);
   }};
@@ -110,7 +110,7 @@ export function legend(gradient) {
     if (signed !== map.signed) bar.style.background = gradient(signed = map.signed);
     const top = map.top >= 10 ? Math.round(map.top) : Number(map.top.toFixed(1));
     const texts = map.signed ? [`true class, ${top}×`, "neither", `predicted class, ${top}×`]
-      : ["nothing", "", `${top}× the average patch`];
+      : ["0", "", `${top}× the average patch`];
     ends.forEach((end, i) => setText(end, texts[i]));
   }};
 }

@@ -3,7 +3,7 @@
 
 export const START = {
   runs: [], probe: null, step: null, method: null, layer: null, head: null, fusion: "mean", target: "predicted",
-  look: "overlay", opacity: 0.65, patch: null, mistakes: false, order: "logged",
+  look: "overlay", opacity: 0.55, patch: null, mistakes: false, order: "logged",
 };
 
 export const FUSIONS = ["mean", "max", "min"];

@@ -14,8 +14,8 @@ import {windowHost} from "./host.js";
 const POLL = 6000; // ms
 const URL_PAUSE = 300; // ms; browsers allow only so many changes of the address a minute
 
-const INTRODUCTION = "What a Vision Transformer looks at. It cuts an image into patches, and attention decides which "
-  + "patches count. Move the slider to watch that form over training; point at a patch to see what it looks at.";
+const INTRODUCTION = "What a Vision Transformer looks at: brighter patches count more. Move the slider to watch that form "
+  + "over training; point at a patch to see what it looks at.";
 const EMPTY = "There is no attention in this log yet. Training writes it by itself: run “python train.py”, and point "
   + "TensorBoard at its folder with “tensorboard --logdir runs”. This page looks again every few seconds.";
 
@@ -100,12 +100,14 @@ export function mount(root, source, {url = true, host = windowHost(), poll = fal
   function pin(index, grid) {
     const lead = chosenRuns()[0]?.info?.grid;
     change({patch: index === null || !lead ? null : samePlace(index, grid, lead)}, false);
+    point();
   }
 
   function pointed() {
     const lead = chosenRuns()[0]?.info?.grid;
     if (hovered) return hovered;
-    return state.patch === null || !lead || state.patch >= lead[0] * lead[1] ? null : {index: state.patch, grid: lead};
+    if (state.patch === null || !lead || state.patch >= lead[0] * lead[1]) return null;
+    return {index: state.patch, grid: lead, pinned: true};
   }
 
   function point() {

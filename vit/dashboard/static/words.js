@@ -71,21 +71,21 @@ export function trust(moment, view) {
   if (!areas || !random) return nothing(`Not measured for ${METHOD_NAMES[view.method].toLowerCase()}.`);
   const better = [random.deletion - areas.deletion > NOISE, areas.insertion - random.insertion > NOISE];
   const notes = [];
-  if (found.step !== moment.step) notes.push(`measured at step ${grouped(found.step)}`);
+  if (found.step !== moment.step) notes.push(`at step ${grouped(found.step)}`);
   const {layers} = moment.info;
   if (view.method === "raw" && (clamped(view.layer, layers) < layers - 1 || view.head !== null)) {
-    notes.push("measured for the last layer with all heads");
+    notes.push("for the last layer with all heads");
   } else if (view.method === "rollout" && (clamped(view.layer, layers) < layers - 1 || view.fusion !== "mean")) {
-    notes.push("measured through all layers with the mean of the heads");
+    notes.push("through all layers with the mean of the heads");
   } else if (view.target === "true" && moment.image.label !== moment.answer?.predicted
     && CLASS_SPECIFIC.includes(view.method)) {
-    notes.push("measured for the predicted class");
+    notes.push("for the predicted class");
   }
   const verdicts = {2: "More faithful than random.", 0: "No better than random: do not trust this map."};
   const one = `Better than random by ${better[0] ? "deletion" : "insertion"} only: take this map with care.`;
   const count = Number(better[0]) + Number(better[1]);
   return {verdict: verdicts[count] ?? one, good: count === 2 ? true : count ? null : false, areas, random,
-    note: notes.join("; ")};
+    note: notes.length ? `Measured ${notes.join(", ")}.` : ""};
 }
 
 // {text, warns}: whether a few patches soak up attention for nothing.
@@ -102,7 +102,7 @@ export function sinks(moment) {
 export function patchWords(map, index, columns) {
   const place = `Row ${Math.floor(index / columns) + 1}, column ${index % columns + 1}`;
   const value = map.values[index];
-  if (!map.signed) return `${place}: ${times(value)} the average patch`;
+  if (!map.signed) return `${place}: ${times(value)} the average`;
   if (Math.abs(value) < 0.05) return `${place}: speaks for neither class`;
-  return `${place}: for the ${value > 0 ? "predicted" : "true"} class by ${times(Math.abs(value))} the average patch`;
+  return `${place}: ${times(Math.abs(value))} the average, for the ${value > 0 ? "predicted" : "true"} class`;
 }
