@@ -443,7 +443,22 @@ def test_a_nested_recording_changes_no_logit_in_training(rows):
         torch.manual_seed(5)
         assert torch.equal(model(images), expected)
     for ours, theirs in zip(outer.weights, inner.weights, strict=True):
+        assert ours.shape[2] == (ours.shape[3] if rows == "all" else 1)
         torch.testing.assert_close(ours[:, :, :1], theirs)
+
+
+@both_paths
+@every_pool
+def test_gradients_reach_an_outer_recording_through_an_inner_one(options, gradients):
+    model = build(options)
+    images = images_for(model)
+    with record_attention(model, gradients=True) as alone:
+        expected = torch.autograd.grad(model(images)[:, 1].sum(), alone.weights)
+    with record_attention(model, gradients=True) as outer, record_attention(model, gradients=gradients) as inner:
+        found = torch.autograd.grad(model(images)[:, 1].sum(), outer.weights)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert inner.weights[0].requires_grad == gradients
 
 
 def test_two_models_are_recorded_beside_each_other():
