@@ -49,6 +49,7 @@ class Run:
     quality: float = 1.0
     damaged: tuple[int, ...] = ()  # steps whose record of probe 0 is not readable
     future: tuple[int, ...] = ()  # steps whose record of probe 0 is of version 2
+    version: int = 1
     seed: int = 0
 
     @property
@@ -65,6 +66,7 @@ RUNS = [
     Run("shapes/registers", registers=4, seed=1, steps=(0, 25, 50, 75, 100), pairs=(50, 100)),
     Run("wide", grid=(4, 8), labels=False, per_head=False, probes=3, pairs=()),
     Run("worn", damaged=(40,), future=(60,), probes=2, quality=0.0),
+    Run("next", version=2, probes=1, steps=(0, 10), pairs=()),
     Run(EVIL_RUN, probes=2, steps=(0, 50)),
 ]
 FULL = [
@@ -86,15 +88,15 @@ def write_run(logdir: Path, run: Run, steps: tuple[int, ...] | None = None) -> N
     scenes = [_scene(run, number) for number in range(run.probes)]
     writer = EventFileWriter(str(logdir / run.name))
     if steps is None or run.steps[0] in steps:
-        _add(writer, run.steps[0], tensor(RUN, encode(_run_record(run, scenes))))
+        _add(writer, run.steps[0], tensor(RUN, encode({**_run_record(run, scenes), "v": run.version})))
     for step in run.steps if steps is None else steps:
         progress = (step - run.steps[0]) / max(1, run.steps[-1] - run.steps[0])
         formed = run.quality / (1 + np.exp(-10 * (progress - 0.45)))
         answers = [_answer(run, number, progress) for number in range(run.probes)]
         probes = [_step_probe(run, number, answers[number], formed, step) for number in range(run.probes)]
-        _add(writer, step, tensor(STEPS, encode({"step": step, "probes": probes})))
+        _add(writer, step, tensor(STEPS, encode({"v": run.version, "step": step, "probes": probes})))
         for number, scene in enumerate(scenes):
-            data = encode(_probe_record(run, number, scene, answers[number], formed, step))
+            data = encode({**_probe_record(run, number, scene, answers[number], formed, step), "v": run.version})
             if number == 0 and step in run.damaged:
                 data = data[: len(data) // 2]
             if number == 0 and step in run.future:

@@ -86,7 +86,7 @@ def test_methods_layers_heads_and_fusion(board: str, open_tab: Any) -> None:
         assert tab.parameters()["method"] == method
     tab.choose("Method", "Rollout")
     tab.choose("Through layer", "2")
-    tab.choose("Heads put together by", "largest")
+    tab.choose("Head fusion", "largest")
     assert near(tab.pixels(), colours(unpack(answer["rollout"]["max"])[1], (8, 8)))
     assert "layers 1 to 2 of 4" in tab.text(".meaning")
     tab.choose("Method", "Raw attention")
@@ -209,6 +209,21 @@ def test_damaged_and_newer_records_are_said_and_the_rest_is_shown(board: str, op
     assert tab.text(".meaning").startswith("Brighter patches")
     tab.step(5)
     assert tab.text(".verdict") == "No better than random: do not trust this map."
+
+
+def test_a_run_of_another_version_says_so_beside_one_that_is_shown(board: str, open_tab: Any) -> None:
+    tab = open_tab(board, {"runs": "shapes/first,next", "probe": "1"}, alone=True)
+    assert "format 2" in tab.texts(".problems")[-1]
+    assert tab.frame.get_by_text("Nothing of this run can be shown.").is_visible()
+    assert tab.text(".meaning").startswith("Brighter patches")
+    tab.run("shapes/first", False)
+    assert tab.texts(".run h2") == ["next"]
+    assert "No images." in tab.text(".images")
+
+
+def test_an_image_that_a_run_does_not_have(board: str, open_tab: Any) -> None:
+    tab = open_tab(board, {"runs": "shapes/first,worn", "probe": "4"}, alone=True)
+    assert tab.frame.get_by_text("This run has 2 images: there is no image 5.").is_visible()
 
 
 def test_images_filtered_to_mistakes_and_sorted(board: str, open_tab: Any) -> None:

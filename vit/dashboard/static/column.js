@@ -18,11 +18,11 @@ export function column(name, store, actions) {
   const message = element("p", {class: "message", role: "status"});
   const map = mainMap(actions), colours = legend(gradient);
   const panel = patchPanel(actions), answers = details(), heads = headGrid(actions);
-  const stage = element("div", {class: "stage"}, map.root, colours.root, message);
+  const stage = element("div", {class: "stage"}, map.root, colours.root);
   const body = element("div", {class: "body"}, stage, panel.root, answers.root, heads.root);
   const root = element("article", {class: "run", "aria-label": `Run ${name}`},
     element("header", {}, element("h2", {text: name}), facts), problems, answer, sentence,
-    element("div", {class: "fit"}, body));
+    element("div", {class: "fit"}, message, body));
   let moment = null, state = null, numbers = null;
 
   function update(now, settings, pointed) {
@@ -35,7 +35,7 @@ export function column(name, store, actions) {
     writeAnswer(answer, moment);
     numbers = null;
     let trouble = null;
-    if (!info) trouble = "Nothing of this run can be shown yet.";
+    if (!info) trouble = "Nothing of this run can be shown.";
     else if (!image) trouble = `This run has ${info.probes.length} images: there is no image ${moment.number + 1}.`;
     else if (!record) trouble = moment.loading ? "Fetching the maps…" : "There are no maps of this image.";
     else try { numbers = mapOf(record, info, state); } catch (error) { trouble = `${error.message}.`.replace("..", "."); }
@@ -45,7 +45,7 @@ export function column(name, store, actions) {
     setText(sentence, numbers ? meaning(moment, state, numbers) : "");
     if (!image) return;
     map.update(image, info, numbers, state);
-    colours.update(numbers);
+    colours.update(numbers, info);
     answers.update(moment, state);
     attempt(heads.root, record, () => heads.update(moment, state));
     point(pointed);
@@ -72,9 +72,10 @@ function attempt(part, record, draw) {
   try { draw(); } catch (error) { console.warn("the Attention tab leaves out a part:", error.message); show(part, false); }
 }
 
-function factsOf({info, step}) {
+function factsOf({info, step, run}) {
   const registers = info.prefix > 1 ? ` and ${info.prefix - 1} registers` : "";
-  const at = step === null ? "" : `step ${grouped(step)} · `;
+  const still = step === null || (step === 0 && run.steps.length === 1); // nothing that has steps
+  const at = still ? "" : `step ${grouped(step)} · `;
   return `${at}${info.layers} layers, ${info.heads} ${info.heads === 1 ? "head" : "heads"}, `
     + `${info.grid[0]} × ${info.grid[1]} patches${registers}`;
 }

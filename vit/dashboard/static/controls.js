@@ -3,6 +3,7 @@
 import {choice, element, segments, setText, show} from "./dom.js";
 import {CLASS_SPECIFIC, METHOD_NAMES} from "./maps.js";
 import {headOptions, layerOptions} from "./patchpanel.js";
+import {otherClass} from "./words.js";
 
 const EXPLAINED = {
   relevance: "attention and its gradients through all layers, for one class",
@@ -18,7 +19,7 @@ export function controls(actions) {
     (value) => actions.choose({target: value}));
   const layer = choice("Layer", (value) => actions.choose({layer: value === "" ? null : Number(value)}));
   const head = choice("Head", (value) => actions.choose({head: value === "" ? null : Number(value)}));
-  const fusion = choice("Heads put together by", (value) => actions.choose({fusion: value}));
+  const fusion = choice("Head fusion", (value) => actions.choose({fusion: value}));
   const look = segments("Show", [["overlay", "Overlay"], ["map", "Map"], ["image", "Image"]],
     (value) => actions.choose({look: value}));
   const opacity = element("input", {
@@ -45,7 +46,8 @@ export function controls(actions) {
     const deepest = infos.reduce((a, b) => (b.layers > a.layers ? b : a));
     const widest = infos.reduce((a, b) => (b.heads > a.heads ? b : a));
     show(target.root, CLASS_SPECIFIC.includes(state.method));
-    target.update(state.target, unavailable(columns));
+    const asked = infos.every((info) => Number.isInteger(info.asked));
+    target.update(state.target, unavailable(columns), {true: asked ? "Asked for" : "True"});
     show(layer.root, ["raw", "rollout"].includes(state.method));
     setText(layer.root.firstChild, state.method === "rollout" ? "Through layer" : "Layer");
     layer.update(layerOptions(deepest), state.layer === null || state.layer >= deepest.layers ? "" : String(state.layer));
@@ -61,13 +63,17 @@ export function controls(actions) {
 
 // Targets that no column can show, with the reason.
 function unavailable(columns) {
-  const found = columns.map(({record, image}) => {
-    if (image?.label === null) return "The true class of this image is not known";
-    return record && record.targets[0] === record.targets[1] ? "The predicted class is the true one" : "";
+  const found = columns.map(({record, image, info}) => {
+    if (!hasOther(info, image)) return "The true class of this image is not known";
+    return record && record.targets[0] === record.targets[1] ? `The predicted class is ${otherClass(info)}` : "";
   });
   if (!found.length || found.includes("")) return {};
-  const known = columns.some(({image}) => image?.label !== null);
+  const known = columns.some(({image, info}) => hasOther(info, image));
   return known ? {difference: found[0]} : {true: found[0], difference: found[0]};
+}
+
+function hasOther(info, image) {
+  return Number.isInteger(info?.asked) || image?.label !== null;
 }
 
 // Without https a browser has no clipboard to offer; the old way still works there.

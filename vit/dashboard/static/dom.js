@@ -62,8 +62,9 @@ export function segments(label, options, onchange) {
   });
   const root = element("fieldset", {class: "segments"}, element("legend", {text: label}),
     element("div", {}, ...inputs.map((each) => each.root)));
-  return {root, update(value, disabled = {}) {
+  return {root, update(value, disabled = {}, texts = {}) {
     for (const each of inputs) {
+      if (each.value in texts) setText(each.root.lastChild, texts[each.value]);
       each.input.checked = each.value === value;
       each.input.disabled = each.value in disabled && each.value !== value;
       each.root.title = disabled[each.value] ?? "";

@@ -104,12 +104,12 @@ export function legend(gradient) {
   const ends = ["", "", ""].map((text) => element("span", {text}));
   const root = element("div", {class: "legend"}, bar, element("div", {class: "ends"}, ...ends));
   let signed = null;
-  return {root, update(map) {
+  return {root, update(map, info) {
     show(root, Boolean(map));
     if (!map) return;
     if (signed !== map.signed) bar.style.background = gradient(signed = map.signed);
     const top = map.top >= 10 ? Math.round(map.top) : Number(map.top.toFixed(1));
-    const texts = map.signed ? [`true class, ${top}×`, "neither", `predicted class, ${top}×`]
+    const texts = map.signed ? [`${Number.isInteger(info.asked) ? "asked for" : "true class"}, ${top}×`, "neither", `predicted class, ${top}×`]
       : ["0", "", `${top}× the average patch`];
     ends.forEach((end, i) => setText(end, texts[i]));
   }};

@@ -19,7 +19,7 @@ export function patchPanel(actions) {
 
   return {root, update(moment, state, map, index, pairs) {
     const {info, image} = moment;
-    setText(where, map ? patchWords(map, index, info.grid[1]) : "");
+    setText(where, map ? patchWords(map, index, info) : "");
     const record = pairs?.record;
     show(pictures, Boolean(record));
     show(choices, Boolean(record));

@@ -14,8 +14,9 @@ import {windowHost} from "./host.js";
 const POLL = 6000; // ms
 const URL_PAUSE = 300; // ms; browsers allow only so many changes of the address a minute
 
-const INTRODUCTION = "What a Vision Transformer looks at: brighter patches count more. Move the slider to watch that form "
-  + "over training; point at a patch to see what it looks at.";
+const INTRODUCTION = "What a Vision Transformer looks at: brighter patches count more. Point at a patch to see what it looks "
+  + "at.";
+const FORMING = " Move the slider to watch that form over training.";
 const EMPTY = "There is no attention in this log yet. Training writes it by itself: run “python train.py”, and point "
   + "TensorBoard at its folder with “tensorboard --logdir runs”. This page looks again every few seconds.";
 
@@ -37,10 +38,11 @@ export function mount(root, source, {url = true, host = windowHost(), poll = fal
   const columns = element("div", {class: "columns"});
   const failure = element("p", {class: "failure", role: "alert", hidden: true});
   const empty = element("p", {class: "empty", role: "status", text: "Reading the log…"});
+  const introduction = element("p", {text: INTRODUCTION});
   const main = element("main", {}, bar.root, time.root, columns);
   const frame = element("div", {class: "frame"}, side.root, main);
   const page = element("div", {class: "vit-viewer"},
-    element("header", {class: "page"}, element("h1", {text: "Attention"}), element("p", {text: INTRODUCTION})),
+    element("header", {class: "page"}, element("h1", {text: "Attention"}), introduction),
     failure, empty, frame);
   root.append(page);
   dress();
@@ -131,6 +133,7 @@ export function mount(root, source, {url = true, host = windowHost(), poll = fal
     side.update(store.runs, runs, view, view.probe);
     bar.update(runs, view, moments);
     time.update(stepsOf(runs), view.step);
+    setText(introduction, INTRODUCTION + (stepsOf(runs).length > 1 ? FORMING : ""));
     shownColumns = keyed(columns, view.runs, (name) => column(name, store, actions));
     columns.classList.toggle("several", runs.length > 1);
     const now = pointed();

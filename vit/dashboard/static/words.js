@@ -23,6 +23,12 @@ export function className(info, index) {
   return info.classes[index] ?? `class ${index}`;
 }
 
+// What the class is that maps of class-specific methods have beside the predicted one.  `vit explain --target` asks for
+// a class of its own, where the true one is not known.
+export function otherClass(info) {
+  return Number.isInteger(info?.asked) ? "the class asked for" : "the true class";
+}
+
 // One sentence on what the map shows.
 export function meaning(moment, view, map) {
   const {info, record} = moment;
@@ -42,11 +48,12 @@ export function meaning(moment, view, map) {
   const [predicted, label] = record.targets;
   if (view.target === "difference" && map.signed) {
     return `Red patches speak for “${className(info, predicted)}”, which the model predicts,`
-      + ` blue ones for “${className(info, label)}”, the true class; grey ones for neither.`;
+      + ` blue ones for “${className(info, label)}”, ${otherClass(info)}; grey ones for neither.`;
   }
   const isTrue = view.target === "true" && label !== null;
   const name = className(info, isTrue ? label : predicted);
-  const role = label === predicted ? "predicted, and true" : isTrue ? "the true class" : "predicted";
+  const other = Number.isInteger(info.asked) ? "asked for" : "true";
+  const role = label === predicted ? `predicted, and ${other}` : isTrue ? otherClass(info) : "predicted";
   const how = {
     relevance: `through ${all}`,
     gradient_rollout: `along the attention paths through ${all} that raise its score`,
@@ -99,10 +106,11 @@ export function sinks(moment) {
     + ` patches, so it may say little about what is there.${odd}`};
 }
 
-export function patchWords(map, index, columns) {
+export function patchWords(map, index, info) {
+  const columns = info.grid[1];
   const place = `Row ${Math.floor(index / columns) + 1}, column ${index % columns + 1}`;
   const value = map.values[index];
   if (!map.signed) return `${place}: ${times(value)} the average`;
   if (Math.abs(value) < 0.05) return `${place}: speaks for neither class`;
-  return `${place}: ${times(Math.abs(value))} the average, for the ${value > 0 ? "predicted" : "true"} class`;
+  return `${place}: ${times(Math.abs(value))} the average, for ${value > 0 ? "the predicted class" : otherClass(info)}`;
 }
