@@ -15,7 +15,7 @@ export function patchPanel(actions) {
   const note = element("p", {class: "note"});
   const choices = element("div", {class: "row"}, layer.root, head.root);
   const root = element("section", {class: "patch-panel"},
-    element("h3", {text: "Patch under the cursor"}), where, pictures, choices, note);
+    element("h3", {text: "At the cursor"}), where, pictures, choices, note);
 
   return {root, update(moment, state, map, index, pairs) {
     const {info, image} = moment;
