@@ -19,7 +19,7 @@ from vit.explain.colours import INFERNO
 LEAST_TOP = 3.0
 """The brightest colour stands for at least this many times the average patch."""
 
-OPACITY = 0.65
+OPACITY = 0.55
 _SMALLEST = 224
 _GAP, _LINE = 8, 16
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
