@@ -208,7 +208,9 @@ def light_entries() -> list[tuple[str, set[str]]]:
         "vit.training.app": HEAVY - {"hydra", "omegaconf"},
     }
     entries |= {"vit.model": HEAVY - {"torch"} | {"PIL", "rich"}, "vit.evaluation.metrics": HEAVY}
-    entries |= {"vit.pretrained": HEAVY - {"torch"}, "vit.dashboard": {"torch", "lightning"}}
+    entries |= {"vit.pretrained": HEAVY - {"torch"}}
+    # TensorBoard loads these: its start must not wait for torch, nor need it
+    entries |= {name: HEAVY - {"tensorboard"} | {"PIL"} for name in MODULES if name.startswith("vit.dashboard")}
     return [(name, without) for name, without in entries.items() if name in MODULES]
 
 

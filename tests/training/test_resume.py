@@ -48,6 +48,13 @@ def test_a_group_replaces_the_whole_group(run_folder):
     assert values["data"]["name"] == "cifar10"
 
 
+def test_a_key_that_is_newer_than_the_run_has_its_default(run_folder):
+    newer = {**DEFAULTS, "optim": {**DEFAULTS["optim"], "clip": None}, "logging": {"every": 10}}
+    values = configuration({**newer, "resume": str(run_folder)}, [])
+    assert values["optim"] == {"name": "adamw", "lr": 1e-4, "clip": None}
+    assert values["logging"] == {"every": 10}
+
+
 @pytest.mark.parametrize("override", ["experiment=cifar10", "debug=fast"])
 def test_another_recipe_is_refused(run_folder, override):
     with pytest.raises(VitError, match="leave out"):

@@ -30,6 +30,7 @@ from vit.dashboard.summary import blob, tensor
 from vit.data.augment import normalise
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing
+from vit.data.resident import free_memory
 from vit.explain.records import run_info
 from vit.training import attention_pictures, pictures
 from vit.training.budget import Budget
@@ -42,7 +43,7 @@ log = logging.getLogger("vit")
 _MAPS_SHARE, _FAITHFULNESS_SHARE = 0.012, 0.005  # of the time
 _LEAST = 0.25  # seconds for faithfulness, at the end, even where that is more than its share
 _PERTURBATIONS = 8
-_PICTURES, _PICTURED = 10, 8  # TensorBoard keeps ten steps of a picture; and the images in one
+_PICTURES, _PICTURED = 7, 8  # steps that have pictures, and images in one
 _HEADS = 3  # images whose every head is drawn
 _FLUSH_EVERY = 5.0
 
@@ -135,9 +136,10 @@ class AttentionLog(L.Callback):
             return None
         info = run_info(module.kept, self.data.class_names, self.data.name)
         self._grid = tuple(info["grid"])
-        self._plan = plan(len(probes), info["layers"], info["heads"], math.prod(self._grid), info["prefix"])
+        memory = (free_memory(module.device) or math.inf) / 4
+        self._plan = plan(len(probes), info["layers"], info["heads"], math.prod(self._grid), info["prefix"], memory)
         if not self._plan.steps:
-            log.info("attention is not logged: that of one image alone takes more memory than is set aside for it")
+            log.info("attention is not logged: that of one image alone takes more than a quarter of the free memory")
             return None
         if self._plan.pairs_images < len(probes):
             kept = f"{self._plan.pairs_images} of {len(probes)} images" if self._plan.pairs_images else "no image"

@@ -218,7 +218,7 @@ def _validation_metrics(classes: int) -> nn.ModuleDict:
     # torchmetrics' multi-class metrics start at two classes; one output is always right, but still has a loss
     k = max(2, classes)
     accuracy = {
-        f"top{n}": MulticlassAccuracy(k, top_k=min(n, k), average="micro", validate_args=False) for n in (1, 5)
+        f"top{n}": MulticlassAccuracy(k, top_k=min(n, classes), average="micro", validate_args=False) for n in (1, 5)
     }
     confusion = MulticlassConfusionMatrix(k, validate_args=False)
     return nn.ModuleDict({"loss": MeanMetric(), "confusion": confusion, **accuracy})

@@ -7,13 +7,14 @@ The sizes, with n images, L layers, H heads, P patches and N tokens; a number is
   them 24.5 MB.  A larger model gets fewer steps, so that all of them stay under 26 MB.
 - pairs: `n L H N^2`, or `n L N^2` for the mean over heads.  Ti/16: 7.5 MB for the mean; so twice, 15 MB, in the
   allowance of 16 MB.  Where all images do not fit once, those that do are kept; at 518 pixels not one does.
-- the images themselves, once, at most 256 pixels a side: under 3 MB; pictures for the image tab, ten times: 5 to 9 MB.
+- the images themselves, once, at most 256 pixels a side: under 3 MB; pictures for the image tab, seven times: 6 MB.
 
-Together under 50 MB, with what compression takes off (a fifth) in hand.
+Together 49 MB where nothing can be compressed; real attention and photographs can.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ from vit.explain.records import Observed, observe
 MOST_STEPS, MOST_PAIRS = 100, 10
 _STEPS_BYTES, _PAIRS_BYTES, _PER_HEAD_BYTES = 26_000_000, 16_000_000, 2_000_000
 _LARGEST_PAIRS = 5_600_000  # of one image: beyond, a page would wait for it
-_CHUNK_BYTES, _IMAGE_BYTES = 256 * 2**20, 2**31
+_CHUNK_BYTES = 256 * 2**20
 _COPIES = 4  # weights, their gradients, and what the graph keeps
 _CURVES = 4  # layers that have curves of their own
 
@@ -57,8 +58,11 @@ class Plan:
     chunk: int
 
 
-def plan(images: int, layers: int, heads: int, patches: int, prefix: int) -> Plan:
-    """Fit what is kept into its allowance; the module's docstring has the arithmetic."""
+def plan(images: int, layers: int, heads: int, patches: int, prefix: int, memory: float = math.inf) -> Plan:
+    """Fit what is kept into its allowance; the module's docstring has the arithmetic.
+
+    `memory`: bytes that explaining may take while it runs.
+    """
     tokens = prefix + patches
     mean = layers * tokens**2
     one = 4 * _COPIES * mean * heads  # bytes of explaining one image
@@ -67,7 +71,7 @@ def plan(images: int, layers: int, heads: int, patches: int, prefix: int) -> Pla
     pairs = mean * (heads if per_head else 1)
     kept = 0 if pairs > _LARGEST_PAIRS else min(images, _PAIRS_BYTES // pairs)
     return Plan(
-        steps=max(2, min(MOST_STEPS, _STEPS_BYTES // step)) if one <= _IMAGE_BYTES else 0,
+        steps=max(2, min(MOST_STEPS, _STEPS_BYTES // step)) if one <= memory else 0,
         pairs=min(MOST_PAIRS, _PAIRS_BYTES // (pairs * kept)) if kept else 0,
         pairs_images=kept,
         per_head=per_head,

@@ -55,7 +55,17 @@ def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         if key in ("experiment", "debug"):
             raise VitError(f"resume= goes on with the run's own configuration: leave out {override}")
         _copy(values, saved, key.split("."))
+    _fill(saved, values)
     return saved
+
+
+def _fill(saved: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Give keys that a run's configuration does not have, since it is older than they are, their defaults."""
+    for key, value in values.items():
+        if key not in saved:
+            saved[key] = copy.deepcopy(value)
+        elif isinstance(saved[key], dict) and isinstance(value, Mapping):
+            _fill(saved[key], value)
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], keys: list[str]) -> None:
