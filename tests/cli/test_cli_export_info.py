@@ -79,10 +79,10 @@ def test_export_never_writes_over_other_things(checkpoint, tmp_path, output, mes
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "folder.onnx", "photos"]
 
 
-def test_export_of_an_onnx_file_is_refused(small_bundle, tmp_path):
-    done = vit("export", small_bundle / "model.onnx", tmp_path / "bundle")
-    assert done.returncode == 2
-    assert b"holds no torch model" in done.stderr
+def test_an_onnx_file_becomes_a_bundle_again(small_bundle, tmp_path):
+    assert vit("export", small_bundle / "model.onnx", tmp_path / "bundle").returncode == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "bundle" / name).read_bytes() == (small_bundle / name).read_bytes()
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):

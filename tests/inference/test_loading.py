@@ -55,8 +55,7 @@ def test_a_bundle_of_one_kind_of_weights(small_bundle, tmp_path):
     assert load(tmp_path / "b", device="cpu").backend == "onnx"
     with pytest.raises(VitError, match=r"has no model\.onnx"):
         load(tmp_path / "a", backend="onnx")
-    with pytest.raises(VitError, match=r"model\.safetensors"):
-        load(tmp_path / "b", backend="torch")
+    assert load(tmp_path / "b", backend="torch").backend == "torch"
     (tmp_path / "b" / "model.onnx").unlink()
     with pytest.raises(VitError, match="its weights are missing"):
         load(tmp_path / "b")
@@ -71,11 +70,26 @@ def test_all_forms_answer_alike(small_bundle, checkpoint, photographs):
     assert labels[0] == labels[1] == labels[2]
 
 
-def test_what_an_onnx_file_cannot_do(small_bundle):
-    with pytest.raises(VitError, match="torch cannot run"):
-        load(small_bundle / "model.onnx", backend="torch")
-    with pytest.raises(VitError, match="no torch model"):
-        load_torch(small_bundle / "model.onnx")
+def test_an_onnx_file_is_a_whole_model_for_torch_too(small_bundle, photographs):
+    model, description = load_torch(small_bundle / "model.onnx")
+    twin, told = load_torch(small_bundle)
+    assert description == told
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in twin.state_dict().items())
+    ours, theirs = (load(small_bundle / "model.onnx", backend=name) for name in ("torch", "onnx"))
+    assert (ours.backend, theirs.backend) == ("torch", "onnx")
+    pairs = zip(ours.classify(photographs), theirs.classify(photographs), strict=True)
+    assert all(a.label == b.label and abs(a.probability - b.probability) < 1e-4 for a, b in pairs)
+
+
+def test_a_bundle_without_safetensors_gives_torch_the_weights_of_its_onnx_file(small_bundle, tmp_path):
+    shutil.copytree(small_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors"))
+    model, _ = load_torch(tmp_path / "b")
+    twin, _ = load_torch(small_bundle)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in twin.state_dict().items())
+
+
+def test_the_onnx_backend_runs_on_the_cpu_alone(small_bundle):
     with pytest.raises(VitError, match="runs on the CPU"):
         load(small_bundle, device="cuda", backend="onnx")
 

@@ -82,8 +82,6 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise VitError(f"batch_size={batch_size}: expected at least 1")
     scorer, description, where = _load(model, device)
-    if faithfulness and isinstance(scorer, Classifier):
-        raise VitError(f"faithfulness=true: {os.fspath(model)} is an ONNX file, which holds no attention: give the run")
     config = data_config(description, data)
     opened = open_data(config, description.class_names)
     chosen = opened.splits[split]
@@ -106,10 +104,12 @@ def evaluate(
     measured = None
     if faithfulness:
         from vit.evaluation.faithful import measure_faithfulness
+        from vit.inference.loading import load_torch
 
-        assert not isinstance(scorer, Classifier)
+        # of an ONNX file the weights, since its graph does not give its attention away
+        network = load_torch(model, device=device)[0] if isinstance(scorer, Classifier) else scorer
         measured = measure_faithfulness(
-            scorer, chosen, description.preprocessing, images=faithfulness, temperature=temperature
+            network, chosen, description.preprocessing, images=faithfulness, temperature=temperature
         )
     before, after = (reliability(outcomes(logits, labels, t)) for t in (1.0, temperature))
     mistakes = find_mistakes(logits, labels, temperature)

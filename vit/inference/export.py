@@ -1,7 +1,8 @@
 """A model as one ONNX file that runs anywhere and describes itself.
 
 Input `image` float32 (B, C, H, W), normalised; output `logits` float32 (B, K); B is free.  The file's metadata entry
-`vit` is the model's `Description` as JSON, so class names, preprocessing and temperature need no second file.
+`vit` is the model's `Description` as JSON, so class names, preprocessing and temperature need no second file; entry
+`vit_weights` says where each parameter is, so torch can have the model back (`vit.inference.onnx_weights`).
 
 Notable
 - Exporter: torch's tracer (`dynamo=False`), with its newer one (`dynamo=True`) only where a future torch has dropped
@@ -33,6 +34,7 @@ from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
 from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, open_session
+from vit.inference.onnx_weights import TABLE_KEY, index
 
 if TYPE_CHECKING:
     from vit.model import VisionTransformer
@@ -65,7 +67,8 @@ def export_onnx(path: str | os.PathLike[str], model: VisionTransformer, descript
     images = torch.randn(3, channels, height, width, generator=generator)
     with atomic_write(path) as part, torch.inference_mode(False):
         message = _trace(twin, images[:2])
-        _describe(message, description)
+        state = {key: value.numpy() for key, value in twin.state_dict().items()}
+        _describe(message, description, index(message, state))
         part.write_bytes(message.SerializeToString())
         with torch.no_grad():
             expected = twin(images).numpy()
@@ -123,9 +126,10 @@ def trace(model: VisionTransformer, images: Any, *, dynamo: bool) -> Any:
     return message
 
 
-def _describe(message: Any, description: Description) -> None:
-    entry = message.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, description.to_json()
+def _describe(message: Any, description: Description, table: str) -> None:
+    for key, value in ((METADATA_KEY, description.to_json()), (TABLE_KEY, table)):
+        entry = message.metadata_props.add()
+        entry.key, entry.value = key, value
     message.producer_name = "vit"
 
 

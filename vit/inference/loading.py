@@ -87,16 +87,10 @@ def load(model: str | os.PathLike[str], *, device: str = "auto", backend: str = 
     if backend == "onnx" and device not in ("auto", "cpu"):
         raise VitError(f"the onnx backend runs on the CPU, not on {device!r}: use device cpu, or backend torch")
     found = locate(model)
-    if backend == "torch" and found.kind == "onnx":
-        raise VitError(
-            f"{printable(found.path)} is an ONNX file, which torch cannot run: give the bundle or the checkpoint"
-        )
     if backend == "onnx" and found.onnx is None:
         raise VitError(f"{printable(found.path)} has no {ONNX}: `vit export` writes one; or use backend torch")
-    wants_cpu = device == "cpu" or (device == "auto" and not _gpu_here())
-    if found.onnx is not None and (backend == "onnx" or found.kind == "onnx" or (backend == "auto" and wants_cpu)):
-        if device not in ("auto", "cpu"):
-            raise VitError(f"{printable(found.path)} is an ONNX file, which runs on the CPU here, not on {device!r}")
+    wants_cpu = device == "cpu" or (device == "auto" and (found.kind == "onnx" or not _gpu_here()))
+    if found.onnx is not None and (backend == "onnx" or (backend == "auto" and wants_cpu)):
         from vit.inference.onnx_backend import OnnxBackend
 
         return Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
@@ -106,26 +100,30 @@ def load(model: str | os.PathLike[str], *, device: str = "auto", backend: str = 
 
 
 def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[VisionTransformer, Description]:
-    """The torch module of any MODEL but an ONNX file, in evaluation mode on `device`, and its description.
+    """The torch module of any MODEL, in evaluation mode on `device`, and its description.
 
     Raises `VitError` when the model cannot be read or the device is not there.
     """
     found = locate(model)
-    if found.bundle is None and found.checkpoint is None:
-        raise VitError(
-            f"{printable(found.path)} is an ONNX file, which holds no torch model: give the bundle or checkpoint"
-        )
     from vit.inference.torch_backend import resolve_device
     from vit.inference.weights import build, load_checkpoint, load_safetensors
 
     place = resolve_device(device)
-    if found.bundle is not None:
+    source: Path
+    if found.bundle is not None and (found.bundle / WEIGHTS).is_file():
         description, source = read_bundle(found.bundle), found.bundle / WEIGHTS
         weights = load_safetensors(source)
-    else:
-        assert found.checkpoint is not None
+    elif found.checkpoint is not None:
         source = found.checkpoint
         weights, description = load_checkpoint(source)
+    else:
+        from vit.inference.onnx_weights import load_onnx
+
+        assert found.onnx is not None
+        source = found.onnx
+        weights, description = load_onnx(source)
+        if found.bundle is not None:
+            description = read_bundle(found.bundle)
     return build(description, weights, source).to(place), description
 
 
