@@ -656,3 +656,29 @@ def test_the_page_opens_in_a_browser_and_names_stay_text(browser, photographs, t
     assert page.title() == f"vit explain: {tmp_path / EVIL}"
     assert trouble == []
     page.close()
+
+
+def test_the_page_shows_a_class_that_was_asked_for(browser, photographs, tmp_path):
+    model = bundle(tmp_path / "model")
+    out = tmp_path / "maps"
+    arguments = ["--method", "relevance", "--target", EVIL, "--output", str(out)]
+    assert main(["explain", str(model), *map(str, photographs[:3]), *arguments]) == 0
+    run = records_of(out / "index.html")
+    assert run["info"]["asked"] == 2
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.goto((out / "index.html").as_uri())
+    page.locator(".meaning:not(:empty)").wait_for()
+    assert f"for the class “{EVIL}” (" in page.locator(".meaning").inner_text()
+    assert "asked for" in page.locator(".meaning").inner_text()
+    assert "slider" not in page.inner_text("body")
+    assert "true class" not in page.inner_text("article").lower()
+    wrong = next(i for i, step in enumerate(run["steps"][0]["probes"]) if step["predicted"] != 2)
+    page.locator(".thumb").nth(wrong).click()
+    page.get_by_text("Difference").click()
+    page.wait_for_function("document.querySelector('.meaning').textContent.includes('speak for')")
+    assert f"blue ones for “{EVIL}”, the class asked for" in page.locator(".meaning").inner_text()
+    assert trouble == []
+    page.close()
