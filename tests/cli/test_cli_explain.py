@@ -677,7 +677,7 @@ def test_the_page_shows_a_class_that_was_asked_for(browser, photographs, tmp_pat
     assert "true class" not in page.inner_text("article").lower()
     wrong = next(i for i, step in enumerate(run["steps"][0]["probes"]) if step["predicted"] != 2)
     page.locator(".thumb").nth(wrong).click()
-    page.get_by_text("Difference").click()
+    page.get_by_role("radio", name="Difference").check()
     page.wait_for_function("document.querySelector('.meaning').textContent.includes('speak for')")
     assert f"blue ones for “{EVIL}”, the class asked for" in page.locator(".meaning").inner_text()
     assert trouble == []
