@@ -14,7 +14,8 @@ Standard library and NumPy only.
 Records, by tag (`NN` is the number of the probe image, two digits or more):
 
 `attention/run`       once: classes, grid, image, patch, prefix, layers, heads, readout, and the probes, each with
-                      its image (PNG, base64), label and name
+                      its image (PNG, base64), label and name; `asked`, a class, where `vit explain --target` puts
+                      that one in the place of the true one
 `attention/steps`     every step: of each probe the prediction, faithfulness, sinks
 `attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`
 `attention/pairs/NN`  some steps: every patch's attention to every other: `pairs_record`; a blob sequence of one
