@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -133,6 +134,11 @@ def test_all_that_is_promised_is_there(small: ModuleType, tmp_path: Path, always
         assert all(math.isfinite(each.value) for each in board.Scalars(tag))
     drawn = {tag for tag in board.Tags()["images"] if tag.startswith("attention/")}
     assert drawn == {"attention/rollout", "attention/relevance", *(f"attention/heads/0{i}" for i in range(3))}
+    page = (Path(__file__).parents[2] / "docs" / "tensorboard.md").read_text("utf-8")
+    said = [tag.replace("NN", r"\d\d") for tag in re.findall(r"`(attention/[\w/]+)`", page)]
+    assert len(said) > 6
+    assert all(any(re.fullmatch(each, tag) for tag in tags | drawn) for each in said)
+    assert all(any(re.fullmatch(each, tag) for each in said) for tag in tags | drawn)
     for tag in drawn:
         at = [each.step for each in board.Images(tag)]
         assert (at[0], at[-1]) == (0, 24)

@@ -31,9 +31,13 @@ def _run(record: Mapping[str, Any]) -> None:
     _need(record, layers=_positive, heads=_positive, readout=_text, methods=_all(_text), probes=_all(_object))
     for i, probe in enumerate(record["probes"]):
         _need(probe, f"probes[{i}].", name=_text, png=_base64)
-        label = probe.get("label")
-        if label is not None and not (_count(label) and label < len(record["classes"])):
-            raise RecordError(f"the record is damaged: probes[{i}].label")
+        _class_of(record, probe.get("label"), f"probes[{i}].label")
+    _class_of(record, record.get("asked"), "asked")
+
+
+def _class_of(record: Mapping[str, Any], label: Any, place: str) -> None:
+    if label is not None and not (_count(label) and label < len(record["classes"])):
+        raise RecordError(f"the record is damaged: {place}")
 
 
 def _steps(record: Mapping[str, Any]) -> None:

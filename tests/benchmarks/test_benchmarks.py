@@ -1,0 +1,52 @@
+"""The benchmarks run, at a size that takes seconds, and write down what they say they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def test_names_are_listed() -> None:
+    assert "recording" in call("--help").stdout
+    wrong = call("recoding")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "recording" in wrong.stderr
+
+
+def test_recording(tmp_path: Path) -> None:
+    options = ["--sizes", "nano", "--image-size", "32", "--batch-size", "2", "--rounds", "3"]
+    done = call("recording", *options, "--json", str(tmp_path / "r.json"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| nano/16 at 32, batch 2 +\|.*%.*\|$", done.stdout, re.MULTILINE)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["machine"]["torch"]
+    assert written["command"].startswith("python -m benchmarks recording --sizes nano")
+    assert {name: len(each) for name, each in written["figures"]["nano"].items()} == dict.fromkeys(
+        ("forward", "recorded", "recorded_row", "rollout"), 3
+    )
+
+
+@pytest.mark.slow
+def test_logging(tmp_path: Path) -> None:
+    small = ["--set", "data.max_images=128", "--set", "trainer.max_epochs=3", "--set", "trainer.threads=1"]
+    done = call("logging", "--cases", "digits", "--rounds", "1", *small, "--json", str(tmp_path / "l.json"))
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "l.json").read_text())["figures"]["digits"]
+    (with_,), (without,) = figures["with"], figures["without"]
+    assert with_["steps"] >= 2
+    assert without["steps"] == 0
+    assert 0 < with_["attention_seconds"] < with_["seconds"]
