@@ -339,3 +339,11 @@ def formulas(model: VisionTransformer) -> Model:
     """The same model in NumPy."""
     state = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
     return Model(state, model.architecture)
+
+
+def assert_maps(maps: torch.Tensor, B: int, grid: tuple[int, int]) -> None:
+    assert maps.shape == (B, *grid)
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
+    assert (maps >= 0).all()
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(B))

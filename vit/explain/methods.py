@@ -220,12 +220,9 @@ def rollout(
     if not len(weights):
         raise VitError("rollout: there are no weights")
     B, N = weights[0].shape[0], weights[0].shape[-1]
-    for each in weights:
-        if each.ndim != 4 or (each.shape[0], *each.shape[2:]) != (B, N, N):
-            raise VitError(
-                f"rollout: expected weights (B, H, N, N), all rows of every layer, not {tuple(each.shape)}; "
-                "record with rows='all'"
-            )
+    for shape in (each.shape for each in weights):
+        if len(shape) != 4 or (shape[0], *shape[2:]) != (B, N, N):
+            raise VitError(f"rollout: expected all rows of every layer, (B, H, N, N), not {tuple(shape)}")
     row = _start(readout, B, N, prefix_tokens, weights[0])
     return _map(_roll(weights, row, prefix_tokens, fusion, discard), prefix_tokens, grid)
 
@@ -246,8 +243,7 @@ def _start(readout: Tensor | None, B: int, N: int, prefix: int, like: Tensor) ->
     if readout is None:
         readout = like.new_zeros(B, N)
         readout[:, slice(0, 1) if prefix else slice(None)] = 1
-    readout = readout.to(like)
-    readout = readout.mean(dim=1) if readout.ndim == 3 else readout
+    readout = (readout.mean(dim=1, dtype=like.dtype) if readout.ndim == 3 else readout).to(like)
     if readout.shape != (B, N):
         raise VitError(f"readout: expected a weight for each of {N} tokens of {B} images, not {tuple(readout.shape)}")
     return readout / readout.sum(dim=1, keepdim=True)
