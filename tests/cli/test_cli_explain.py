@@ -391,8 +391,6 @@ def test_the_methods_of_the_command_are_those_there_are():
         (["MODEL", "PHOTO", "--output", "file"], "file: it is not a folder"),
         (["MODEL", "PHOTO", "--output", "file/maps"], "cannot write file/maps"),
         (["MODEL", "PHOTO", "--output", ""], "is empty"),
-        (["ONNX", "PHOTO", "--output", "maps"], "only an ONNX file"),
-        (["LIGHT", "PHOTO", "--output", "maps"], "only an ONNX file"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_2(
@@ -401,12 +399,7 @@ def test_a_wrong_call_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hollow").mkdir()
     (tmp_path / "file").touch()
-    shutil.copytree(small_bundle, tmp_path / "light")
-    (tmp_path / "light" / "model.safetensors").unlink()
-    words = {"MODEL": small_bundle, "PHOTO": photographs[0], "ONNX": small_bundle / "model.onnx", "LIGHT": "light"}
-    if "ONNX" in arguments:
-        shutil.copy(small_bundle / "model.onnx", tmp_path / "x.onnx")
-        words["ONNX"] = "x.onnx"
+    words = {"MODEL": small_bundle, "PHOTO": photographs[0]}
     assert here("explain", *(words.get(word, word) for word in arguments)) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -599,13 +592,19 @@ def test_classify_leaves_its_earlier_overlays_as_they_are(small_bundle, photogra
     assert sorted(os.listdir(tmp_path)) == ["00.jpg", "00.png"]
 
 
-def test_classify_explain_needs_weights(small_bundle, photographs, tmp_path, capsys):
+def test_an_onnx_file_is_explained_as_the_bundle_is(small_bundle, photographs, tmp_path, capsys):
     shutil.copy(small_bundle / "model.onnx", tmp_path / "x.onnx")
-    assert here("classify", tmp_path / "x.onnx", photographs[0], "--explain", tmp_path / "maps") == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert "only an ONNX file" in said.err
-    assert said.err.count("\n") == 1
+    shutil.copytree(small_bundle, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, model in (("a", small_bundle), ("b", tmp_path / "x.onnx"), ("c", tmp_path / "light")):
+        assert here("explain", model, photographs[0], "--output", tmp_path / name, "--save-maps") == 0
+    a, b, c = (np.load(tmp_path / name / "00.npz")["map"] for name in "abc")
+    assert np.array_equal(a, b)
+    assert np.array_equal(a, c)
+    assert here("classify", tmp_path / "x.onnx", photographs[0], "--explain", tmp_path / "d") == 0
+    assert (tmp_path / "d" / "00.png").read_bytes() == (tmp_path / "a" / "00.png").read_bytes()
+
+
+def test_classify_explains_into_folders_only(small_bundle, photographs, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert here("classify", small_bundle, photographs[0], "--explain", tmp_path / "file") == 2
     assert "not a folder" in capsys.readouterr().err

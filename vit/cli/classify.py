@@ -13,7 +13,7 @@ from vit.cli import close_stdout
 from vit.cli.output import FORMATS, formatter, open_output
 from vit.errors import VitError
 from vit.inference.classifier import Prepared
-from vit.inference.loading import load
+from vit.inference.loading import load, load_torch
 from vit.inference.sources import paths
 
 
@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _explainer(arguments: argparse.Namespace) -> Callable[[Sequence[Prepared]], None]:
     """What writes overlays of a batch into the folder of --explain.  Imports torch; rows come from where they would."""
-    from vit.cli.maps import Folder, torch_model
+    from vit.cli.maps import Folder
 
     folder = Folder(arguments.explain)
-    model, description = torch_model(arguments.model, arguments.device)
+    model, description = load_torch(arguments.model, device=arguments.device)
     from vit.explain.maps import Mapper
 
     mapper = Mapper(model, description.preprocessing)

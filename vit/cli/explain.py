@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from vit.cli import close_stdout
 from vit.cli.classify import progress
-from vit.cli.maps import Folder, class_index, torch_model
+from vit.cli.maps import Folder, class_index
 from vit.cli.viewer import NAME, Viewer, is_page
 from vit.data.decode import printable
 from vit.errors import VitError
 from vit.inference.classifier import NO_NUMBER, Classifier, Prepared
+from vit.inference.loading import load_torch
 from vit.inference.sources import paths
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Folder(arguments.output)
     if arguments.index:
         folder.own(folder.path / NAME, is_page)  # before the work
-    model, description = torch_model(arguments.model, arguments.device)
+    model, description = load_torch(arguments.model, device=arguments.device)
     from vit.explain.maps import Mapper
     from vit.inference.torch_backend import TorchBackend
 

@@ -9,29 +9,14 @@ from typing import TYPE_CHECKING
 
 from vit.data.decode import printable
 from vit.errors import VitError, nearest
-from vit.inference.bundle import WEIGHTS
-from vit.inference.loading import load_torch, locate
 
 if TYPE_CHECKING:
     import numpy as np
 
     from vit.explain.maps import Mapped
-    from vit.inference.description import Description
     from vit.inference.sources import Item
-    from vit.model import VisionTransformer
 
 _LONGEST = 240  # bytes of a stem: with "-999.png" it is still a file name
-
-
-def torch_model(model: str, device: str) -> tuple[VisionTransformer, Description]:
-    """The model of a command that looks inside it.  Raises `VitError`, also where there is only an ONNX file."""
-    found = locate(model)
-    if found.checkpoint is None and (found.bundle is None or not (found.bundle / WEIGHTS).is_file()):
-        raise VitError(
-            f"{printable(found.path)} holds no weights for torch, only an ONNX file, which does not give its attention "
-            "away: name the run folder, a checkpoint, or a bundle with model.safetensors"
-        )
-    return load_torch(model, device=device)
 
 
 def class_index(label: str | None, names: Sequence[str]) -> int | None:
