@@ -25,17 +25,17 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, pack
+from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, packed
 from vit.dashboard.summary import blob, tensor
 from vit.data.augment import normalise
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing
 from vit.data.resident import free_memory
-from vit.explain.records import run_info
+from vit.explain.records import measure, run_info
 from vit.training import attention_pictures, pictures
-from vit.training.budget import Budget
+from vit.training.budget import Budget, Price
 from vit.training.events import EventFile
-from vit.training.observation import FIRST, REST, Observation, Plan, look, measure, plan
+from vit.training.observation import FIRST, MOST_SHOWS, REST, Observation, Plan, look, plan
 from vit.training.probes import Probes, choose_probes
 
 log = logging.getLogger("vit")
@@ -43,7 +43,7 @@ log = logging.getLogger("vit")
 _MAPS_SHARE, _FAITHFULNESS_SHARE = 0.012, 0.005  # of the time
 _LEAST = 0.25  # seconds for faithfulness, at the end, even where that is more than its share
 _PERTURBATIONS = 8
-_PICTURES, _PICTURED = 7, 8  # steps that have pictures, and images in one
+_PICTURED = 8  # images in a picture
 _HEADS = 3  # images whose every head is drawn
 _FLUSH_EVERY = 5.0
 
@@ -74,8 +74,8 @@ class AttentionLog(L.Callback):
         self._grid = (1, 1)
         self._logged = -1
         self._done: dict[str, int] | None = None  # how many of each kind are written; None: not known yet
-        self._prices = {"look": 0.0, "show": 0.0}  # seconds for the records, and for pictures and pairs
-        self._method_seconds: float | None = None  # that a method's faithfulness takes
+        self._look, self._show = Price(), Price()  # of the records, and of pictures and pairs
+        self._method = Price()  # of a method's faithfulness
 
     # when
 
@@ -94,8 +94,8 @@ class AttentionLog(L.Callback):
         self._logged = trainer.global_step
         self.events.write(record, trainer.global_step)
         if not trainer.global_step:
-            self._done = dict.fromkeys(("steps", "pictures", "pairs"), 0)
-            self._log(trainer.global_step, pl_module, drawn=True, pairs=self._plan.pairs > 1)
+            self._done = dict.fromkeys(("steps", "shows", "pairs"), 0)
+            self._log(trainer.global_step, pl_module, shows=True, pairs=self._plan.pairs > 1)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._probes is None or trainer.global_step == self._logged:
@@ -105,26 +105,23 @@ class AttentionLog(L.Callback):
             self._done = due
             for budget in (self.maps, self.faithfulness):
                 budget.start(pl_module.progress)
-        spare = (
-            self.maps.left(pl_module.progress) - 2 * self._prices["look"] - self._prices["show"]
-        )  # as much goes to the end
-        if due["steps"] <= self._done["steps"] or spare < 0 or _ends(trainer):
+        # the end takes as much once more
+        spare = self.maps.left(pl_module.progress) - 2 * self._look.seconds - self._show.seconds
+        shows, pairs = (due[kind] > self._done[kind] for kind in ("shows", "pairs"))
+        if due["steps"] <= self._done["steps"] or spare < shows * self._show.seconds or _ends(trainer):
             return
-        if spare < self._prices["show"]:
-            due |= {kind: self._done[kind] for kind in ("pictures", "pairs")}  # another time
-        drawn, pairs = (due[kind] > self._done[kind] for kind in ("pictures", "pairs"))
-        self._done = due
-        self._log(trainer.global_step, pl_module, drawn=drawn, pairs=pairs)
+        self._done = due if shows else {**self._done, "steps": due["steps"]}
+        self._log(trainer.global_step, pl_module, shows=shows, pairs=shows and pairs)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self._probes is not None and trainer.global_step:
-            self._log(trainer.global_step, pl_module, drawn=True, pairs=self._plan.pairs > 0, last=True)
+            self._log(trainer.global_step, pl_module, shows=True, pairs=self._plan.pairs > 0, last=True)
             self.events.flush()
 
     def _due(self, progress: float) -> dict[str, int]:
         """How many of each kind there should be by now, the one at the start aside; the last of each is the end's."""
         share = math.sqrt(min(1.0, max(0.0, progress)))
-        counts = {"steps": self._plan.steps, "pictures": _PICTURES, "pairs": self._plan.pairs}
+        counts = {"steps": self._plan.steps, "shows": MOST_SHOWS, "pairs": self._plan.pairs}
         return {kind: max(0, min(count - 2, int((count - 1) * share))) for kind, count in counts.items()}
 
     # what
@@ -149,7 +146,7 @@ class AttentionLog(L.Callback):
         self._probes = probes
         return tensor(RUN, encode({**info, "probes": probes.described()}))
 
-    def _log(self, step: int, module: Any, *, drawn: bool, pairs: bool, last: bool = False) -> None:
+    def _log(self, step: int, module: Any, *, shows: bool, pairs: bool, last: bool = False) -> None:
         probes, images = self._probes, self._images
         assert probes is not None
         self._logged = step
@@ -157,7 +154,7 @@ class AttentionLog(L.Callback):
             seen = self._guarded(lambda: look(module.kept, images, probes.labels, self._plan, pairs=pairs))
         if seen is None:
             return
-        self._prices["look"] = self.maps.last
+        took = self.maps.last
         if step:
             self._guarded(lambda: self._measure(module, seen, last))
         with self.maps.spend():
@@ -165,34 +162,36 @@ class AttentionLog(L.Callback):
             if records is not None:
                 self.events.write(records, step)
                 self.events.scalars(seen.scalars, step)
-        self._prices["look"] += self.maps.last
+        self._look.note(took + self.maps.last)
         with self.maps.spend():
             for summary in self._guarded(lambda: self._pairs(step, seen)) or ():
                 self.events.write(summary, step)
-            drawings = self._guarded(lambda: self._pictures(step, probes, seen)) if drawn else None
+            drawings = self._guarded(lambda: self._pictures(step, probes, seen)) if shows else None
             for tag, picture in (drawings or {}).items():
                 self.events.image(tag, picture, step)
             self.events.flush(every=_FLUSH_EVERY)
-        if drawn:
-            self._prices["show"] = self.maps.last
+        if shows:
+            self._show.note(self.maps.last)
 
     def _measure(self, module: Any, seen: Observation, last: bool) -> None:
         """Faithfulness, of as many methods as there is time for."""
         model, budget, progress = module.kept, self.faithfulness, 1.0 if last else module.progress
-        if self._method_seconds is None:  # not known yet: a pass forward for each count of patches, in two orders
+        if not self._method.seconds:  # not known yet: a pass forward for each count of patches, in two orders
             with budget.spend():
                 _forward(model, self._images)
-            self._method_seconds = budget.last * 2 * (_PERTURBATIONS + 1)
+            self._method.note(budget.last * 2 * (_PERTURBATIONS + 1))
         for methods in (FIRST[:1], FIRST[1:], REST):
-            price, left = self._method_seconds * len(methods), budget.left(progress)
+            price, left = self._method.seconds * len(methods), budget.left(progress)
             if last:  # what the maps have left over, too
-                left = max(left + max(0.0, self.maps.left(1.0) - sum(self._prices.values())), _LEAST - budget.spent)
-            if left < price + (0 if last else self._method_seconds * len(FIRST)):
+                spare = self.maps.left(1.0) - self._look.seconds - self._show.seconds
+                left = max(left + max(0.0, spare), _LEAST - budget.spent)
+            if left < price + (0 if last else self._method.seconds * len(FIRST)):
                 break
             with budget.spend():
                 for method in methods:
-                    measure(model, self._images, seen, method, steps=_PERTURBATIONS)
-            self._method_seconds = budget.last / len(methods)
+                    maps = {method: seen.maps[method]}
+                    measure(model, self._images, seen.steps, maps, seen.predicted, counts=_PERTURBATIONS)
+            self._method.note(budget.last / len(methods))
         for step in seen.steps:
             if len(step["faithfulness"] or ()) < len(FIRST):  # without its baseline a figure says nothing
                 step["faithfulness"] = None
@@ -201,12 +200,12 @@ class AttentionLog(L.Callback):
         merged = Summary()
         merged.MergeFrom(tensor(STEPS, encode({"step": step, "probes": seen.steps})))
         for i, probe in enumerate(seen.probes):
-            merged.MergeFrom(tensor(f"{PROBE}{i:02d}", encode({"step": step, **_packed(probe)})))
+            merged.MergeFrom(tensor(f"{PROBE}{i:02d}", encode({"step": step, **packed(probe)})))
         return merged
 
     def _pairs(self, step: int, seen: Observation) -> list[Summary]:
         found = enumerate(seen.pairs)
-        return [blob(f"{PAIRS}{i:02d}", encode({"step": step, **_packed(each)})) for i, each in found]
+        return [blob(f"{PAIRS}{i:02d}", encode({"step": step, **packed(each)})) for i, each in found]
 
     def _pictures(self, step: int, probes: Probes, seen: Observation) -> dict[str, Image.Image]:
         shown = np.unique(np.linspace(0, len(probes) - 1, min(_PICTURED, len(probes))).round().astype(int)).tolist()
@@ -247,13 +246,6 @@ def _forward(model: Any, images: Tensor) -> None:
     finally:
         for module in training:
             module.training = True
-
-
-def _packed(record: Any) -> Any:
-    """A record with its arrays packed."""
-    if isinstance(record, np.ndarray):
-        return pack(record)
-    return {key: _packed(value) for key, value in record.items()} if isinstance(record, dict) else record
 
 
 def _ends(trainer: L.Trainer) -> bool:

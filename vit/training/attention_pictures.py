@@ -45,7 +45,10 @@ def overlays(
 
 
 def heads(image: Image.Image, rows: np.ndarray, grid: tuple[int, int], title: str) -> Image.Image:
-    """Where every head of every layer looks, for one image: (L, H, P) as rows of layers and columns of heads."""
+    """Where every head of every layer looks, for one image: (L, H, P) as rows of layers and columns of heads.
+
+    Counted from 1, as in the Attention tab.
+    """
     layers, count = rows.shape[:2]
     factor = max(1, round(_HEAD / max(grid)))
     width, height = grid[1] * factor, grid[0] * factor
@@ -58,10 +61,10 @@ def heads(image: Image.Image, rows: np.ndarray, grid: tuple[int, int], title: st
     draw.text((_GAP, 3), pictures.fit(title, font, size[0] - 2 * _GAP), fill=_INK, font=font)
     for head in range(count):
         place = (left + head * (width + _GAP) + width / 2, _TOP + _LINE / 2)
-        draw.text(place, str(head), fill=_INK, font=font, anchor="mm")
+        draw.text(place, str(head + 1), fill=_INK, font=font, anchor="mm")
     for layer in range(layers):
         y = _TOP + _LINE + layer * (height + _GAP)
-        draw.text((left - 2 * _GAP, y + height / 2), f"layer {layer}", fill=_INK, font=font, anchor="rm")
+        draw.text((left - 2 * _GAP, y + height / 2), f"layer {layer + 1}", fill=_INK, font=font, anchor="rm")
         for head in range(count):
             cell = Image.fromarray(colour(rows[layer, head].reshape(grid)))
             sheet.paste(cell.resize((width, height), Image.Resampling.NEAREST), (left + head * (width + _GAP), y))

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
+
+
+class Price:
+    """What something takes, in seconds: the middle of the last five times, since now and then a machine is busy."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=5)
+
+    def note(self, seconds: float) -> None:
+        """It took so long this time."""
+        self._last.append(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """0 where it was never done."""
+        return statistics.median(self._last) if self._last else 0.0
 
 
 class Budget:

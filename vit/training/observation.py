@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from vit.explain.diagnostics import attention_distance, entropy, patch_mass
-from vit.explain.faithfulness import perturb
 from vit.explain.methods import Trace
 from vit.explain.records import Observed, observe
 
-MOST_STEPS, MOST_PAIRS = 100, 10
+MOST_STEPS = 100
+MOST_SHOWS = 7  # of them with pictures, and with pairs at most
 _STEPS_BYTES, _PAIRS_BYTES, _PER_HEAD_BYTES = 26_000_000, 16_000_000, 2_000_000
 _LARGEST_PAIRS = 5_600_000  # of one image: beyond, a page would wait for it
 _CHUNK_BYTES = 256 * 2**20
@@ -72,7 +72,7 @@ def plan(images: int, layers: int, heads: int, patches: int, prefix: int, memory
     kept = 0 if pairs > _LARGEST_PAIRS else min(images, _PAIRS_BYTES // pairs)
     return Plan(
         steps=max(2, min(MOST_STEPS, _STEPS_BYTES // step)) if one <= memory else 0,
-        pairs=min(MOST_PAIRS, _PAIRS_BYTES // (pairs * kept)) if kept else 0,
+        pairs=min(MOST_SHOWS, _PAIRS_BYTES // (pairs * kept)) if kept else 0,
         pairs_images=kept,
         per_head=per_head,
         chunk=max(1, min(images, _CHUNK_BYTES // one)),
@@ -143,11 +143,3 @@ def _curves(t: Trace) -> dict[str, float]:
         for name, by_head in found.items()
         for layer, value in zip(layers, by_head.mean(dim=1).tolist(), strict=True)
     }
-
-
-def measure(model: nn.Module, images: Tensor, seen: Observation, method: str, *, steps: int) -> None:
-    """Put the areas under deletion and insertion of `method` into the observation's steps."""
-    with torch.compiler.set_stance("force_eager"):  # other sizes of batch would be compiled anew
-        areas = perturb(model, images, seen.maps[method], seen.predicted, steps=steps)
-    for step, deletion, insertion in zip(seen.steps, areas.deletion.tolist(), areas.insertion.tolist(), strict=True):
-        step["faithfulness"] = {**(step["faithfulness"] or {}), method: {"deletion": deletion, "insertion": insertion}}
