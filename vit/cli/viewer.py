@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit.dashboard.format import packed
 from vit.data.decode import printable
 from vit.files import write_text
 
@@ -66,7 +67,7 @@ class Viewer:
             taken, self._mapper.observations([pixels for _, pixels in taken], faithful=faithful), strict=True
         ):
             png = _png(pixels)
-            probe = _packed({"v": 1, "step": 0, **observed.probes[i]})
+            probe = packed({"v": 1, "step": 0, **observed.probes[i]})
             self._images.append({"name": printable(path), "label": None, "png": png})
             self._steps.append(observed.steps[i])
             self._probes.append(probe)
@@ -119,9 +120,9 @@ class Viewer:
         if heads * all_means > _PAIRS:
             self._heads = None
         if self._heads is not None:
-            self._heads.append(_packed({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
+            self._heads.append(packed({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
         if all_means <= _PAIRS:
-            self._means.append(_packed({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
+            self._means.append(packed({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
 
 
 def is_page(path: Path) -> bool:
@@ -149,15 +150,6 @@ def _png(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture(pixels).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _packed(value: Any) -> Any:
-    """A record with its arrays as text."""
-    from vit.dashboard.format import pack
-
-    if isinstance(value, dict):
-        return {key: _packed(each) for key, each in value.items()}
-    return pack(value) if hasattr(value, "dtype") else value
 
 
 def _size(value: Any) -> int:

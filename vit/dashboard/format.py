@@ -67,6 +67,13 @@ def pack(array: np.ndarray) -> dict[str, Any]:
     }
 
 
+def packed(record: Any) -> Any:
+    """A record with every array in it packed, whatever it lies in."""
+    if isinstance(record, Mapping):
+        return {key: packed(value) for key, value in record.items()}
+    return pack(record) if isinstance(record, np.ndarray) else record
+
+
 def unpack(packed: Any) -> np.ndarray:
     """The inverse of `pack`, float32.  Raises `RecordError`."""
     try:

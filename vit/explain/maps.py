@@ -96,7 +96,9 @@ class Mapper:
                 tensor = self._tensor(part)
                 observed = observe(self.model, tensor, [self.target] * len(part), temperature=self.temperature)
                 if faithful:
-                    measure(self.model, tensor, observed, faithful, temperature=self.temperature, batch_size=32)
+                    maps = {method: observed.maps(method) for method in dict.fromkeys([*faithful, "random"])}
+                    target, t = observed.predicted.target, self.temperature
+                    measure(self.model, tensor, observed.steps, maps, target, temperature=t, batch_size=32)
             for i in range(len(part)):
                 yield observed, i
 
