@@ -360,8 +360,11 @@ def test_the_clock_is_kept(small: ModuleType, tmp_path: Path, monkeypatch: pytes
         looked.append(run.trainer.global_step)
         return real(*arguments, **options)
 
+    measures: list[int] = []
+
     def measured(*arguments: Any, **options: Any) -> None:
         now[0] += price
+        measures.append(run.trainer.global_step)
 
     monkeypatch.setattr(attention, "look", look)
     monkeypatch.setattr(attention, "measure", measured)
@@ -381,6 +384,8 @@ def test_the_clock_is_kept(small: ModuleType, tmp_path: Path, monkeypatch: pytes
     least = 2 * price  # start and end
     assert share[0] <= max(least, 0.012 * now[0]) + price
     assert share[1] <= 0.005 * now[0] + 0.012 * now[0] - share[0] + price / 18
+    # nothing is measured and then thrown away for want of its baseline
+    assert {count % 3 for count in np.bincount(measures or [0], minlength=401)[1:].tolist()} == {0}
     assert looked[0] == 0
     assert looked[-1] == 400
     assert len(looked) <= 100

@@ -180,7 +180,7 @@ class AttentionLog(L.Callback):
             with budget.spend():
                 _forward(model, self._images)
             self._method.note(budget.last * 2 * (_PERTURBATIONS + 1))
-        for methods in (FIRST[:1], FIRST[1:], REST):
+        for methods in (FIRST, REST):
             price, left = self._method.seconds * len(methods), budget.left(progress)
             if last:  # what the maps have left over, too
                 spare = self.maps.left(1.0) - self._look.seconds - self._show.seconds
@@ -192,9 +192,6 @@ class AttentionLog(L.Callback):
                     maps = {method: seen.maps[method]}
                     measure(model, self._images, seen.steps, maps, seen.predicted, counts=_PERTURBATIONS)
             self._method.note(budget.last / len(methods))
-        for step in seen.steps:
-            if len(step["faithfulness"] or ()) < len(FIRST):  # without its baseline a figure says nothing
-                step["faithfulness"] = None
 
     def _records(self, step: int, seen: Observation) -> Summary:
         merged = Summary()
