@@ -175,17 +175,23 @@ class AttentionLog(L.Callback):
 
     def _measure(self, module: Any, seen: Observation, last: bool) -> None:
         """Faithfulness, of as many methods as there is time for."""
-        model, budget, progress = module.kept, self.faithfulness, 1.0 if last else module.progress
+        model, budget = module.kept, self.faithfulness
+
+        def left() -> float:
+            if not last:
+                return budget.left(module.progress)
+            spare = self.maps.left(1.0) - self._look.seconds - self._show.seconds  # what the maps have left over, too
+            return max(budget.left(1.0) + max(0.0, spare), _LEAST - budget.spent)
+
         if not self._method.seconds:  # not known yet: a pass forward for each count of patches, in two orders
+            if left() < _PERTURBATIONS / 2 * self.maps.last:  # explaining took half a dozen passes, so that is too much
+                return
             with budget.spend():
                 _forward(model, self._images)
             self._method.note(budget.last * 2 * (_PERTURBATIONS + 1))
         for methods in (FIRST, REST):
-            price, left = self._method.seconds * len(methods), budget.left(progress)
-            if last:  # what the maps have left over, too
-                spare = self.maps.left(1.0) - self._look.seconds - self._show.seconds
-                left = max(left + max(0.0, spare), _LEAST - budget.spent)
-            if left < price + (0 if last else self._method.seconds * len(FIRST)):
+            price = self._method.seconds * len(methods)
+            if left() < price + (0 if last else self._method.seconds * len(FIRST)):
                 break
             with budget.spend():
                 for method in methods:
