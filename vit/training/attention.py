@@ -40,7 +40,7 @@ from vit.training.probes import Probes, choose_probes
 
 log = logging.getLogger("vit")
 
-_MAPS_SHARE, _FAITHFULNESS_SHARE = 0.012, 0.005  # of the time
+_MAPS_SHARE, _FAITHFULNESS_SHARE = 0.01, 0.005  # of the time
 _LEAST = 0.25  # seconds for faithfulness, at the end, even where that is more than its share
 _PERTURBATIONS = 8
 _PICTURED = 8  # images in a picture
