@@ -42,7 +42,7 @@ def test_every_method_has_every_measure_with_an_interval_around_its_mean(shapes)
     assert found["images"] == 30
     assert found["methods"].keys() == METHODS.keys()
     for method, measures in found["methods"].items():
-        wanted = PATCHES | {"pointing", "energy", "pointing_each"}
+        wanted = PATCHES | {"pointing", "pointing_centre", "energy", "pointing_each"}
         wanted |= {"agreement"} if method in ("relevance", "gradient_rollout", "legrad") else set()
         assert measures.keys() == (wanted - {"random_head", "random_model"} if method == "random" else wanted)
         for name, row in measures.items():
@@ -54,7 +54,7 @@ def test_every_method_has_every_measure_with_an_interval_around_its_mean(shapes)
 
 def test_chance_is_what_random_maps_come_to(shapes):
     found = measure_faithfulness(*shapes, images=40)
-    for name in ("pointing", "energy"):
+    for name in ("pointing", "pointing_centre", "energy"):
         row = found["methods"]["random"][name]
         spread = row["high"] - row["low"]
         assert abs(row["mean"] - found["chance"][name]) < 1.5 * spread + 1e-6
@@ -107,8 +107,12 @@ def test_the_command_prints_the_table_and_keeps_it(here: Path, capfd: pytest.Cap
     assert np.isfinite([row["mean"] for each in measured["methods"].values() for row in each.values()]).all()
 
 
-def test_an_onnx_file_has_no_attention_to_measure(here: Path, capfd: pytest.CaptureFixture[str]):
-    assert eval_main(["checkpoint=runs/digits/one/model/model.onnx", "faithfulness=true"]) == 2
-    assert capfd.readouterr().err == (
-        "faithfulness=true: runs/digits/one/model/model.onnx is an ONNX file, which holds no attention: give the run\n"
-    )
+def test_an_onnx_file_is_measured_by_its_weights(here: Path, capfd: pytest.CaptureFixture[str]):
+    found = []
+    for model in ("runs/digits/one", "runs/digits/one/model/model.onnx"):
+        assert eval_main([f"checkpoint={model}", "faithfulness=true", "faithfulness_images=12", "output=out"]) == 0
+        found.append(json.loads((here / "out/metrics.json").read_text())["faithfulness"])
+    assert "attention maps on 12 images" in capfd.readouterr().out
+    for method, measures in found[0]["methods"].items():
+        for name, row in measures.items():
+            assert found[1]["methods"][method][name]["mean"] == pytest.approx(row["mean"], abs=1e-6)

@@ -151,7 +151,10 @@ def test_energy_and_pointing_are_what_counting_pixels_gives(box, seed):
     assert float(covered(GRID, where, (8, 12)).mean()) == pytest.approx(inside.mean(), abs=1e-6)
     row, column = np.unravel_index(amounts.argmax(), GRID)
     x, y = (column + 0.5) * PATCH, (row + 0.5) * PATCH
-    assert bool(pointing(maps, where, (8, 12))[0]) == (box[0] <= x <= box[2] and box[1] <= y <= box[3])
+    assert bool(pointing(maps, where, (8, 12))[0]) == (box[0] < x < box[2] and box[1] < y < box[3])
+    own = np.zeros((8, 12), dtype=bool)
+    own[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] = True
+    assert bool(pointing(maps, where, (8, 12), tolerance=0.5)[0]) == bool((own & inside).any())
 
 
 def test_the_chance_of_pointing_is_what_random_maps_get():
@@ -161,6 +164,7 @@ def test_the_chance_of_pointing_is_what_random_maps_get():
     chance = pointing_chance(GRID, box[:1], (8, 12))
     assert float(chance[0]) == pytest.approx(4 / 6)
     assert float(hits) == pytest.approx(4 / 6, abs=0.015)
+    assert float(pointing_chance(GRID, box[:1], (8, 12), tolerance=0.5)[0]) == 1
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from vit.explain.methods import CLASS_SPECIFIC, METHODS, trace
 
 _BATCH = 32
 _RANDOMISED = 64  # images of the randomisation check
+_REACH = 0.5  # patches beside the box that "pointing" takes for right: those it reaches into
 
 
 def measure_faithfulness(
@@ -109,15 +110,17 @@ def _against_boxes(
     traces = [trace(model, images, labels[:, m]) for m in range(objects)]
     for method, maps_of in METHODS.items():
         maps = [maps_of(t, seed=seed) for t in traces]
-        _note(found[method], "pointing", pointing(maps[0], boxes[:, 0], size))
+        _note(found[method], "pointing", pointing(maps[0], boxes[:, 0], size, _REACH))
+        _note(found[method], "pointing_centre", pointing(maps[0], boxes[:, 0], size))
         _note(found[method], "energy", energy(maps[0], boxes[:, 0], size))
         if objects == 2:
-            both = torch.stack([pointing(each, boxes[:, m], size) for m, each in enumerate(maps)])
+            both = torch.stack([pointing(each, boxes[:, m], size, _REACH) for m, each in enumerate(maps)])
             _note(found[method], "pointing_each", both.float().mean(dim=0))
             if method in CLASS_SPECIFIC:
                 _note(found[method], "agreement", rank_correlation(maps[0].flatten(1), maps[1].flatten(1)))
     grid = traces[0].grid
-    _note(chance, "pointing", pointing_chance(grid, boxes[:, 0], size))
+    _note(chance, "pointing", pointing_chance(grid, boxes[:, 0], size, _REACH))
+    _note(chance, "pointing_centre", pointing_chance(grid, boxes[:, 0], size))
     _note(chance, "energy", covered(grid, boxes[:, 0], size).mean(dim=1))
 
 

@@ -144,18 +144,22 @@ def _scores(
 # against boxes
 
 
-def pointing(maps: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+def pointing(maps: Tensor, boxes: Tensor, image_size: tuple[int, int], tolerance: float = 0.0) -> Tensor:
     """The pointing game (Zhang et al. 2016): whether the map's largest patch has its centre in the box, bool (B,).
 
     Takes maps (B, rows, columns) and boxes (B, 4), x0 y0 x1 y1 in pixels of an image of (height, width).
+    `tolerance`, in patches, widens the box on every side, as the game's 15 pixels do: with 0.5 every patch that the
+    box reaches into is right, and a map of patches tells no place more exactly than that.
     """
     best = maps.flatten(1).argmax(dim=1)
-    return _centred(maps.shape[1:], boxes, image_size).gather(1, best[:, None])[:, 0]
+    return _right(maps.shape[1:], boxes, image_size, tolerance).gather(1, best[:, None])[:, 0]
 
 
-def pointing_chance(grid: tuple[int, int], boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+def pointing_chance(
+    grid: tuple[int, int], boxes: Tensor, image_size: tuple[int, int], tolerance: float = 0.0
+) -> Tensor:
     """What a random map gets in the pointing game: the share of patches that would be right, (B,)."""
-    return _centred(torch.Size(grid), boxes, image_size).float().mean(dim=1)
+    return _right(torch.Size(grid), boxes, image_size, tolerance).float().mean(dim=1)
 
 
 def energy(maps: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
@@ -174,11 +178,13 @@ def covered(grid: torch.Size | tuple[int, int], boxes: Tensor, image_size: tuple
     return (sides[0][:, :, None] * sides[1][:, None]).flatten(1)
 
 
-def _centred(grid: torch.Size, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
+def _right(grid: torch.Size, boxes: Tensor, image_size: tuple[int, int], tolerance: float) -> Tensor:
     sides = []
     for count, extent, low, high in zip(grid, image_size, (1, 0), (3, 2), strict=True):
-        centres = (torch.arange(count, device=boxes.device) + 0.5) * (extent / count)
-        sides.append((centres >= boxes[:, low, None]) & (centres <= boxes[:, high, None]))
+        patch = extent / count
+        centres = (torch.arange(count, device=boxes.device) + 0.5) * patch
+        margin = tolerance * patch
+        sides.append((centres > boxes[:, low, None] - margin) & (centres < boxes[:, high, None] + margin))
     return (sides[0][:, :, None] & sides[1][:, None]).flatten(1)
 
 
