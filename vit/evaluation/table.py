@@ -98,7 +98,7 @@ def print_faithfulness(measured: Mapping[str, Any]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     methods, chance = measured["methods"], measured["chance"]
     names = list(dict.fromkeys(name for each in methods.values() for name in each))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for method in methods:
         table.add_column(method.replace("_", "\n"), justify="right", no_wrap=True)
@@ -122,7 +122,8 @@ def _cell(row: Mapping[str, Any] | None) -> Any:
     if row is None:
         return Text("")
     mark = "*" if row["better"] else " "
-    return Text.assemble(f"{row['mean']:.3f}{mark}\n", (f"{row['low']:.2f}-{row['high']:.2f}", "dim"))
+    ends = [f"{row[key]:.2f}".replace("0.", ".") for key in ("low", "high")]
+    return Text.assemble(f"{row['mean']:.3f}{mark}\n", (f"{ends[0]}-{ends[1]}", "dim"))
 
 
 def _useless(methods: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
