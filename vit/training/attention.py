@@ -40,8 +40,8 @@ from vit.training.probes import Probes, choose_probes
 
 log = logging.getLogger("vit")
 
-_MAPS_SHARE, _FAITHFULNESS_SHARE = 0.01, 0.005  # of the time
-_LEAST = 0.25  # seconds for faithfulness, at the end, even where that is more than its share
+_MAPS_SHARE, _FAITHFULNESS_SHARE = 0.01, 0.004  # of the time
+_LEAST = 0.4  # seconds for faithfulness, at the end, even where that is more than its share
 _PERTURBATIONS = 8
 _PICTURED = 8  # images in a picture
 _HEADS = 3  # images whose every head is drawn
@@ -96,6 +96,7 @@ class AttentionLog(L.Callback):
         if not trainer.global_step:
             self._done = dict.fromkeys(("steps", "shows", "pairs"), 0)
             self._log(trainer.global_step, pl_module, shows=True, pairs=self._plan.pairs > 1)
+            self.maps.started()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._probes is None or trainer.global_step == self._logged:
@@ -105,8 +106,8 @@ class AttentionLog(L.Callback):
             self._done = due
             for budget in (self.maps, self.faithfulness):
                 budget.start(pl_module.progress)
-        # the end takes as much once more
-        spare = self.maps.left(pl_module.progress) - 2 * self._look.seconds - self._show.seconds
+        end = self._look.seconds + self._show.seconds
+        spare = self.maps.left(pl_module.progress, reserve=end) - self._look.seconds
         shows, pairs = (due[kind] > self._done[kind] for kind in ("shows", "pairs"))
         if due["steps"] <= self._done["steps"] or spare < shows * self._show.seconds or _ends(trainer):
             return

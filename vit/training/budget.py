@@ -29,8 +29,9 @@ class Price:
 class Budget:
     """Seconds spent on one kind of thing, against a share of the seconds that training takes.
 
-    What it takes as a whole is told from how far it is.  More of the share is given out at first, when most happens:
-    the square root of what is done, so that a tenth of the way allows a third.
+    What it takes as a whole is told from how far it is.  What is spent at the start, and what is kept for the end,
+    comes off the top; of the rest more is given out at first, when most happens: the square root of what is done, so
+    that a tenth of the way allows a third.
 
     Args:
         share: of the time of a training that runs to its end, at most.
@@ -39,16 +40,21 @@ class Budget:
     def __init__(self, share: float) -> None:
         self.share = share
         self.spent = self.last = 0.0
-        self._began = self._from = 0.0
+        self._began = self._from = self._start = 0.0
 
     def start(self, progress: float = 0.0) -> None:
         """Training goes on from `progress`, of which 1 is the end."""
         self._began, self._from = time.monotonic(), progress
 
-    def left(self, progress: float) -> float:
-        """Seconds that may still be spent by now; below 0 where there was more."""
+    def started(self) -> None:
+        """What was spent up to here belongs to the start."""
+        self._start = self.spent
+
+    def left(self, progress: float, reserve: float = 0.0) -> float:
+        """Seconds that may still be spent by now, with `reserve` kept for the end; below 0 where there was more."""
         done = max(1e-6, min(1.0, (progress - self._from) / max(1e-6, 1 - self._from)))
-        return self.share * (time.monotonic() - self._began) / math.sqrt(done) - self.spent
+        whole = self.share * (time.monotonic() - self._began) / done
+        return (whole - self._start - reserve) * math.sqrt(done) - (self.spent - self._start)
 
     @contextlib.contextmanager
     def spend(self) -> Iterator[None]:
