@@ -96,3 +96,7 @@ def test_a_block_drops_its_branches_for_some_images_only():
     untouched = (y == x).flatten(1).all(1)
     assert 2 <= untouched.sum() <= 40  # both branches dropped: a quarter of the images
     assert len({tuple(row) for row in y.flatten(1).round(decimals=4).tolist()}) == 4  # each branch dropped or not
+
+
+def test_layer_scale_may_start_at_a_whole_number():
+    assert LayerScale(4, 1).gamma.dtype == torch.float32

@@ -32,7 +32,7 @@ class LayerScale(nn.Module):
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
         self.start = start
-        self.gamma = nn.Parameter(torch.full((width,), start))
+        self.gamma = nn.Parameter(torch.full((width,), float(start)))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return x_BND * self.gamma
