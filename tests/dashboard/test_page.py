@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vit.dashboard.page import STATIC, bundle, page
+from vit.dashboard.page import bundle, page
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> \u2028 é"
 MODULES = {
@@ -127,7 +127,6 @@ def test_data_that_is_no_json_is_refused(static: Path) -> None:
         page("t", {"runs": float("nan")}, static=static)
 
 
-@pytest.mark.skipif(not (STATIC / "viewer.css").is_file(), reason="there is no viewer yet")
 def test_the_real_viewer_becomes_a_page() -> None:
     text = page("Attention", {"runs": {"version": 1, "runs": []}, "probe": {}, "pairs": {}})
     assert len(Parts(text).of("script")) == 2
