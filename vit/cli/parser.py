@@ -65,7 +65,7 @@ def _classify(commands: Any) -> None:
     command.add_argument("--output", metavar="FILE", help="write results there, whole or not at all")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images computed at once (32)")
     command.add_argument(
-        "--explain", metavar="DIR", help="also write an attention rollout over each image there (needs torch's weights)"
+        "--explain", metavar="DIR", help="also write an attention rollout over each image there (needs torch)"
     )
     _device(command)
     command.add_argument(
@@ -86,7 +86,7 @@ def _explain(commands: Any) -> None:
         "TensorBoard's Attention tab as one file, into a folder. Exit status: 0 all were explained; 1 some could not "
         "be used (messages say why); 2 the call was wrong.",
     )
-    command.add_argument("model", metavar="MODEL", help="run folder, .ckpt or bundle folder")
+    command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("sources", metavar="SOURCE", nargs="+", help=SOURCE)
     command.add_argument("--output", metavar="DIR", required=True, help="the folder to write to; made if need be")
     command.add_argument(
@@ -122,7 +122,7 @@ def _export(commands: Any) -> None:
         "with weights, configuration and model card that timm loads as well. Verified against torch before it "
         "takes its name.",
     )
-    command.add_argument("model", metavar="MODEL", help="run folder, .ckpt or bundle folder")
+    command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("output", metavar="OUT", help="a name ending in .onnx, or a folder to make")
     command.set_defaults(run=_later("export"))
 

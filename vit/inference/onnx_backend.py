@@ -7,6 +7,7 @@ and do not spin when idle, so that decoding threads beside them are not starved.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,20 @@ def open_session(path: str | os.PathLike[str]) -> Any:
         raise VitError(f"{path} is damaged or not an ONNX model: {reason}") from None
 
 
-def session_description(session: Any, path: str | os.PathLike[str]) -> Description:
-    """The description in the file's metadata.  Raises `VitError` when it is not a file of this project."""
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+def described(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Description:
+    """The description in a file's metadata.  Raises `VitError` when it is not a file of this project."""
+    text = metadata.get(METADATA_KEY)
     if text is None:
         raise VitError(
             f"{os.fspath(path)} is an ONNX model that does not describe its classes and preprocessing: "
             "expected one that `vit export` wrote"
         )
     return Description.from_json(text, path)
+
+
+def session_description(session: Any, path: str | os.PathLike[str]) -> Description:
+    """`described`, of the file that a session runs."""
+    return described(session.get_modelmeta().custom_metadata_map, path)
 
 
 class OnnxBackend:

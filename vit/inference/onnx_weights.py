@@ -16,7 +16,7 @@ import numpy as np
 
 from vit.errors import VitError
 from vit.inference.description import Description, parse_json
-from vit.inference.onnx_backend import METADATA_KEY
+from vit.inference.onnx_backend import described
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +74,7 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Descript
     except Exception as error:  # protobuf's, whose implementations differ
         raise VitError(f"{path} is damaged or not an ONNX model: {error}") from None
     metadata = {entry.key: entry.value for entry in message.metadata_props}
-    if METADATA_KEY not in metadata:
-        raise VitError(
-            f"{path} is an ONNX model that does not describe its classes and preprocessing: "
-            "expected one that `vit export` wrote"
-        )
-    description = Description.from_json(metadata[METADATA_KEY], path)
+    description = described(metadata, path)
     table = parse_json(metadata.get(TABLE_KEY, "null"), path)
     if not isinstance(table, dict):
         raise VitError(f"{path} does not say where its weights are, so torch cannot use it: give the run or the bundle")
