@@ -106,8 +106,10 @@ class Tab:
         self.settle()
 
     def settle(self) -> None:
-        """Two pictures later all that was to be drawn is drawn, if nothing had to be fetched."""
+        """Until all that was to be fetched is fetched, and drawn."""
+        # what a choice needs is asked for when it is drawn, in the next picture
         self.frame.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.frame.wait_for_function("!document.querySelector('.run[aria-busy=true]')")
 
     def pixels(self, selector: str = ".picture.main canvas", nth: int = 0) -> np.ndarray:
         """The colours of a map, (rows, columns, 3)."""
@@ -130,7 +132,9 @@ class Tab:
 
     def parameters(self) -> dict[str, str]:
         """What the address of the window says about the tab."""
-        self.page.wait_for_timeout(450)  # sliding is written to the address a moment later
+        # sliding is written to the address a moment later, by this frame's clock and then by the page around it
+        self.frame.evaluate("() => new Promise((done) => setTimeout(done, 450))")
+        self.page.evaluate("() => new Promise((done) => setTimeout(done, 50))")
         parts = [part.split("=") for part in urllib.parse.urlsplit(self.page.url).fragment.split("&")]
         return {
             part[0].removeprefix("p.vit_attention."): urllib.parse.unquote(part[1]) for part in parts if len(part) == 2
@@ -154,7 +158,7 @@ def open_tab(chrome: Any, tools: ModuleType) -> Iterator[Any]:
         page.set_default_timeout(15_000)
         tab = Tab(page, None)
         tabs.append(tab)
-        page.on("console", lambda message: tab.errors.append(message.text) if _is_error(message) else None)
+        page.on("console", lambda message: tab.errors.append(f"{message.text} {message.location['url']}") if _is_error(message) else None)
         page.on("pageerror", lambda error: tab.errors.append(str(error)))
         page.on("dialog", lambda dialog: (tab.dialogs.append(dialog.message), dialog.dismiss()))
         tools.wait_for_runs(page, address)

@@ -99,7 +99,7 @@ def viewer(page: Page) -> Frame:
 def ready(frame: Frame) -> Frame:
     """`frame` once the viewer in it has drawn what it fetched."""
     frame.wait_for_selector(".run .meaning:not(:empty), .run .message:not([hidden]):not(:empty)", timeout=60_000)
-    frame.wait_for_function("!document.querySelector('.message')?.textContent.startsWith('Fetching')")
+    frame.wait_for_function("!document.querySelector('.run[aria-busy=true]')")
     return frame
 
 

@@ -133,6 +133,20 @@ def test_classes_and_their_difference(board: str, open_tab: Any) -> None:
     assert "no difference to show" in tab.text(".message")
 
 
+def test_while_it_fetches_it_says_so(board: str, open_tab: Any) -> None:
+    tab = open_tab(board, FIRST, alone=True)
+    tab.frame.evaluate(
+        "() => { const own = window.fetch; window.fetch = async (...rest) => {"
+        " await new Promise((done) => setTimeout(done, 500)); return own(...rest); }; }"
+    )
+    tab.frame.get_by_label(re.compile("Image 1,")).click()
+    tab.wait_text(".message", "Fetching the maps")
+    assert tab.frame.locator(".run").get_attribute("aria-busy") == "true"
+    tab.settle()
+    assert not tab.frame.locator(".message").is_visible()
+    assert tab.text(".meaning").startswith("Brighter patches")
+
+
 def test_hover_shows_where_a_patch_looks_and_who_looks_at_it(board: str, open_tab: Any, sample: ModuleType) -> None:
     tab = open_tab(board, FIRST | {"layer": "2", "head": "1"})
     pairs = tab.page.request.get(

@@ -30,6 +30,7 @@ export function column(name, store, actions) {
     const lines = [...moment.run.problems, ...moment.problems];
     problems.replaceChildren(...lines.map((text) => element("li", {text})));
     show(problems, lines.length > 0);
+    busy(now.loading);
     const {info, image, record} = moment;
     setText(facts, info ? factsOf(moment) : "");
     writeAnswer(answer, moment);
@@ -59,7 +60,13 @@ export function column(name, store, actions) {
     map.point(index, Boolean(pointed), Boolean(pointed?.pinned));
     const {pairsStep} = moment;
     const pairs = pairsStep === null || pairsStep === undefined ? null : store.pairs(moment.run, moment.number, pairsStep);
+    busy(moment.loading || pairs?.loading);
     attempt(panel.root, moment.record, () => panel.update(moment, state, numbers, index, pairs));
+  }
+
+  // What is shown is about to change: said to whoever cannot see the sentence that says so.
+  function busy(on) {
+    root.setAttribute("aria-busy", String(Boolean(on)));
   }
 
   return {root, update, point};
