@@ -158,7 +158,7 @@ def open_tab(chrome: Any, tools: ModuleType) -> Iterator[Any]:
         page.set_default_timeout(15_000)
         tab = Tab(page, None)
         tabs.append(tab)
-        page.on("console", lambda message: tab.errors.append(f"{message.text} {message.location['url']}") if _is_error(message) else None)
+        page.on("console", lambda message: tab.errors.extend(_error(message)))
         page.on("pageerror", lambda error: tab.errors.append(str(error)))
         page.on("dialog", lambda dialog: (tab.dialogs.append(dialog.message), dialog.dismiss()))
         tools.wait_for_runs(page, address)
@@ -175,6 +175,7 @@ def open_tab(chrome: Any, tools: ModuleType) -> Iterator[Any]:
         assert not tab.dialogs
 
 
-def _is_error(message: Any) -> bool:
+def _error(message: Any) -> list[str]:
+    url = message.location["url"]
     # a browser asks for an icon of its own accord
-    return message.type == "error" and not message.location["url"].endswith("/favicon.ico")
+    return [f"{message.text} ({url})"] if message.type == "error" and not url.endswith("/favicon.ico") else []
