@@ -34,7 +34,7 @@ MIDDLE = MODEL | {"data", "pretrained"}
 UPPER = MIDDLE | {"inference", "explain"}
 ROOMS = {
     "model": Room(set(), {"torch"}, set()),
-    "pretrained": Room(MODEL, {"torch", "numpy"}, {"timm", "safetensors", "huggingface_hub"}),
+    "pretrained": Room(MODEL | {"data"}, {"torch", "numpy"}, {"timm", "safetensors", "huggingface_hub"}),
     "data": Room(MODEL, {"numpy", "PIL", "torch"}, {"torchvision", "sklearn", "scipy", "pyarrow", "rich"}),
     "inference": Room(MIDDLE, {"numpy", "PIL"}, {"torch", "onnx", "onnxruntime", "safetensors"}),
     "explain": Room(MIDDLE, {"torch", "numpy", "PIL"}, {"matplotlib", "rich"}),

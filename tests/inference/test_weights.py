@@ -12,8 +12,9 @@ from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.loading import load_torch
-from vit.inference.weights import build, load_checkpoint, load_safetensors
+from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
+from vit.pretrained.reading import load_safetensors
 
 
 def make(**options) -> tuple[VisionTransformer, Description]:

@@ -106,7 +106,8 @@ def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[
     """
     found = locate(model)
     from vit.inference.torch_backend import resolve_device
-    from vit.inference.weights import build, load_checkpoint, load_safetensors
+    from vit.inference.weights import build, load_checkpoint
+    from vit.pretrained.reading import load_safetensors
 
     place = resolve_device(device)
     source: Path

@@ -1,10 +1,6 @@
-"""Weights from files, and models from weights.
+"""Weights from this project's own files, and models from weights.  Reading is `vit.pretrained.reading`'s.
 
 Notable
-- A checkpoint is read with `weights_only=True`: tensors and plain containers.  A file that needs anything else would
-  run code of its author's choosing, so it is refused, and the message says what it asked for.
-- Files are mapped, not read into memory: of a training checkpoint only the weights asked for get there.
-- A checkpoint's checksums are compared (under a second a GB), which torch does not do: changed bytes are no weights.
 - Weights fit a model exactly or not at all: missing, unexpected and misshapen entries are named.
 - Sizes in a description are compared with the tensors beside it before anything of that size is allocated.
 
@@ -14,12 +10,7 @@ Imports torch.
 from __future__ import annotations
 
 import os
-import pickle
-import pickletools
 import re
-import warnings
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,19 +21,21 @@ from torch.overrides import TorchFunctionMode
 
 from vit.errors import VitError
 from vit.inference.description import Description
+from vit.inference.lora import merge_lora
 from vit.model import VisionTransformer
+from vit.pretrained.reading import is_state_dict, read_pickled
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Description]:
-    """The weights of the model in a training checkpoint (`.ckpt`) and its description.
+    """The weights of the model in a training checkpoint (`.ckpt`), changes by LoRA merged, and its description.
 
     Raises `VitError` when the file is missing, empty, truncated, not a checkpoint, not one of this project's, or
     would need code to load.
     """
     path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = read_pickled(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("vit"), dict):
-        what = "a plain state dict" if _is_state_dict(checkpoint) else "a foreign checkpoint"
+        what = "a plain state dict" if is_state_dict(checkpoint) else "a foreign checkpoint"
         raise VitError(f"{path} is {what} that does not describe its model: expected one that train.py wrote")
     description = Description.from_dict(checkpoint["vit"], path)
     prefix = checkpoint["vit"].get("weights_prefix", "model.")
@@ -52,22 +45,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], De
     weights = {key[len(prefix) :]: value for key, value in entries.items() if str(key).startswith(prefix)}
     if not weights:
         raise VitError(f"{path} holds no weights whose name starts with {prefix!r}")
+    if checkpoint["vit"].get("lora") is not None:
+        weights = merge_lora(weights, checkpoint["vit"]["lora"], path)
     return weights, description
-
-
-def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file, on the CPU.  Raises `VitError` when it cannot be read as one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(path)
-    _check_readable(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise VitError(f"{path} is truncated or not a safetensors file: {error}") from None
-    except OSError as error:
-        raise VitError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def build(
@@ -94,74 +74,6 @@ def build(
     _check_fit(model, weights, source)
     model.load_state_dict(dict(weights))
     return model.eval()
-
-
-def _read(path: Path) -> Any:
-    _check_readable(path)
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"  # torch's format since 1.6; only this one can be mapped
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about how foreign files were pickled
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"(?:GLOBAL|global:?|class|builtin)\s+`?([A-Za-z_][\w.]*\.\w+)", str(error))
-        name = asked.group(1) if asked else None if zipped else _asked_for(path)
-        if name:
-            raise VitError(
-                f"{path} was refused: loading it would run code ({name}), which could do anything to this "
-                "computer; only checkpoints of tensors and plain values are read"
-            ) from None
-        raise VitError(f"{path} is not a checkpoint, or a damaged one") from None
-    except Exception as error:  # torch meets damaged bytes with many kinds
-        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
-        told = f": {reason}" if " " in reason else ""  # some say but a number
-        raise VitError(f"{path} is truncated or not a checkpoint{told}") from None
-    if zipped and not _sums_fit(path):
-        raise VitError(f"{path} is damaged: its checksums do not fit what is in it")
-    return content
-
-
-def _sums_fit(path: Path) -> bool:
-    """Whether every part of a file in torch's format, a zip archive, has the bytes that were written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
-        return False
-
-
-def _asked_for(path: Path) -> str | None:
-    """The first name that a bare pickle would import, read off its instructions without obeying any."""
-    words: list[str] = []
-    try:
-        with open(path, "rb") as file:
-            for code, argument, _ in pickletools.genops(file):
-                if code.name == "GLOBAL" and isinstance(argument, str):
-                    return argument.replace(" ", ".")
-                if code.name == "STACK_GLOBAL" and len(words) == 2:
-                    return ".".join(words)
-                if isinstance(argument, str):
-                    words = [*words[-1:], argument]
-    except Exception:  # not a pickle at all
-        return None
-    return None
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        if path.is_dir():
-            raise VitError(f"{path} is a folder, not a file of weights")
-        with open(path, "rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise VitError(f"cannot read {path}: {error.strerror or error}") from None
-    if empty:
-        raise VitError(f"{path} is empty")
-
-
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
 def _check_sizes(architecture: dict[str, Any], weights: Mapping[str, Tensor], source: str) -> None:

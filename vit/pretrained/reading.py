@@ -1,0 +1,123 @@
+"""Tensors from files, of every form that weights come in; nothing in a file is ever obeyed.
+
+Notable
+- A pickled file (`.ckpt`, `.pth`, `.bin`) is read with `weights_only=True`: tensors and plain containers.  One that
+  needs anything else would run code of its author's choosing, so it is refused, and the message says what it asked
+  for.
+- Files are mapped, not read into memory: of a training checkpoint only the weights asked for get there.
+- A checkpoint's checksums are compared (under a second a GB), which torch does not do: changed bytes are no weights.
+
+Imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import pickletools
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit.errors import VitError
+
+
+def read_pickled(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, tensors on the CPU.
+
+    Raises `VitError` when the file is missing, empty, truncated, damaged, no checkpoint, or would need code to load.
+    """
+    path = Path(path)
+    check_readable(path)
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"  # torch's format since 1.6; only this one can be mapped
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            # many training scripts keep their options as a Namespace beside the weights: a bag of values, no code
+            warnings.simplefilter("ignore")  # about how foreign files were pickled
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"(?:GLOBAL|global:?|class|builtin)\s+`?([A-Za-z_][\w.]*\.\w+)", str(error))
+        name = asked.group(1) if asked else None if zipped else _asked_for(path)
+        if name:
+            raise VitError(
+                f"{path} was refused: loading it would run code ({name}), which could do anything to this "
+                "computer; only checkpoints of tensors and plain values are read"
+            ) from None
+        raise VitError(f"{path} is not a checkpoint, or a damaged one") from None
+    except Exception as error:  # torch meets damaged bytes with many kinds
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        told = f": {reason}" if " " in reason else ""  # some say but a number
+        raise VitError(f"{path} is truncated or not a checkpoint{told}") from None
+    if zipped and not _sums_fit(path):
+        raise VitError(f"{path} is damaged: its checksums do not fit what is in it")
+    return content
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file, on the CPU.  Raises `VitError` when it cannot be read as one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    check_readable(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise VitError(f"{path} is truncated or not a safetensors file: {error}") from None
+    except OSError as error:
+        raise VitError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def check_readable(path: Path) -> None:
+    """Raise `VitError` when there is no such file, it cannot be read, or there is nothing in it."""
+    try:
+        if path.is_dir():
+            raise VitError(f"{path} is a folder, not a file of weights")
+        if path.exists() and not path.is_file():  # a pipe, a device: reading it might never end
+            raise VitError(f"{path} is not a file")
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except (OSError, ValueError) as error:
+        raise VitError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    if empty:
+        raise VitError(f"{path} is empty")
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether `value` is a dictionary of tensors and nothing else."""
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _sums_fit(path: Path) -> bool:
+    """Whether every part of a file in torch's format, a zip archive, has the bytes that were written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile):
+        return False
+
+
+def _asked_for(path: Path) -> str | None:
+    """The first name that a bare pickle would import, read off its instructions without obeying any."""
+    words: list[str] = []
+    try:
+        with open(path, "rb") as file:
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL" and isinstance(argument, str):
+                    return argument.replace(" ", ".")
+                if code.name == "STACK_GLOBAL" and len(words) == 2:
+                    return ".".join(words)
+                if isinstance(argument, str):
+                    words = [*words[-1:], argument]
+    except Exception:  # not a pickle at all
+        return None
+    return None
