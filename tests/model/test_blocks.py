@@ -35,7 +35,7 @@ def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
 def test_a_block_is_its_formula(reference, shake, kind, norm, B, N, heads, d, hidden, learned, layer_scale, seed):
     width = heads * d
     attention = MultiHeadAttention(width, heads) if learned else DotProductAttention()
-    block = shake(kind(width, attention, hidden, layer_scale=layer_scale).double(), 0.4, seed)
+    block = shake(kind(width, attention, Mlp(width, hidden), layer_scale=layer_scale).double(), 0.4, seed)
     x = draw(seed, B, N, width)
     architecture = {"norm": norm, "heads": heads, "attention": "multi_head" if learned else "dot_product"}
     with torch.no_grad():
@@ -48,8 +48,8 @@ def test_a_block_is_its_formula(reference, shake, kind, norm, B, N, heads, d, hi
 def test_the_two_norms_differ_in_what_they_keep(shake):
     """Pre-norm leaves the sum free to grow, post-norm gives every token mean 0 and variance 1."""
     x = 10 * draw(0, 2, 5, 16)
-    pre = Block(16, MultiHeadAttention(16, 2), 32).double()
-    post = PostNormBlock(16, MultiHeadAttention(16, 2), 32).double()
+    pre = Block(16, MultiHeadAttention(16, 2), Mlp(16, 32)).double()
+    post = PostNormBlock(16, MultiHeadAttention(16, 2), Mlp(16, 32)).double()
     assert pre(x).std() > 5
     torch.testing.assert_close(post(x).mean(-1), torch.zeros(2, 5).double())
     torch.testing.assert_close(post(x).var(-1, correction=0), torch.ones(2, 5).double(), rtol=1e-4, atol=1e-4)
@@ -90,7 +90,7 @@ def test_stochastic_depth_is_nothing_in_evaluation():
 
 
 def test_a_block_drops_its_branches_for_some_images_only():
-    block = Block(8, MultiHeadAttention(8, 2), 16, drop_path=0.5).train()
+    block = Block(8, MultiHeadAttention(8, 2), Mlp(8, 16), drop_path=0.5).train()
     x = torch.randn(1, 4, 8).expand(64, -1, -1)
     y = block(x)
     untouched = (y == x).flatten(1).all(1)

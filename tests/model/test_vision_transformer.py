@@ -160,6 +160,8 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     (dict(patch_size=3), "model.patch_size", "4", dict(patch_size=4)),
     (dict(patch_size=16), "model.patch_size", "8", dict(patch_size=8)),
     (dict(image_size=(8, 10)), "model.patch_size", "width of 10 pixels", dict(patch_size=(4, 5))),
+    (dict(patch_size=3), "model.patch_size", "crop_to_patches=true", dict(crop_to_patches=True)),
+    (dict(patch_size=9, crop_to_patches=True), "model.patch_size", "8", dict(patch_size=8)),
     (dict(image_size=0), "data.image_size", "positive whole number", dict(image_size=8)),
     (dict(image_size=None), "data.image_size", "positive whole number", dict(image_size=8)),
     (dict(patch_size="4"), "model.patch_size", "positive whole number", dict(patch_size=4)),
@@ -171,14 +173,25 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     (dict(position="rotary", width=24, heads=4), "model.heads", "3", dict(heads=3)),
     (dict(attention="dot_product", qk_norm=True), "model.qk_norm", "model.qk_norm=false", dict(qk_norm=False)),
     (dict(attention="dot_product", position="rotary"), "model.position", "learned", dict(position="learned")),
+    (dict(position="rotary_box", width=24, heads=4), "model.heads", "3", dict(heads=3)),
+    (dict(attention="dot_product", attention_norm=True), "attention_norm", "=false", dict(attention_norm=False)),
+    (dict(mlp="swiglu", activation="gelu_tanh"), "model.activation", "activation=gelu", dict(activation="gelu")),
+    (dict(mlp="swiglu", activation="gelu_tanh"), "model.activation", "model.mlp=plain", dict(mlp="plain")),
+    (dict(mlp="glu"), "model.mlp", "swiglu", dict(mlp="swiglu")),
+    (dict(activation="relu"), "model.activation", "gelu", dict(activation="gelu")),
+    (dict(norm_layer="rmsnorm"), "model.norm_layer", "rms", dict(norm_layer="rms")),
+    (dict(norm_eps=0), "model.norm_eps", "positive number", dict(norm_eps=1e-5)),
+    (dict(embed_norm=True), "model.embed_norm", "tokens", dict(embed_norm="tokens")),
+    (dict(final_norm="mean"), "model.final_norm", "pooled", dict(final_norm="pooled")),
+    (dict(distillation_token=True, pool="mean"), "model.distillation_token", "model.pool=token", dict(pool="token")),
     (dict(width=0), "model.width", "at least 1", dict(width=2)),
     (dict(width=12.5), "model.width", "whole number", dict(width=12)),
     (dict(depth=-1), "model.depth", "at least 1", dict(depth=1)),
     (dict(heads="two"), "model.heads", "whole number", dict(heads=2)),
     (dict(heads=True), "model.heads", "whole number", dict(heads=1)),
     (dict(in_channels=0), "model.in_channels", "at least 1", dict(in_channels=3)),
-    (dict(num_classes=0), "model.num_classes", "at least 1", dict(num_classes=1)),
-    (dict(num_classes=None), "model.num_classes", "at least 1", dict(num_classes=1)),
+    (dict(num_classes=-1), "model.num_classes", "at least 0", dict(num_classes=1)),
+    (dict(num_classes=None), "model.num_classes", "at least 0", dict(num_classes=1)),
     (dict(registers=-1), "model.registers", "at least 0", dict(registers=0)),
     (dict(registers=1.5), "model.registers", "whole number", dict(registers=1)),
     (dict(registers=True), "model.registers", "whole number", dict(registers=1)),
@@ -196,6 +209,8 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     (dict(qk_norm="yes"), "model.qk_norm", "true or false", dict(qk_norm=True)),
     (dict(qkv_bias=None), "model.qkv_bias", "true or false", dict(qkv_bias=False)),
     (dict(position_prefix=2), "model.position_prefix", "true or false", dict(position_prefix=True)),
+    (dict(proj_bias="no"), "model.proj_bias", "true or false", dict(proj_bias=False)),
+    (dict(patch_bias=None), "model.patch_bias", "true or false", dict(patch_bias=False)),
     (dict(class_token="no"), "model.class_token", "true or false", dict(class_token=True)),
 ]
 
@@ -210,6 +225,20 @@ def test_what_cannot_be_is_refused_with_the_key_and_what_would_work(options, key
     assert "\n" not in message
     model = build({**options, **mend}).eval()
     assert model(images_for(model)).shape == (2, model.num_classes)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_without_classes_it_returns_what_a_head_would_read(distilled):
+    model = build(dict(num_classes=4, distillation_token=distilled)).eval()
+    bare = build(dict(num_classes=0, distillation_token=distilled)).eval()
+    fit = bare.load_state_dict(model.state_dict(), strict=False)
+    assert not fit.missing_keys
+    assert all(key.startswith("head") for key in fit.unexpected_keys)
+    images = images_for(model)
+    features = bare(images)
+    assert features.shape == (2, model.width)
+    if not distilled:
+        torch.testing.assert_close(model.head(features), model(images))
 
 
 JUNK = st.sampled_from([None, True, -1, 0, 1.5, float("nan"), float("inf"), "", "four", [], [1], {}, (2, 2)])
@@ -234,7 +263,19 @@ CONFIGURATIONS = st.fixed_dictionaries(
         mlp_ratio=mostly(0.01, 0.5, 1, 2.7, 4.0),
         attention=mostly("multi_head", "scaled_dot_product", "dot_product"),
         norm=mostly("pre", "post"),
-        position=mostly("learned", "sincos", "rotary", "none"),
+        norm_layer=mostly("layer", "rms"),
+        norm_eps=mostly(1e-6, 1e-5),
+        embed_norm=mostly("none", "patches", "tokens"),
+        attention_norm=mostly(True, False),
+        mlp_norm=mostly(True, False),
+        final_norm=mostly("tokens", "pooled", "none", None),
+        mlp=mostly("plain", "swiglu", "swiglu_packed"),
+        activation=mostly("gelu", "gelu_tanh", "quick_gelu"),
+        distillation_token=mostly(True, False),
+        proj_bias=mostly(True, False),
+        patch_bias=mostly(True, False),
+        crop_to_patches=mostly(True, False),
+        position=mostly("learned", "sincos", "rotary", "rotary_box", "none"),
         position_prefix=mostly(True, False),
         pool=mostly("token", "mean", "attention"),
         class_token=mostly(None, True, False),
@@ -253,7 +294,7 @@ VALID_MOSTLY = st.fixed_dictionaries(
     dict(
         image_size=st.sampled_from([8, 12, (8, 12), [4, 8]]),
         patch_size=st.sampled_from([2, 4, (2, 4), (4, 4)]),
-        num_classes=st.integers(1, 9),
+        num_classes=st.integers(0, 9),
         depth=st.integers(1, 3),
         width=st.sampled_from([8, 16, 24]),
         heads=st.sampled_from([1, 2]),
@@ -261,7 +302,19 @@ VALID_MOSTLY = st.fixed_dictionaries(
         mlp_ratio=st.floats(0.2, 3),
         attention=st.sampled_from(["multi_head", "scaled_dot_product", "dot_product"]),
         norm=st.sampled_from(["pre", "post"]),
-        position=st.sampled_from(["learned", "sincos", "rotary", "none"]),
+        norm_layer=st.sampled_from(["layer", "rms"]),
+        norm_eps=st.floats(1e-8, 1e-3),
+        embed_norm=st.sampled_from(["none", "patches", "tokens"]),
+        attention_norm=st.booleans(),
+        mlp_norm=st.booleans(),
+        final_norm=st.sampled_from(["tokens", "pooled", "none", None]),
+        mlp=st.sampled_from(["plain", "swiglu", "swiglu_packed"]),
+        activation=st.sampled_from(["gelu", "gelu", "gelu", "gelu_tanh", "quick_gelu"]),
+        distillation_token=st.booleans(),
+        proj_bias=st.booleans(),
+        patch_bias=st.booleans(),
+        crop_to_patches=st.booleans(),
+        position=st.sampled_from(["learned", "sincos", "rotary", "rotary_box", "none"]),
         position_prefix=st.booleans(),
         pool=st.sampled_from(["token", "mean", "attention"]),
         class_token=st.sampled_from([None, True, False]),
@@ -290,7 +343,7 @@ def test_any_arguments_make_a_working_model_or_an_explanation(options):
         return
     images = images_for(model, 2)
     for logits in (model.train()(images), model.eval()(images)):
-        assert logits.shape == (2, options["num_classes"])
+        assert logits.shape == (2, options["num_classes"] or model.width)
         assert logits.isfinite().all()
     again = VisionTransformer(**json.loads(json.dumps(model.architecture))).eval()
     again.load_state_dict(model.state_dict(), strict=True)

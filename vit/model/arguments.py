@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vit.errors import VitError, nearest
+from vit.model.blocks import ACTIVATIONS
 from vit.model.initialisation import SCHEMES
+from vit.model.norms import NORMS
 from vit.model.patches import pair
 
 
@@ -36,11 +38,22 @@ SIZES = {
 CHOICES = {
     "size": tuple(SIZES),
     "attention": ("multi_head", "scaled_dot_product", "dot_product"),
+    "mlp": ("plain", "swiglu", "swiglu_packed"),
+    "activation": tuple(ACTIVATIONS),
     "norm": ("pre", "post"),
-    "position": ("learned", "sincos", "rotary", "none"),
+    "norm_layer": tuple(NORMS),
+    "embed_norm": ("none", "patches", "tokens"),
+    "final_norm": ("tokens", "pooled", "none"),
+    "position": ("learned", "sincos", "rotary", "rotary_box", "none"),
     "pool": ("token", "mean", "attention"),
     "init": SCHEMES,
 }
+
+ROTARY = ("rotary", "rotary_box")
+SWITCHES = (
+    *("class_token", "distillation_token", "position_prefix", "qk_norm", "attention_norm", "mlp_norm"),
+    *("qkv_bias", "proj_bias", "patch_bias", "crop_to_patches"),
+)
 
 
 def resolve(given: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +63,8 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     `resolve` again, it stays as it is.  Raises `VitError` when an argument is impossible or two contradict each other.
     """
     a = dict(given)
+    if a["final_norm"] is None:  # timm's places: before a class token or a pooling head, after a mean
+        a["final_norm"] = "none" if a["norm"] == "post" else "pooled" if a["pool"] == "mean" else "tokens"
     for key, choices in CHOICES.items():
         if a[key] not in choices:
             raise VitError(f"model.{key}: no {a[key]!r}; {nearest(str(a[key]), choices)}")
@@ -58,19 +73,19 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     if a["attention"] != "multi_head":
         a["heads"] = 1
     if a["class_token"] is None:
-        a["class_token"] = a["pool"] == "token"
+        a["class_token"] = a["pool"] == "token" or a["distillation_token"]
     if a["qk_norm"] is None:
         a["qk_norm"] = a["attention"] != "dot_product"
-    for key in ("width", "depth", "heads", "in_channels", "num_classes"):
+    for key in ("width", "depth", "heads", "in_channels"):
         _check(key, a[key], type(a[key]) is int and a[key] >= 1, "a whole number, at least 1")
-    _check(
-        "registers", a["registers"], type(a["registers"]) is int and a["registers"] >= 0, "a whole number, at least 0"
-    )
-    for key in ("class_token", "position_prefix", "qk_norm", "qkv_bias"):
+    for key in ("num_classes", "registers"):
+        _check(key, a[key], type(a[key]) is int and a[key] >= 0, "a whole number, at least 0")
+    for key in SWITCHES:
         _check(key, a[key], isinstance(a[key], bool), "true or false")
     for key in ("dropout", "attention_dropout", "drop_path", "patch_dropout"):
         _check(key, a[key], _number(a[key]) and 0 <= a[key] < 1, "a share from 0 to under 1")
-    _check("mlp_ratio", a["mlp_ratio"], _number(a["mlp_ratio"]) and a["mlp_ratio"] > 0, "a positive number")
+    for key in ("mlp_ratio", "norm_eps"):
+        _check(key, a[key], _number(a[key]) and a[key] > 0, "a positive number")
     scale = a["layer_scale"]
     _check("layer_scale", scale, scale is None or _number(scale), "a number such as 1e-5, or null for none")
     a["image_size"] = list(pair(a["image_size"], "data.image_size"))
@@ -104,8 +119,13 @@ def _check_fits(a: dict[str, Any]) -> None:
         nothing = "model.attention=dot_product has no queries and keys"
         if a["qk_norm"]:
             raise VitError(f"model.qk_norm: {nothing} to normalise; set model.qk_norm=false")
-        if a["position"] == "rotary":
+        if a["position"] in ROTARY:
             raise VitError(f"model.position: {nothing} to rotate; choose from learned, sincos, none")
+        if a["attention_norm"]:
+            raise VitError(
+                "model.attention_norm: model.attention=dot_product has no heads to mix after it; "
+                "set model.attention_norm=false"
+            )
     if width % heads:
         raise VitError(
             f"model.heads: width {width} does not divide into {heads} heads; "
@@ -114,7 +134,7 @@ def _check_fits(a: dict[str, Any]) -> None:
     if a["position"] == "sincos" and width % 4:
         fits = _near(range(4, width + 8, 4), width)
         raise VitError(f"model.width: sine-cosine positions need a width divisible by 4, not {width}, such as {fits}")
-    if a["position"] == "rotary" and width // heads % 4:
+    if a["position"] in ROTARY and width // heads % 4:
         fits = _near([n for n in _divisors(width) if width // n % 4 == 0], heads)
         raise VitError(
             f"model.heads: rotary positions need a width per head divisible by 4, not {width} / {heads} = "
@@ -126,10 +146,21 @@ def _check_fits(a: dict[str, Any]) -> None:
             f"at least {math.ceil(1e4 / width) / 1e4:g}"
         )
     for image, patch, axis in zip(a["image_size"], a["patch_size"], ("height", "width"), strict=True):
-        if image % patch:
+        if image % patch and not (a["crop_to_patches"] and image > patch):
+            whole = "" if image < patch else f", or set model.crop_to_patches=true to lose the last {image % patch}"
             raise VitError(
                 f"model.patch_size: an image {axis} of {image} pixels does not divide into patches of {patch}; "
-                f"sizes that divide it: {_near(_divisors(image), patch)}"
+                f"sizes that divide it: {_near(_divisors(image), patch)}{whole}"
             )
+    if a["mlp"] != "plain" and a["activation"] != "gelu":
+        raise VitError(
+            f"model.activation: model.mlp={a['mlp']} has its own, the SiLU of its gate; "
+            "set model.activation=gelu, or model.mlp=plain"
+        )
     if a["pool"] == "token" and not a["class_token"]:
         raise VitError("model.pool=token reads the class token: set model.class_token=true, or pool=mean or attention")
+    if a["distillation_token"] and a["pool"] != "token":
+        raise VitError(
+            f"model.distillation_token: its head stands beside the class token's, not beside model.pool={a['pool']}; "
+            "set model.pool=token"
+        )

@@ -15,6 +15,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit.model.norms import LAYER_NORM, MakeNorm
 from vit.model.positions import Rotary, rotate
 
 
@@ -74,7 +75,8 @@ class MultiHeadAttention(nn.Module):
     Parameter names and layout are timm's: `qkv` is one matrix, read as (3, heads, d).
 
     `qk_norm` normalises each head's queries and keys (Dehghani et al. 2023, "Scaling Vision Transformers to 22
-    Billion Parameters"), which bounds the scores and so steadies training at high learning rates.
+    Billion Parameters"), which bounds the scores and so steadies training at high learning rates.  `attention_norm`
+    normalises the heads' outputs side by side, before they are mixed (Wang et al. 2022, "Foundation Transformers").
     """
 
     def __init__(
@@ -83,7 +85,10 @@ class MultiHeadAttention(nn.Module):
         heads: int,
         *,
         qk_norm: bool = False,
+        attention_norm: bool = False,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
+        norm: MakeNorm = LAYER_NORM,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
@@ -91,9 +96,10 @@ class MultiHeadAttention(nn.Module):
         self.heads = heads
         self.attention_dropout = attention_dropout
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.q_norm = norm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = norm(width // heads) if qk_norm else nn.Identity()
+        self.norm = norm(width) if attention_norm else nn.Identity()
+        self.proj = nn.Linear(width, width, bias=proj_bias)
         self.drop = nn.Dropout(dropout)
 
     def project(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +113,7 @@ class MultiHeadAttention(nn.Module):
 
     def merge(self, y_BHNd: Tensor) -> Tensor:
         """Put the heads side by side again and mix them: (B, H, N, d) -> (B, N, D)."""
-        return self.drop(self.proj(y_BHNd.transpose(1, 2).flatten(2)))
+        return self.drop(self.proj(self.norm(y_BHNd.transpose(1, 2).flatten(2))))
 
     def attend(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """As `forward`, with the weights (B, H, N, N) beside the output (B, N, D)."""

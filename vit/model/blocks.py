@@ -1,29 +1,101 @@
 """The Transformer block: attention moves information between tokens, the MLP works on each token alone.
 
 `Block` normalises first (Dosovitskiy et al. 2021, equations 2 and 3), `PostNormBlock` last, as the original
-Transformer did (Vaswani et al. 2017, section 3.1).
+Transformer did (Vaswani et al. 2017, section 3.1).  The MLP has one hidden layer, plain or gated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vit.model.norms import LAYER_NORM, MakeNorm
 from vit.model.positions import Rotary
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between, on each token alone: (B, N, D) -> (B, N, D)."""
+class QuickGELU(nn.Module):
+    """`x sigmoid(1.702 x)`, an approximation of GELU (Hendrycks & Gimpel 2016) that OpenAI's CLIP was trained with."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, on each token alone: (B, N, D) -> (B, N, D).
+
+    `hidden_norm` normalises the hidden layer (Wang et al. 2022, "Foundation Transformers").
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        dropout: float = 0.0,
+        *,
+        activation: str = "gelu",
+        hidden_norm: MakeNorm | None = None,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.act = ACTIVATIONS[activation]()
+        self.norm = hidden_norm(hidden) if hidden_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x_BND)))))
+        return self.drop(self.fc2(self.norm(self.drop(self.act(self.fc1(x_BND))))))
+
+
+class SwiGlu(nn.Module):
+    """An MLP whose hidden layer is gated: `silu(x W_g) * (x W_x)`, then a linear layer; (B, N, D) -> (B, N, D).
+
+    Shazeer 2020, "GLU Variants Improve Transformer".  Parameter names are timm's: `fc1_g, fc1_x, norm, fc2`; `packed`
+    has both halves in one matrix, `fc1`, the gate first.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        dropout: float = 0.0,
+        *,
+        packed: bool = False,
+        hidden_norm: MakeNorm | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.packed = packed
+        if packed:
+            self.fc1 = nn.Linear(width, 2 * hidden, bias=bias)
+        else:
+            self.fc1_g = nn.Linear(width, hidden, bias=bias)
+            self.fc1_x = nn.Linear(width, hidden, bias=bias)
+        self.norm = hidden_norm(hidden) if hidden_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        gate, x = self.fc1(x_BND).chunk(2, dim=-1) if self.packed else (self.fc1_g(x_BND), self.fc1_x(x_BND))
+        return self.drop(self.fc2(self.norm(self.drop(nn.functional.silu(gate) * x))))
+
+
+def make_mlp(kind: str, width: int, hidden: int, dropout: float, *, activation: str, **options: Any) -> nn.Module:
+    """The MLP of a block: `kind` is "plain", "swiglu" or "swiglu_packed"; `options` are those that all have."""
+    if kind == "plain":
+        return Mlp(width, hidden, dropout, activation=activation, **options)
+    return SwiGlu(width, hidden, dropout, packed=kind == "swiglu_packed", **options)
 
 
 class LayerScale(nn.Module):
@@ -66,19 +138,19 @@ class Block(nn.Module):
         self,
         width: int,
         attention: nn.Module,
-        hidden: int,
+        mlp: nn.Module,
         *,
-        dropout: float = 0.0,
+        norm: MakeNorm = LAYER_NORM,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = norm(width)
         self.attn = attention
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden, dropout)
+        self.norm2 = norm(width)
+        self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 

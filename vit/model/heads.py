@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vit.model.attention import CrossAttention
 from vit.model.blocks import Mlp
+from vit.model.norms import LAYER_NORM, MakeNorm
 
 
 class AttentionPool(CrossAttention):
@@ -16,11 +17,13 @@ class AttentionPool(CrossAttention):
     et al. 2019, "Set Transformer").  Parameter names are timm's: `latent, q, kv, proj, norm, mlp`.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(
+        self, width: int, heads: int, hidden: int, *, activation: str = "gelu", norm: MakeNorm = LAYER_NORM
+    ) -> None:
         super().__init__(width, heads)
         self.latent = nn.Parameter(torch.zeros(1, 1, width))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, hidden)
+        self.norm = norm(width)
+        self.mlp = Mlp(width, hidden, activation=activation)
 
     def attend_patches(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, with the query's weights over the patches (B, H, P) beside the output (B, D)."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vit.errors import VitError, nearest
 from vit.model.attention import DotProductAttention, MultiHeadAttention
-from vit.model.blocks import Block
+from vit.model.blocks import Block, SwiGlu
 
 SCHEMES = ("trunc_normal", "xavier", "mimetic")
 
@@ -40,12 +40,14 @@ def initialise(model: nn.Module, scheme: str) -> None:
     """
     if scheme not in SCHEMES:
         raise VitError(f"model.init: no scheme {scheme!r}; {nearest(scheme, SCHEMES)}")
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    packed = {f"{name}.fc1" for name, module in modules.items() if isinstance(module, SwiGlu)}
+    for name, module in modules.items():
         if isinstance(module, nn.Linear):
-            if scheme == "trunc_normal" or name == "head":
+            if scheme == "trunc_normal" or name in ("head", "head_dist"):
                 nn.init.trunc_normal_(module.weight, std=0.02)
             else:
-                parts = 3 if name.endswith("qkv") else 2 if name.endswith("kv") else 1
+                parts = 3 if name.endswith("qkv") else 2 if name.endswith("kv") or name in packed else 1
                 for part in module.weight.chunk(parts):
                     nn.init.xavier_uniform_(part)
             if module.bias is not None:
@@ -55,7 +57,7 @@ def initialise(model: nn.Module, scheme: str) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters(recurse=False):
-        if name in ("cls_token", "reg_token"):
+        if name in ("cls_token", "dist_token", "reg_token"):
             nn.init.normal_(parameter, std=1e-6)
         elif name == "pos_embed" and parameter.requires_grad:
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -64,7 +66,8 @@ def initialise(model: nn.Module, scheme: str) -> None:
             nn.init.trunc_normal_(parameter, std=parameter.shape[-1] ** -0.5)
     for module in model.modules():
         if type(module) is Block and isinstance(module.attn, DotProductAttention):
-            nn.init.constant_(module.norm1.weight, module.norm1.weight.numel() ** -0.5)
+            gain = module.norm1.get_parameter("weight")
+            nn.init.constant_(gain, gain.numel() ** -0.5)
     if scheme == "mimetic":
         for module in model.modules():
             if isinstance(module, MultiHeadAttention):

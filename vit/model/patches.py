@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError
+from vit.model.norms import MakeNorm
 
 
 def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -25,16 +26,24 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 class PatchEmbed(nn.Module):
     """Images (B, C, height, width) -> patch tokens (B, P, D), row by row.
 
-    A convolution whose stride is its kernel is exactly "cut into patches, flatten, multiply by one matrix".
+    A convolution whose stride is its kernel is exactly "cut into patches, flatten, multiply by one matrix".  Pixels at
+    the right and at the bottom that fill no whole patch are left out.  `norm` is one more, of each patch's token.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], patch_size: tuple[int, int], in_channels: int, width: int, bias: bool = True
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        in_channels: int,
+        width: int,
+        bias: bool = True,
+        norm: MakeNorm | None = None,
     ) -> None:
         super().__init__()
         self.image_size, self.patch_size = image_size, patch_size
         self.grid = image_size[0] // patch_size[0], image_size[1] // patch_size[1]
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size, bias=bias)
+        self.norm = norm(width) if norm else nn.Identity()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         expected = (self.proj.in_channels, *self.image_size)
@@ -43,7 +52,7 @@ class PatchEmbed(nn.Module):
                 f"the model takes images of (batch, channels, height, width) = (B, {', '.join(map(str, expected))}), "
                 f"not {tuple(images_BCHW.shape)}"
             )
-        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
+        return self.norm(self.proj(images_BCHW).flatten(2).transpose(1, 2))
 
 
 def drop_patches(tokens_BPD: Tensor, rate: float) -> tuple[Tensor, Tensor]:

@@ -18,30 +18,41 @@ from torch import Tensor, nn
 from vit.errors import VitError, nearest
 from vit.model.arguments import SIZES, resolve
 from vit.model.attention import DotProductAttention, MultiHeadAttention
-from vit.model.blocks import Block, PostNormBlock
+from vit.model.blocks import Block, PostNormBlock, make_mlp
 from vit.model.heads import AttentionPool
 from vit.model.initialisation import initialise
+from vit.model.norms import make_norm
 from vit.model.patches import PatchEmbed, drop_patches
 from vit.model.positions import Rotary, rotary_2d, sincos_2d
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, in_channels, height, width) -> logits (B, num_classes).
+    """Images (B, in_channels, height, width) -> logits (B, num_classes), or without classes features (B, width).
 
     Arguments
-        image_size, patch_size: one number or (height, width), in pixels; the image must divide into whole patches.
+        image_size, patch_size: one number or (height, width), in pixels; the image must divide into whole patches,
+            or with `crop_to_patches` loses what is left over at the right and at the bottom.
+        num_classes: outputs of the head; 0 for no head, so that the model returns what a head would read.
         size: "nano", "tiny", "small", "base", "large" or "huge" sets width, depth and heads; each may be set alone.
-        mlp_ratio: width of the MLP's hidden layer, in widths.
+        mlp: "plain", or gated as "swiglu" or "swiglu_packed" (both halves in one matrix); mlp_ratio: width of its
+            hidden layer, in widths; activation: of a plain one, "gelu", "gelu_tanh" or "quick_gelu".
         attention: "multi_head"; "scaled_dot_product", the same with one head whatever `heads` says; "dot_product",
             no parameters, and one head.
         norm: "pre" (norm before each branch) or "post" (after each sum, as the original Transformer).
-        position: "learned", "sincos", "rotary" or "none"; `position_prefix` gives learned positions to the class token
-            and registers too, as timm's plain ViTs have it.
+        norm_layer: "layer" or "rms"; norm_eps: added under its root.
+        embed_norm: one more, of the "patches" as they are embedded (AIMv2) or of all "tokens" before the first block
+            (CLIP); attention_norm, mlp_norm: of the heads' outputs before they are mixed, of the MLP's hidden layer
+            (BEiT-3); final_norm: of the last "tokens", of what was "pooled", or "none"; None for what `pool` suggests.
+        position: "learned", "sincos", "rotary", "rotary_box" (in shares of the image, as DINOv3) or "none";
+            `position_prefix` gives learned positions to the tokens in front too, as timm's plain ViTs have it.
         pool: "token" (class token), "mean" (of the patches) or "attention" (a learned query cross-attends to them).
         class_token: whether there is one; by default only where `pool` needs it.
+        distillation_token: a second class token with a head of its own; the logits are the mean of both (Touvron et
+            al. 2021, "DeiT").
         registers: extra learned tokens that no head reads (Darcet et al. 2024).
         layer_scale: start of each branch's scale, None for none; qk_norm: normalise queries and keys, None
-            to do so where attention has them.
+            to do so where attention has them; qkv_bias, proj_bias, patch_bias: biases of queries, keys and values, of
+            attention's output and the MLP, of the patch embedding.
         dropout, attention_dropout, drop_path, patch_dropout: shares in [0, 1), in training only; drop_path grows
             linearly from 0 in the first block to its value in the last.
         init: "trunc_normal", "xavier" or "mimetic".
@@ -62,17 +73,29 @@ class VisionTransformer(nn.Module):
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        mlp: Literal["plain", "swiglu", "swiglu_packed"] = "plain",
         mlp_ratio: float = 4.0,
+        activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu",
         attention: Literal["multi_head", "scaled_dot_product", "dot_product"] = "multi_head",
         norm: Literal["pre", "post"] = "pre",
-        position: Literal["learned", "sincos", "rotary", "none"] = "learned",
+        norm_layer: Literal["layer", "rms"] = "layer",
+        norm_eps: float = 1e-6,
+        embed_norm: Literal["none", "patches", "tokens"] = "none",
+        attention_norm: bool = False,
+        mlp_norm: bool = False,
+        final_norm: Literal["tokens", "pooled", "none"] | None = None,
+        position: Literal["learned", "sincos", "rotary", "rotary_box", "none"] = "learned",
         position_prefix: bool = True,
         pool: Literal["token", "mean", "attention"] = "token",
         class_token: bool | None = None,
+        distillation_token: bool = False,
         registers: int = 0,
         layer_scale: float | None = None,
         qk_norm: bool | None = False,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
+        patch_bias: bool = True,
+        crop_to_patches: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -82,38 +105,32 @@ class VisionTransformer(nn.Module):
         super().__init__()
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         a = self.architecture = resolve(given)
-        width, depth, heads = a["width"], a["depth"], a["heads"]
+        width, depth, heads, hidden = a["width"], a["depth"], a["heads"], int(a["width"] * mlp_ratio)
         self.image_size, self.patch_size = tuple(a["image_size"]), tuple(a["patch_size"])
         self.num_classes, self.width = num_classes, width
         self.pool, self.patch_dropout = pool, patch_dropout
-        self.num_prefix_tokens = int(a["class_token"]) + registers
+        self.num_prefix_tokens = int(a["class_token"]) + int(distillation_token) + registers
 
-        self.patch_embed = PatchEmbed(self.image_size, self.patch_size, in_channels, width)
+        make = make_norm(norm_layer, norm_eps)
+        patch_norm = make if embed_norm == "patches" else None
+        self.patch_embed = PatchEmbed(self.image_size, self.patch_size, in_channels, width, patch_bias, patch_norm)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if a["class_token"] else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if distillation_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.pos_embed, rotary = self._positions(position, position_prefix, width // heads)
         self.register_buffer("rotary", rotary, persistent=False)
         self.embed_drop = nn.Dropout(dropout)
-        drops = dict(dropout=dropout, attention_dropout=attention_dropout)
-        self.blocks = nn.ModuleList(
-            (Block if norm == "pre" else PostNormBlock)(
-                width,
-                DotProductAttention(**drops)
-                if attention == "dot_product"
-                else MultiHeadAttention(width, heads, qk_norm=a["qk_norm"], qkv_bias=qkv_bias, **drops),
-                int(width * mlp_ratio),
-                dropout=dropout,
-                drop_path=drop_path * layer / max(1, depth - 1),
-                layer_scale=layer_scale,
-            )
-            for layer in range(depth)
-        )
-        # timm's places for the last norm: before a class token or a pooling head, after a mean
-        final = nn.LayerNorm(width, eps=1e-6) if norm == "pre" else nn.Identity()
-        self.norm = nn.Identity() if pool == "mean" else final
-        self.attn_pool = AttentionPool(width, heads, int(width * mlp_ratio)) if pool == "attention" else None
-        self.fc_norm = final if pool == "mean" else nn.Identity()
-        self.head = nn.Linear(width, num_classes)
+        self.norm_pre = make(width) if embed_norm == "tokens" else nn.Identity()
+        self.blocks = nn.ModuleList(_block(a, layer) for layer in range(depth))
+        self.norm = make(width) if a["final_norm"] == "tokens" else nn.Identity()
+        self.attn_pool = None
+        if pool == "attention":
+            self.attn_pool = AttentionPool(width, heads, hidden, activation=activation, norm=make)
+        self.fc_norm = make(width) if a["final_norm"] == "pooled" else nn.Identity()
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        self.head_dist = None
+        if distillation_token:
+            self.head_dist = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         initialise(self, init)
 
     @property
@@ -125,7 +142,7 @@ class VisionTransformer(nn.Module):
         x_BND, rotary = self.embed(images_BCHW)
         for block in self.blocks:
             x_BND = block(x_BND, rotary)
-        return self.head(self.fc_norm(self.pool_tokens(self.norm(x_BND))))
+        return self.answer(x_BND)
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Rotary | None]:
         """Images -> the sequence (B, N, D) of class token, registers and patches, and the angles of rotary positions.
@@ -134,7 +151,8 @@ class VisionTransformer(nn.Module):
         """
         patches_BPD = self.patch_embed(images_BCHW)
         B, prefix = patches_BPD.shape[0], self.num_prefix_tokens
-        tokens = [token.expand(B, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        own = (self.cls_token, self.dist_token, self.reg_token)
+        tokens = [token.expand(B, -1, -1) for token in own if token is not None]
         rotary = None if self.rotary is None else (self.rotary[0], self.rotary[1])
         if self.pos_embed is not None:
             covered = self.pos_embed.shape[1] - patches_BPD.shape[1]
@@ -144,13 +162,27 @@ class VisionTransformer(nn.Module):
         if self.training and self.patch_dropout:
             patches_BPD, places_BK = drop_patches(patches_BPD, self.patch_dropout)
             if rotary is not None:
-                own = torch.arange(prefix, device=places_BK.device).expand(B, -1)
-                rows_BN = torch.cat([own, places_BK + prefix], dim=1)
+                first = torch.arange(prefix, device=places_BK.device).expand(B, -1)
+                rows_BN = torch.cat([first, places_BK + prefix], dim=1)
                 rotary = rotary[0][rows_BN].unsqueeze(1), rotary[1][rows_BN].unsqueeze(1)
-        return self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1)), rotary
+        return self.norm_pre(self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1))), rotary
+
+    def answer(self, x_BND: Tensor) -> Tensor:
+        """The last block's tokens (B, N, D) -> logits (B, num_classes)."""
+        x_BD = self.fc_norm(self.pool_tokens(self.norm(x_BND)))
+        if self.head_dist is None:
+            return self.head(x_BD)
+        return torch.stack(self.both_heads(x_BD)).mean(dim=0)
+
+    def both_heads(self, x_B2D: Tensor) -> tuple[Tensor, Tensor]:
+        """What `pool_tokens` returns with a distillation token -> logits of the class head and of its own head."""
+        assert self.head_dist is not None
+        return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
     def pool_tokens(self, x_BND: Tensor) -> Tensor:
-        """The sequence (B, N, D) -> one vector an image (B, D)."""
+        """The sequence (B, N, D) -> one vector an image (B, D); class and distillation token, (B, 2, D)."""
+        if self.dist_token is not None:
+            return x_BND[:, :2]
         if self.pool == "token":
             return x_BND[:, 0]
         patches_BPD = x_BND[:, self.num_prefix_tokens :]
@@ -164,9 +196,36 @@ class VisionTransformer(nn.Module):
             waves = sincos_2d(self.grid, self.width)
             waves = torch.cat([waves.new_zeros(prefix * prefix_too, self.width), waves])
             return nn.Parameter(waves[None], requires_grad=False), None
-        if kind == "rotary":
-            return None, torch.stack(rotary_2d(self.grid, head_width, prefix))
+        if kind in ("rotary", "rotary_box"):
+            return None, torch.stack(rotary_2d(self.grid, head_width, prefix, box=kind == "rotary_box"))
         return None, None
+
+
+def _block(a: dict[str, Any], layer: int) -> Block:
+    """Block number `layer` of the model that has these arguments."""
+    width, make = a["width"], make_norm(a["norm_layer"], a["norm_eps"])
+    drops = {key: a[key] for key in ("dropout", "attention_dropout")}
+    attention: nn.Module = DotProductAttention(**drops)
+    if a["attention"] != "dot_product":
+        inner = {key: a[key] for key in ("qk_norm", "attention_norm", "qkv_bias", "proj_bias")}
+        attention = MultiHeadAttention(width, a["heads"], norm=make, **inner, **drops)
+    mlp = make_mlp(
+        a["mlp"],
+        width,
+        int(width * a["mlp_ratio"]),
+        a["dropout"],
+        activation=a["activation"],
+        hidden_norm=make if a["mlp_norm"] else None,
+        bias=a["proj_bias"],
+    )
+    return (Block if a["norm"] == "pre" else PostNormBlock)(
+        width,
+        attention,
+        mlp,
+        norm=make,
+        drop_path=a["drop_path"] * layer / max(1, a["depth"] - 1),
+        layer_scale=a["layer_scale"],
+    )
 
 
 def create_model(name: str = "vit_tiny", **options: Any) -> VisionTransformer:

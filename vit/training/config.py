@@ -35,23 +35,49 @@ class ModelConfig:
     image_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.image_size", least=1)
     patch_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.patch_size", least=1)
     in_channels: int = setting("of the images; follows data.channels", least=1)
+    mlp: str = setting(
+        "the block's MLP: plain, or gated (packed: both halves in one matrix)",
+        choices=("plain", "swiglu", "swiglu_packed"),
+    )
     mlp_ratio: float = setting("width of the MLP's hidden layer, in widths", over=0)
+    activation: str = setting("of a plain MLP", choices=("gelu", "gelu_tanh", "quick_gelu"))
     attention: str = setting(
         "scaled_dot_product has one head, dot_product no parameters",
         choices=("multi_head", "scaled_dot_product", "dot_product"),
     )
     norm: str = setting("norm before each branch, or after each sum (Vaswani et al.)", choices=("pre", "post"))
-    position: str = setting("how a token knows its place", choices=("learned", "sincos", "rotary", "none"))
+    norm_layer: str = setting("LayerNorm, or RMSNorm without mean and offset", choices=("layer", "rms"))
+    norm_eps: float = setting("added under the root of every norm", over=0)
+    embed_norm: str = setting(
+        "one more norm, of the patches' tokens or of all tokens before the first block",
+        choices=("none", "patches", "tokens"),
+    )
+    attention_norm: bool = setting("norm of the heads' outputs before they are mixed")
+    mlp_norm: bool = setting("norm of the MLP's hidden layer")
+    final_norm: str | None = setting(
+        "the last norm: of the tokens, or of what was pooled; null: what pool suggests",
+        choices=("tokens", "pooled", "none"),
+    )
+    position: str = setting(
+        "how a token knows its place (rotary_box: in shares of the image)",
+        choices=("learned", "sincos", "rotary", "rotary_box", "none"),
+    )
     position_prefix: bool = setting("positions for the class token and registers too, as timm has them")
     pool: str = setting(
         "what the head reads: the class token, the mean, or a learned query's attention to the patches",
         choices=("token", "mean", "attention"),
     )
     class_token: bool | None = setting("whether there is one; null: only where pool reads it")
+    distillation_token: bool = setting("a second class token with a head of its own, for a teacher's answers")
     registers: int = setting("extra learned tokens that no head reads", least=0)
     layer_scale: float | None = setting("start of each branch's learned scale; null: none")
     qk_norm: bool | None = setting("normalise queries and keys; null: where there are any")
     qkv_bias: bool = setting("biases in the maps to queries, keys and values")
+    proj_bias: bool = setting("biases in the map out of attention and in the MLP")
+    patch_bias: bool = setting("bias in the map from pixels to tokens")
+    crop_to_patches: bool = setting(
+        "leave out pixels at the right and bottom that fill no patch"
+    )
     dropout: float = setting("share of activations dropped", least=0, under=1)
     attention_dropout: float = setting("share of attention weights dropped", least=0, under=1)
     drop_path: float = setting("stochastic depth: share of branches skipped in the last block", least=0, under=1)

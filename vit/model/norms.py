@@ -1,0 +1,26 @@
+"""Normalisation of a token's channels, in the two forms that Vision Transformers have.
+
+- layer: to mean 0 and variance 1, then a gain and an offset a channel (Ba et al. 2016, "Layer Normalization");
+- rms: to a mean square of 1, then a gain a channel (Zhang & Sennrich 2019, "Root Mean Square Layer Normalization").
+
+`eps` is added to the variance or mean square; published checkpoints were trained with 1e-6 or 1e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+MakeNorm = Callable[[int], nn.Module]
+"""Given a width, the norm of (..., width)."""
+
+LAYER_NORM: MakeNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def make_norm(kind: str, eps: float) -> MakeNorm:
+    """What builds the norms of a model: `kind` is one of `NORMS`."""
+    return partial(NORMS[kind], eps=eps)
