@@ -10,9 +10,7 @@ Imports torch.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from vit.errors import VitError
 from vit.inference.description import Description
-from vit.inference.lora import merge_lora
 from vit.model import VisionTransformer
-from vit.pretrained.reading import is_state_dict, read_pickled
+from vit.pretrained.own import check_sizes, read_checkpoint
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Description]:
@@ -32,22 +29,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], De
     Raises `VitError` when the file is missing, empty, truncated, not a checkpoint, not one of this project's, or
     would need code to load.
     """
-    path = Path(path)
-    checkpoint = read_pickled(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("vit"), dict):
-        what = "a plain state dict" if is_state_dict(checkpoint) else "a foreign checkpoint"
-        raise VitError(f"{path} is {what} that does not describe its model: expected one that train.py wrote")
-    description = Description.from_dict(checkpoint["vit"], path)
-    prefix = checkpoint["vit"].get("weights_prefix", "model.")
-    entries = checkpoint.get("state_dict")
-    if not isinstance(prefix, str) or not isinstance(entries, Mapping):
-        raise VitError(f"{path} describes a model but holds no weights for it (state_dict, weights_prefix)")
-    weights = {key[len(prefix) :]: value for key, value in entries.items() if str(key).startswith(prefix)}
-    if not weights:
-        raise VitError(f"{path} holds no weights whose name starts with {prefix!r}")
-    if checkpoint["vit"].get("lora") is not None:
-        weights = merge_lora(weights, checkpoint["vit"]["lora"], path)
-    return weights, description
+    weights, table = read_checkpoint(path)
+    return weights, Description.from_dict(table, path)
 
 
 def build(
@@ -61,7 +44,7 @@ def build(
     for key, value in weights.items():
         if not isinstance(value, Tensor):
             raise VitError(f"{source}: {key} is {type(value).__name__}, not a tensor")
-    _check_sizes(description.architecture, weights, source)
+    check_sizes(description.architecture, weights, source)
     try:
         with _Undrawn():
             # any scheme would do, the weights follow; this one computes nothing
@@ -74,29 +57,6 @@ def build(
     _check_fit(model, weights, source)
     model.load_state_dict(dict(weights))
     return model.eval()
-
-
-def _check_sizes(architecture: dict[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
-    """Compare what decides the model's size with the tensors at hand, so that no text can ask for more memory."""
-    expected = {
-        "head.weight": (architecture["num_classes"], architecture["width"]),
-        "patch_embed.proj.weight": (architecture["width"], architecture["in_channels"], *architecture["patch_size"]),
-    }
-    for key, shape in expected.items():
-        if key not in weights:
-            raise VitError(f"{source} has no weight called {key}: it does not hold a Vision Transformer of this kind")
-        if tuple(weights[key].shape) != shape:
-            raise VitError(f"{source}: {key} has shape {tuple(weights[key].shape)}, its description says {shape}")
-    layers = {match.group(1) for key in weights if (match := re.match(r"blocks\.(\d+)\.", str(key)))}
-    if len(layers) != architecture["depth"]:
-        raise VitError(f"{source} has weights for {len(layers)} blocks, its description says {architecture['depth']}")
-    hidden = next((tensor.shape[0] for key, tensor in weights.items() if str(key).endswith("mlp.fc1.bias")), None)
-    ratio = architecture.get("mlp_ratio", 4.0)
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or int(architecture["width"] * ratio) != hidden:
-        raise VitError(f"{source}: blocks have {hidden} hidden channels, its description says mlp_ratio {ratio!r}")
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
-    if registers != architecture.get("registers", 0):
-        raise VitError(f"{source}: {registers} registers, its description says {architecture.get('registers', 0)}")
 
 
 def _check_fit(model: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> None:

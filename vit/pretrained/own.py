@@ -1,0 +1,135 @@
+"""What this project saves: a checkpoint, a bundle folder, a run folder; weights, and beside them what the model is.
+
+What a model says about itself is returned as it stands in the file, a plain table (`vit.inference.description` has its
+meaning): who uses a part of it checks that part.  Imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vit.errors import VitError
+from vit.pretrained.lora import merge_lora
+from vit.pretrained.reading import is_state_dict, load_safetensors, read_pickled
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_LONGEST_CONFIG = 64 << 20  # bytes; a hundred times ImageNet-21k's names
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of the model in a training checkpoint (`.ckpt`), changes by LoRA merged, and its description.
+
+    Raises `VitError` when the file is missing, empty, truncated, not a checkpoint, not one of this project's, or
+    would need code to load.
+    """
+    path = Path(path)
+    return checkpoint_parts(read_pickled(path), path)
+
+
+def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `read_checkpoint`, of what was read from `path`."""
+    if not describes_itself(checkpoint):
+        what = "a plain state dict" if is_state_dict(checkpoint) else "a foreign checkpoint"
+        raise VitError(f"{path} is {what} that does not describe its model: expected one that train.py wrote")
+    table = checkpoint["vit"]
+    prefix, entries = table.get("weights_prefix", "model."), checkpoint.get("state_dict")
+    if not isinstance(prefix, str) or not isinstance(entries, Mapping):
+        raise VitError(f"{path} describes a model but holds no weights for it (state_dict, weights_prefix)")
+    weights = {key[len(prefix) :]: value for key, value in entries.items() if str(key).startswith(prefix)}
+    if not weights:
+        raise VitError(f"{path} holds no weights whose name starts with {prefix!r}")
+    if table.get("lora") is not None:
+        weights = merge_lora(weights, table["lora"], path)
+    return weights, table
+
+
+def describes_itself(checkpoint: Any) -> bool:
+    """Whether what was read from a file is a checkpoint of this project."""
+    return isinstance(checkpoint, dict) and isinstance(checkpoint.get("vit"), dict)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a folder, this project's or timm's.  Raises `VitError` when there is none to be read."""
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > _LONGEST_CONFIG:
+            raise VitError(f"{path} is too long for the configuration of a model")
+        text = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise VitError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise VitError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise VitError(f"{path} is not the configuration of a model: expected a table of names and values")
+    return config
+
+
+def find_in(folder: Path) -> Path | None:
+    """Of a run folder or a bundle, where the best model is: a bundle's folder or a checkpoint; None if it is neither.
+
+    A run's bundle is taken, else its best checkpoint, else its last.
+    """
+    for place in (folder, folder / "model"):
+        if (place / WEIGHTS).is_file() and (place / CONFIG).is_file() and "vit" in read_config(place):
+            return place
+    for name in ("best.ckpt", "last.ckpt"):
+        if (folder / "checkpoints" / name).is_file():
+            return folder / "checkpoints" / name
+    return None
+
+
+def read_own(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of what `find_in` found.  Raises `VitError` when it cannot be read."""
+    if not place.is_dir():
+        return read_checkpoint(place)
+    table = read_config(place).get("vit")
+    if not isinstance(table, dict):
+        raise VitError(f"{place / CONFIG} does not describe its model (key 'vit')")
+    return load_safetensors(place / WEIGHTS), table
+
+
+def check_sizes(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
+    """Compare what decides the model's size with the tensors at hand, so that no text can ask for more memory.
+
+    Raises `VitError` when they differ.
+    """
+    try:
+        _check_sizes(architecture, weights, source)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise VitError(f"{source}: its architecture cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _check_sizes(a: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
+    expected: dict[str, tuple[int, ...]] = {"head.weight": (a["num_classes"], a["width"])} if a["num_classes"] else {}
+    expected["patch_embed.proj.weight"] = (a["width"], a["in_channels"], *a["patch_size"])
+    for key, shape in expected.items():
+        if key not in weights:
+            raise VitError(f"{source} has no weight called {key}: it does not hold a Vision Transformer of this kind")
+        if tuple(weights[key].shape) != shape:
+            raise VitError(f"{source}: {key} has shape {tuple(weights[key].shape)}, its description says {shape}")
+    layers = {match.group(1) for key in weights if (match := re.match(r"blocks\.(\d+)\.", str(key)))}
+    if len(layers) != a["depth"]:
+        raise VitError(f"{source} has weights for {len(layers)} blocks, its description says {a['depth']}")
+    hidden = next((tensor.shape[0] for key, tensor in weights.items() if _HIDDEN.search(str(key))), None)
+    if hidden is not None and a.get("mlp") == "swiglu_packed":
+        hidden //= 2
+    ratio = a.get("mlp_ratio", 4.0)
+    finite = isinstance(ratio, int | float) and not isinstance(ratio, bool) and math.isfinite(ratio)
+    if not finite or int(a["width"] * ratio) != hidden:
+        raise VitError(f"{source}: blocks have {hidden} hidden channels, its description says mlp_ratio {ratio!r}")
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    if registers != a.get("registers", 0):
+        raise VitError(f"{source}: {registers} registers, its description says {a.get('registers', 0)}")
+
+
+_HIDDEN = re.compile(r"^blocks\.\d+\.mlp\.fc1(_g)?\.weight$")
