@@ -240,11 +240,11 @@ def test_help_is_answered_without_loading_anything(arguments):
 
 def test_the_public_names_come_from_their_rooms():
     import vit
-    import vit.model
+    import vit.pretrained.create
 
     for name in vit.__all__:
         assert getattr(vit, name) is not None
         assert name in dir(vit)
-    assert vit.create_model is vit.model.create_model
+    assert vit.create_model is vit.pretrained.create.create_model
     with pytest.raises(AttributeError, match="no attribute 'create_modle'"):
         _ = vit.create_modle

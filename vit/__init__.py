@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "create_model": "vit.model",
+    "create_model": "vit.pretrained.create",
     "VisionTransformer": "vit.model",
     "load": "vit.inference.loading",
     "load_torch": "vit.inference.loading",
@@ -59,7 +59,8 @@ if TYPE_CHECKING:
     from vit.inference.classifier import Classifier, Result
     from vit.inference.description import Description
     from vit.inference.loading import load, load_torch
-    from vit.model import VisionTransformer, create_model
+    from vit.model import VisionTransformer
+    from vit.pretrained.create import create_model
 
 
 def __getattr__(name: str) -> Any:

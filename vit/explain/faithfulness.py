@@ -98,9 +98,7 @@ def perturb(
     for rank_BP in (place_BP, P - 1 - place_BP):
         keep_SBP = rank_BP[None] >= counts[:, None, None]
         found.append(_scores(model, images, keep_SBP.flatten(0, 1), maps.shape[1:], target, temperature, batch_size))
-    (most, most_hits), (least, least_hits) = (
-        (p.view(steps + 1, B).T, hits.view(steps + 1, B).T) for p, hits in found
-    )
+    (most, most_hits), (least, least_hits) = ((p.view(steps + 1, B).T, hits.view(steps + 1, B).T) for p, hits in found)
     return Perturbation(shares, most, least, most_hits, least_hits)
 
 

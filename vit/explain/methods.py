@@ -140,7 +140,7 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
     if legrad:
         out.legrad = []
         for weights, tokens in zip(out.weights, record.tokens, strict=True):
-            logits = vit.head(vit.fc_norm(vit.pool_tokens(vit.norm(tokens))))
+            logits = vit.answer(tokens)
             own = record.readout if out.pool == "attention" else weights
             (gradient,) = torch.autograd.grad(logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True)
             positive = single(gradient).clamp(min=0)

@@ -51,8 +51,8 @@ class Record:
         """Weights after softmax, one tensor for each recorded layer: (B, H, N, N), rows sum to 1.
 
         In single precision at least, whatever the model runs in; with gradients, in the model's.
-        With `rows="readout"` (B, H, 1, N): the class token's row or, without one that is read, the mean of the patches'
-        rows.  Detached, unless recorded with gradients.  Raises `VitError` before the model has run.
+        With `rows="readout"` (B, H, 1, N): the class token's row or, without one that is read, the mean of the rows of
+        the tokens that are.  Detached, unless recorded with gradients.  Raises `VitError` before the model has run.
         """
         self._check_ran()
         return [self._weights[layer] for layer in self.layers]
@@ -61,7 +61,8 @@ class Record:
     def readout(self) -> Tensor:
         """How the head weighs the tokens of the last layer, (B, R, N), rows sum to 1.
 
-        The class token alone, all patches equally (both R = 1), or the pooling head's own weights (R = its heads).
+        The class token alone, all patches equally (both R = 1), the pooling head's own weights (R = its heads), or the
+        class token and the distillation token, one for each head (R = 2).
         Raises `VitError` before the model has run.
         """
         self._check_ran()
@@ -104,7 +105,7 @@ def record_attention(
         raise VitError(f"rows: expected all or readout, not {rows!r}")
     if rows == "readout" and gradients:
         raise VitError("gradients=True needs rows='all': the output is computed from whole matrices")
-    row = None if rows == "all" else "token" if vit.pool == "token" else "mean"
+    row = None if rows == "all" else vit.read
     record = Record(_layers(layers, len(vit.blocks)), vit.num_prefix_tokens, vit.grid)
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
@@ -141,7 +142,7 @@ def resolve_layer(layer: int, depth: int) -> int:
 class _Attention:
     """What stands in for the forward pass of an attention layer."""
 
-    def __init__(self, attn: Any, record: Record, layer: int, row: str | None, gradients: bool) -> None:
+    def __init__(self, attn: Any, record: Record, layer: int, row: slice | None, gradients: bool) -> None:
         assert isinstance(attn, MultiHeadAttention | DotProductAttention)
         self.attn, self.record, self.layer, self.row, self.gradients = attn, record, layer, row, gradients
         around = attn.__dict__.get("forward")
@@ -161,17 +162,16 @@ class _Attention:
             return attn.attend(x_BND)[0]
         q, k, v = attn.project(x_BND, rotary)
         with _exact(x_BND):
-            own_row = self.row == "token" and self.around is None
-            self.keep(attention_weights(single(q[:, :, :1] if own_row else q), single(k)))
+            # nobody asks for the rest, and what is cut from the front can be cut again
+            first = self.around is None and self.row is not None and self.row.start == 0
+            self.keep(attention_weights(single(q[:, :, self.row] if first else q), single(k)))
         return attn.mix(q, k, v)
 
     def keep(self, weights_BHNN: Tensor) -> None:
         if self.around is not None:
             self.around.keep(weights_BHNN)
-        if self.row == "token":
-            weights_BHNN = weights_BHNN[:, :, :1]
-        elif self.row == "mean":
-            weights_BHNN = weights_BHNN[:, :, self.record.prefix_tokens :].mean(dim=2, keepdim=True)
+        if self.row is not None:
+            weights_BHNN = weights_BHNN[:, :, self.row].mean(dim=2, keepdim=True)
         self.record._weights[self.layer] = weights_BHNN if self.gradients else single(weights_BHNN.detach())
 
 
@@ -192,25 +192,25 @@ class _Pool:
         self.explicit: bool = gradients or (self.around is not None and self.around.explicit)
 
     def __call__(self, x_BND: Tensor) -> Tensor:
-        (B, N, _), prefix, pool = x_BND.shape, self.record.prefix_tokens, self.vit.attn_pool
+        (B, N, _), first, pool = x_BND.shape, self.vit.read.start, self.vit.attn_pool
         if pool is not None:
-            patches_BPD = x_BND[:, prefix:]
-            q, k, v = pool.project(pool.latent.expand(B, -1, -1), patches_BPD)
+            q, k, v = pool.project(pool.latent.expand(B, -1, -1), x_BND[:, first:])
             if self.explicit:
-                readout_BHN = F.pad(attention_weights(q, k)[:, :, 0], (prefix, 0))
+                readout_BHN = F.pad(attention_weights(q, k)[:, :, 0], (first, 0))
                 self.keep(readout_BHN)
-                return pool.refine(pool.merge(readout_BHN[:, :, None, prefix:] @ v))
+                return pool.refine(pool.merge(readout_BHN[:, :, None, first:] @ v))
             with _exact(x_BND):
-                self.keep(F.pad(attention_weights(single(q), single(k))[:, :, 0], (prefix, 0)))
+                self.keep(F.pad(attention_weights(single(q), single(k))[:, :, 0], (first, 0)))
         elif self.vit.pool == "mean":
             like = x_BND if self.explicit else single(x_BND[:0])
-            readout_B1N = F.pad(like.new_full((B, 1, N - prefix), 1 / (N - prefix)), (prefix, 0))
+            readout_B1N = F.pad(like.new_full((B, 1, N - first), 1 / (N - first)), (first, 0))
             if self.explicit:
                 self.keep(readout_B1N.requires_grad_())
                 return (readout_B1N @ x_BND)[:, 0]
             self.keep(readout_B1N)
         else:
-            self.keep(F.one_hot(torch.zeros(B, 1, dtype=torch.int64, device=x_BND.device), N).to(x_BND.dtype))
+            tokens_R = torch.arange(self.vit.read.stop, device=x_BND.device)
+            self.keep(F.one_hot(tokens_R, N).to(x_BND.dtype).expand(B, -1, -1))
         return type(self.vit).pool_tokens(self.vit, x_BND)
 
     def keep(self, readout: Tensor) -> None:

@@ -129,9 +129,7 @@ def measure(
     """
     for method, each in maps.items():
         with torch.compiler.set_stance("force_eager"):  # other sizes of batch would be compiled anew
-            curves = perturb(
-                model, images, each, target, steps=counts, temperature=temperature, batch_size=batch_size
-            )
+            curves = perturb(model, images, each, target, steps=counts, temperature=temperature, batch_size=batch_size)
         for step, deletion, insertion in zip(steps, curves.deletion.tolist(), curves.insertion.tolist(), strict=True):
             areas = {"deletion": deletion, "insertion": insertion}
             step["faithfulness"] = {**(step["faithfulness"] or {}), method: areas}

@@ -51,7 +51,7 @@ CHOICES = {
 
 ROTARY = ("rotary", "rotary_box")
 SWITCHES = (
-    *("class_token", "distillation_token", "position_prefix", "qk_norm", "attention_norm", "mlp_norm"),
+    *("class_token", "distillation_token", "position_prefix", "pool_prefix", "qk_norm", "attention_norm", "mlp_norm"),
     *("qkv_bias", "proj_bias", "patch_bias", "crop_to_patches"),
 )
 
@@ -159,6 +159,11 @@ def _check_fits(a: dict[str, Any]) -> None:
         )
     if a["pool"] == "token" and not a["class_token"]:
         raise VitError("model.pool=token reads the class token: set model.class_token=true, or pool=mean or attention")
+    if a["pool"] == "token" and a["pool_prefix"]:
+        raise VitError(
+            "model.pool_prefix: model.pool=token reads the class token alone; set model.pool_prefix=false, or "
+            "pool=mean or attention"
+        )
     if a["distillation_token"] and a["pool"] != "token":
         raise VitError(
             f"model.distillation_token: its head stands beside the class token's, not beside model.pool={a['pool']}; "

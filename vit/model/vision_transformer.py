@@ -45,7 +45,8 @@ class VisionTransformer(nn.Module):
             (BEiT-3); final_norm: of the last "tokens", of what was "pooled", or "none"; None for what `pool` suggests.
         position: "learned", "sincos", "rotary", "rotary_box" (in shares of the image, as DINOv3) or "none";
             `position_prefix` gives learned positions to the tokens in front too, as timm's plain ViTs have it.
-        pool: "token" (class token), "mean" (of the patches) or "attention" (a learned query cross-attends to them).
+        pool: "token" (class token), "mean" (of the patches) or "attention" (a learned query cross-attends to them);
+            with `pool_prefix` the last two read the tokens in front, too.
         class_token: whether there is one; by default only where `pool` needs it.
         distillation_token: a second class token with a head of its own; the logits are the mean of both (Touvron et
             al. 2021, "DeiT").
@@ -87,6 +88,7 @@ class VisionTransformer(nn.Module):
         position: Literal["learned", "sincos", "rotary", "rotary_box", "none"] = "learned",
         position_prefix: bool = True,
         pool: Literal["token", "mean", "attention"] = "token",
+        pool_prefix: bool = False,
         class_token: bool | None = None,
         distillation_token: bool = False,
         registers: int = 0,
@@ -110,6 +112,9 @@ class VisionTransformer(nn.Module):
         self.num_classes, self.width = num_classes, width
         self.pool, self.patch_dropout = pool, patch_dropout
         self.num_prefix_tokens = int(a["class_token"]) + int(distillation_token) + registers
+        # which of the last tokens the head reads
+        first = 0 if pool_prefix else self.num_prefix_tokens
+        self.read = slice(0, 1 + int(distillation_token)) if pool == "token" else slice(first, None)
 
         make = make_norm(norm_layer, norm_eps)
         patch_norm = make if embed_norm == "patches" else None
@@ -181,12 +186,10 @@ class VisionTransformer(nn.Module):
 
     def pool_tokens(self, x_BND: Tensor) -> Tensor:
         """The sequence (B, N, D) -> one vector an image (B, D); class and distillation token, (B, 2, D)."""
-        if self.dist_token is not None:
-            return x_BND[:, :2]
+        read_BND = x_BND[:, self.read]
         if self.pool == "token":
-            return x_BND[:, 0]
-        patches_BPD = x_BND[:, self.num_prefix_tokens :]
-        return patches_BPD.mean(dim=1) if self.attn_pool is None else self.attn_pool(patches_BPD)
+            return read_BND[:, 0] if self.dist_token is None else read_BND
+        return read_BND.mean(dim=1) if self.attn_pool is None else self.attn_pool(read_BND)
 
     def _positions(self, kind: str, prefix_too: bool, head_width: int) -> tuple[nn.Parameter | None, Tensor | None]:
         prefix, patches = self.num_prefix_tokens, self.grid[0] * self.grid[1]
