@@ -54,33 +54,28 @@ class Model:
         self.state, self.a = state, architecture
         (height, width), (ph, pw) = architecture["image_size"], architecture["patch_size"]
         self.grid = (height // ph, width // pw)
-        self.prefix = int(architecture["class_token"]) + architecture["registers"]
-        self.heads = architecture["heads"]
+        self.prefix = parts.prefix_of(architecture)
+        self.heads, self.first = architecture["heads"], 0 if architecture["pool_prefix"] else self.prefix
+
+    def norm(self, x: Array, name: str) -> Array:
+        return parts.norm(x, self.state, name, self.a["norm_eps"])
 
     def embed(self, image_CHW: Array) -> Array:
-        kernel = self.state["patch_embed.proj.weight"]
-        x_PD = parts.patches(image_CHW, self.a["patch_size"]) @ kernel.reshape(len(kernel), -1).T
-        x_PD = x_PD + self.state["patch_embed.proj.bias"]
-        first = [self.state[name][0] for name in ("cls_token", "reg_token") if name in self.state]
-        x_ND = np.concatenate([*first, x_PD])
-        if "pos_embed" in self.state:
-            positions = self.state["pos_embed"][0]
-            x_ND[len(x_ND) - len(positions) :] += positions
-        return x_ND
+        return parts.embed(image_CHW, self.state, self.a)
 
     def block(self, x_ND: Array, layer: int, weights: Array | None = None) -> tuple[Array, Array]:
         """One block with its weights (H, N, N), computed from `x` or as given."""
         name = f"blocks.{layer}"
         pre = self.a["norm"] == "pre"
         first, second = (self.state.get(f"{name}.ls{i}.gamma", 1.0) for i in (1, 2))
-        inner = parts.layer_norm(x_ND, self.state, f"{name}.norm1") if pre else x_ND
+        inner = self.norm(x_ND, f"{name}.norm1") if pre else x_ND
         y_ND, weights = self._attend(inner, name, weights)
         x_ND = x_ND + first * y_ND
         if not pre:
-            x_ND = parts.layer_norm(x_ND, self.state, f"{name}.norm1")
-        inner = parts.layer_norm(x_ND, self.state, f"{name}.norm2") if pre else x_ND
-        x_ND = x_ND + second * parts.mlp(inner, self.state, f"{name}.mlp")
-        return (x_ND if pre else parts.layer_norm(x_ND, self.state, f"{name}.norm2")), weights
+            x_ND = self.norm(x_ND, f"{name}.norm1")
+        inner = self.norm(x_ND, f"{name}.norm2") if pre else x_ND
+        x_ND = x_ND + second * parts.block_mlp(inner, self.state, f"{name}.mlp", self.a)
+        return (x_ND if pre else self.norm(x_ND, f"{name}.norm2")), weights
 
     def _attend(self, x_ND: Array, name: str, weights: Array | None) -> tuple[Array, Array]:
         if self.a["attention"] == "dot_product":
@@ -93,41 +88,46 @@ class Model:
         if weights is None:
             weights = np.stack([self._weights(q[:, part], k[:, part], f"{name}.attn") for part in own])
         y_ND = np.concatenate([weights[head] @ v[:, part] for head, part in enumerate(own)], axis=1)
-        return parts.linear(y_ND, self.state, f"{name}.attn.proj"), weights
+        return parts.linear(self.norm(y_ND, f"{name}.attn.norm"), self.state, f"{name}.attn.proj"), weights
 
     def _weights(self, q_Nd: Array, k_Nd: Array, name: str) -> Array:
-        q_Nd = parts.layer_norm(q_Nd, self.state, f"{name}.q_norm")
-        k_Nd = parts.layer_norm(k_Nd, self.state, f"{name}.k_norm")
-        if self.a["position"] == "rotary":
-            q_Nd, k_Nd = (parts.turn(x, self.grid, self.prefix) for x in (q_Nd, k_Nd))
+        q_Nd, k_Nd = self.norm(q_Nd, f"{name}.q_norm"), self.norm(k_Nd, f"{name}.k_norm")
+        if "rotary" in self.a["position"]:
+            box = self.a["position"] == "rotary_box"
+            q_Nd, k_Nd = (parts.turn(x, self.grid, self.prefix, box=box) for x in (q_Nd, k_Nd))
         return _softmax(q_Nd @ k_Nd.T / math.sqrt(q_Nd.shape[1]))
 
     def answer(self, x_ND: Array, readout: Array | None = None) -> tuple[Array, Array]:
         """The last tokens -> logits, with how they were read: (R, N), computed or as given."""
-        x_ND = parts.layer_norm(x_ND, self.state, "norm")
-        N = len(x_ND)
+        x_ND = self.norm(x_ND, "norm")
+        N, first = len(x_ND), self.first
         if self.a["pool"] == "attention":
             latent = self.state["attn_pool.latent"][0]
             q_1D = parts.linear(latent, self.state, "attn_pool.q")
-            k, v = np.split(parts.linear(x_ND[self.prefix :], self.state, "attn_pool.kv"), 2, axis=1)
+            k, v = np.split(parts.linear(x_ND[first:], self.state, "attn_pool.kv"), 2, axis=1)
             d = x_ND.shape[1] // self.heads
             own = [slice(head * d, (head + 1) * d) for head in range(self.heads)]
             if readout is None:
                 readout = np.zeros((self.heads, N))
                 for head, part in enumerate(own):
-                    readout[head, self.prefix :] = _softmax(q_1D[:, part] @ k[:, part].T / math.sqrt(d))[0]
-            y_D = np.concatenate([readout[head, self.prefix :] @ v[:, part] for head, part in enumerate(own)])
+                    readout[head, first:] = _softmax(q_1D[:, part] @ k[:, part].T / math.sqrt(d))[0]
+            y_D = np.concatenate([readout[head, first:] @ v[:, part] for head, part in enumerate(own)])
             y_D = parts.linear(y_D, self.state, "attn_pool.proj")
-            x_D = y_D + parts.mlp(parts.layer_norm(y_D, self.state, "attn_pool.norm"), self.state, "attn_pool.mlp")
+            inner = self.norm(y_D, "attn_pool.norm")
+            x_D = y_D + parts.mlp(inner, self.state, "attn_pool.mlp", self.a["activation"])
         else:
             if readout is None:
-                readout = np.zeros((1, N))
+                readout = np.zeros((1 + self.a["distillation_token"], N))
                 if self.a["pool"] == "token":
-                    readout[0, 0] = 1
+                    for row in range(len(readout)):
+                        readout[row, row] = 1
                 else:
-                    readout[0, self.prefix :] = 1 / (N - self.prefix)
+                    readout[0, first:] = 1 / (N - first)
             x_D = readout[0] @ x_ND
-        return parts.linear(parts.layer_norm(x_D, self.state, "fc_norm"), self.state, "head"), readout
+        logits = parts.linear(self.norm(x_D, "fc_norm"), self.state, "head")
+        if self.a["distillation_token"]:
+            logits = (logits + parts.linear(self.norm(readout[1] @ x_ND, "fc_norm"), self.state, "head_dist")) / 2
+        return logits, readout
 
     def run(self, image_CHW: Array) -> Pass:
         x_ND, weights, tokens = self.embed(image_CHW), [], []
@@ -313,6 +313,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dot product with attention pool": dict(attention="dot_product", pool="attention"),
     "one head": dict(attention="scaled_dot_product", qk_norm=True),
     "one layer": dict(depth=1),
+    "CLIP": dict(embed_norm="tokens", patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
+    "BEiT-3": dict(attention_norm=True, mlp_norm=True, pool="mean", class_token=True, norm_eps=1e-5),
+    "AIMv2": dict(norm_layer="rms", embed_norm="patches", mlp="swiglu", pool="mean", qkv_bias=False, proj_bias=False),
+    "DeiT": dict(distillation_token=True, registers=1),
+    "DINOv3": dict(position="rotary_box", registers=2, image_size=(8, 12), layer_scale=0.5),
+    "no last norm, some pixels left over": dict(final_norm="none", image_size=(10, 13), crop_to_patches=True),
+    "mean of all tokens": dict(pool="mean", pool_prefix=True, registers=2),
+    "attention pool, all tokens": dict(pool="attention", pool_prefix=True, class_token=True),
 }
 
 

@@ -32,6 +32,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dot product": dict(attention="dot_product", in_channels=1),
     "dot product, post-norm, attention pool": dict(attention="dot_product", norm="post", pool="attention"),
     "one head": dict(attention="scaled_dot_product", mlp_ratio=1.3),
+    "CLIP": dict(embed_norm="tokens", patch_bias=False, norm_eps=1e-5, activation="quick_gelu"),
+    "SigLIP": dict(pool="attention", activation="gelu_tanh", mlp_ratio=2.7, image_size=(9, 13), crop_to_patches=True),
+    "AIMv2": dict(
+        **dict(norm_layer="rms", norm_eps=1e-3, embed_norm="patches", mlp="swiglu", pool="mean", final_norm="tokens"),
+        **dict(qkv_bias=False, proj_bias=False, qk_norm=True),
+    ),
+    "BEiT-3": dict(attention_norm=True, mlp_norm=True, pool="mean", class_token=True, norm_eps=1e-5),
+    "packed, both inner norms": dict(mlp="swiglu_packed", mlp_norm=True, attention_norm=True, registers=2),
+    "no last norm": dict(final_norm="none", registers=3, position_prefix=False),
+    "DeiT": dict(distillation_token=True),
+    "distillation, registers, post-norm, norm after pooling": dict(
+        distillation_token=True, registers=2, norm="post", final_norm="pooled"
+    ),
+    "DINOv3": dict(position="rotary_box", registers=2, image_size=(8, 16), pool="mean", final_norm="tokens"),
+    "mean of all tokens": dict(pool="mean", pool_prefix=True, class_token=True, registers=1),
+    "attention pool, all tokens": dict(pool="attention", pool_prefix=True, registers=2, norm_layer="rms"),
     "deep": dict(depth=4, drop_path=0.2, dropout=0.1, attention_dropout=0.1, patch_dropout=0.3),
 }
 
