@@ -13,13 +13,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.model import VisionTransformer
+from vit.pretrained.blank import Blank
 from vit.pretrained.own import check_sizes, read_checkpoint
 
 
@@ -46,7 +45,7 @@ def build(
             raise VitError(f"{source}: {key} is {type(value).__name__}, not a tensor")
     check_sizes(description.architecture, weights, source)
     try:
-        with _Undrawn():
+        with Blank():
             # any scheme would do, the weights follow; this one computes nothing
             model = VisionTransformer(**{**description.architecture, "init": "trunc_normal"})
     except VitError as error:
@@ -79,18 +78,3 @@ def _check_fit(model: VisionTransformer, weights: Mapping[str, Tensor], source: 
 
 def _first(keys: list[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
-
-
-class _Undrawn(TorchFunctionMode):
-    """Zeros in place of torch's random draws while a model is built whose weights are replaced at once.
-
-    Drawing takes seconds for a ViT-B.  Zeros, not whatever is in memory: some of torch's initialisers draw again
-    until the values lie in a range.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
-            with torch.no_grad():
-                return (args[0] if args else kwargs["tensor"]).zero_()
-        return func(*args, **kwargs)

@@ -56,9 +56,8 @@ def describes_itself(checkpoint: Any) -> bool:
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("vit"), dict)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a folder, this project's or timm's.  Raises `VitError` when there is none to be read."""
-    path = folder / CONFIG
+def read_config(path: Path) -> dict[str, Any]:
+    """A `config.json`, this project's or timm's.  Raises `VitError` when there is none to be read."""
     try:
         if path.stat().st_size > _LONGEST_CONFIG:
             raise VitError(f"{path} is too long for the configuration of a model")
@@ -80,7 +79,7 @@ def find_in(folder: Path) -> Path | None:
     A run's bundle is taken, else its best checkpoint, else its last.
     """
     for place in (folder, folder / "model"):
-        if (place / WEIGHTS).is_file() and (place / CONFIG).is_file() and "vit" in read_config(place):
+        if (place / WEIGHTS).is_file() and (place / CONFIG).is_file() and "vit" in read_config(place / CONFIG):
             return place
     for name in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / name).is_file():
@@ -89,13 +88,17 @@ def find_in(folder: Path) -> Path | None:
 
 
 def read_own(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of what `find_in` found.  Raises `VitError` when it cannot be read."""
-    if not place.is_dir():
+    """Weights and description of what `find_in` found, or of a bundle by its file of weights.
+
+    Raises `VitError` when it cannot be read.
+    """
+    if place.is_file() and place.suffix != ".safetensors":
         return read_checkpoint(place)
-    table = read_config(place).get("vit")
+    folder = place if place.is_dir() else place.parent
+    table = read_config(folder / CONFIG).get("vit")
     if not isinstance(table, dict):
-        raise VitError(f"{place / CONFIG} does not describe its model (key 'vit')")
-    return load_safetensors(place / WEIGHTS), table
+        raise VitError(f"{folder / CONFIG} does not describe its model (key 'vit')")
+    return load_safetensors(folder / WEIGHTS), table
 
 
 def check_sizes(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:

@@ -82,7 +82,7 @@ def entry(name: str) -> Entry:
             f"timm has no weights {tag!r} of {architecture}; {nearest(tag, tags) if tags else 'it has none at all'}"
         )
     try:
-        model = _build(wanted)
+        model = build(wanted)
         found = read_architecture(model)
     except VitError as error:
         raise VitError(f"{name} cannot be built here: {error}; {_near(architecture)}") from None
@@ -91,8 +91,11 @@ def entry(name: str) -> Entry:
     return Entry(whole, found, cfg)
 
 
-def _build(name: str, **changes: Any) -> Any:
-    """timm's model of that name, without memory and without weights.  Raises `VitError` where timm cannot."""
+def build(name: str, **changes: Any) -> Any:
+    """timm's model of that name, without memory and without weights; `changes` are arguments of `timm.create_model`.
+
+    Raises `VitError` where timm cannot.
+    """
     import timm
 
     with warnings.catch_warnings():
@@ -112,7 +115,7 @@ def _candidates() -> list[str]:
 @functools.cache
 def _builds(name: str) -> bool:
     try:
-        read_architecture(_build(name, depth=1))
+        read_architecture(build(name, depth=1))
     except VitError:
         return False
     return True

@@ -1,0 +1,378 @@
+"""Where weights are, and what is known of them before they are read.
+
+A source is one of
+
+    vit_small_patch16_224.augreg_in1k     a name of timm's registry, tag or not, perhaps @REVISION
+    hf-hub:ORG/NAME                       a model on the hub, perhaps @REVISION: timm's, or a bundle
+    local-dir:FOLDER                      the same in a folder
+    FOLDER, FILE                          a run, a bundle, a checkpoint; a file of weights, for a name to go with it
+
+and what exists as a path is that path.  `look` reads configurations only; `read` fetches the weights.
+What a stranger's configuration says is bounded before a model of that size is built.  Imports torch; timm for a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+from vit.pretrained import hub
+from vit.pretrained.foreign import in_timms_names, unwrap
+from vit.pretrained.jax import from_jax, read_npz
+from vit.pretrained.labels import class_names
+from vit.pretrained.own import (
+    CONFIG,
+    WEIGHTS,
+    check_sizes,
+    checkpoint_parts,
+    describes_itself,
+    find_in,
+    read_config,
+    read_own,
+)
+from vit.pretrained.preprocessing import from_timm_cfg
+from vit.pretrained.reading import load_safetensors, read_pickled
+
+EXPECTED = (
+    "a name of timm's such as vit_small_patch16_224.augreg_in1k, hf-hub:ORG/NAME, local-dir:FOLDER, a run folder, a "
+    "bundle, or a file of weights"
+)
+_PREFERRED = (
+    *(WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors"),
+    *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
+)
+"""Names of files of weights, in timm's order."""
+_ENDINGS = (".safetensors", ".pth", ".bin", ".pt", ".npz")
+_CFG = ("architecture", "tag", "input_size", "num_classes", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+"""What is taken of a stranger's `pretrained_cfg`."""
+_MOST = {"depth": 1024, "num_classes": 10_000_000}
+"""The largest numbers in a stranger's `model_args`; of others, 65,536."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where weights are.
+
+    Attributes
+        kind: "hub" (the first that there is of `files` in a repository), "path" or "url".
+        where: the repository; the file or a bundle's folder; the address.
+        own: whether this project wrote them, so that their names are its own.
+    """
+
+    kind: str
+    where: str
+    files: tuple[str, ...] = ()
+    revision: str | None = None
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of weights before they are read.
+
+    Attributes
+        name: how people call them.
+        architecture: the arguments of `vit.VisionTransformer` that they are for.
+        preprocessing: how images are prepared for them.
+        class_names: one name an output; None where nobody says what the outputs mean.
+        place: where they are; None where timm has an architecture but no weights.
+        trusted: whether timm itself says so, or a configuration that somebody wrote.
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    preprocessing: Preprocessing
+    class_names: list[str] | None
+    place: Place | None
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights under this project's names, and how they came.
+
+    Attributes
+        state: the tensors.
+        label: where exactly they are from.
+        notes: what was decided on the way.
+    """
+
+    state: dict[str, Tensor]
+    label: str
+    notes: list[str] = field(default_factory=list)
+
+
+def look(source: str | os.PathLike[str], revision: str | None = None) -> Known:
+    """What is known of a source's weights; of a name of timm's without a network.
+
+    Raises `VitError` when there is no such source, it cannot be read, or it does not say what model it is for.
+    """
+    source = os.fspath(source)
+    scheme, rest = _scheme(source)
+    if scheme == "hf-hub":
+        place, config = _on_hub(rest, revision)
+        if config is None:
+            raise VitError(f"{source} has no {CONFIG}: give the name of a model of timm's, and this as its weights")
+        return _configured(config, source, place)
+    if scheme == "local-dir" or _exists(source):
+        if revision is not None:
+            raise VitError(f"{source}: only weights on the hub have revisions")
+        path = Path(rest if scheme else source)
+        return _in_file(path, source) if path.is_file() else _in_folder(path, source)
+    return _registered(source, revision)
+
+
+def place_of(source: str | os.PathLike[str], revision: str | None = None) -> Place:
+    """Where a source's weights are, whatever they are for.  Raises `VitError` when there is no such source."""
+    source = os.fspath(source)
+    scheme, rest = _scheme(source)
+    if scheme == "hf-hub":
+        return _on_hub(rest, revision)[0]
+    if scheme == "local-dir" or _exists(source):
+        path = Path(rest if scheme else source)
+        if not path.exists():
+            raise VitError(f"there is no folder {path}")
+        own = find_in(path.parent if path.name == WEIGHTS else path)
+        return Place("path", str(own or (_weights_in(path) if path.is_dir() else path)), own=own is not None)
+    place = _registered(source, revision).place
+    if place is None:
+        raise VitError(f"timm has no weights for {source}: give a name with a tag, or a file of weights")
+    return place
+
+
+def read(place: Place, known: Known) -> Weights:
+    """The weights at a place, for the architecture of `known`, under this project's names.
+
+    Raises `VitError` when they cannot be had or read, are refused, or hold no such model.
+    """
+    path, label = _local(place)
+    notes: list[str] = []
+    if place.own:
+        state = read_own(path)[0]
+    else:
+        content = _content(path)
+        if describes_itself(content):
+            state = checkpoint_parts(content, path)[0]
+        else:
+            state, notes = _renamed(content, known.architecture, path)
+    if not known.trusted and place == known.place:
+        check_sizes(known.architecture, state, label)
+    return Weights(state, label, notes)
+
+
+def _scheme(source: str) -> tuple[str | None, str]:
+    """ "hf-hub:ORG/NAME" -> "hf-hub" and what is behind it; None for what has no scheme."""
+    if not source:
+        raise VitError(f"the name of the weights is empty: expected {EXPECTED}")
+    for scheme in ("hf-hub", "hf_hub", "local-dir"):
+        if source.startswith(f"{scheme}:"):
+            return scheme.replace("_", "-"), source.removeprefix(f"{scheme}:")
+    return None, source
+
+
+def _exists(source: str) -> bool:
+    try:
+        return os.path.lexists(source)
+    except ValueError as error:
+        raise VitError(f"cannot read {source!r}: {error}") from None
+
+
+def _on_hub(name: str, revision: str | None) -> tuple[Place, dict[str, Any] | None]:
+    """A repository, and its configuration; None where it has none."""
+    repo, revision = hub.split_revision(name, revision)
+    found = hub.fetch(repo, [CONFIG], revision, optional=True)
+    config = None if found is None else read_config(found.path)
+    own = config is not None and isinstance(config.get("vit"), dict)
+    return Place("hub", repo, (WEIGHTS,) if own else _PREFERRED, revision, own), config
+
+
+def _registered(source: str, revision: str | None) -> Known:
+    """A name of timm's."""
+    from vit.pretrained.registry import entry
+
+    name, revision = hub.split_revision(source, revision)
+    if re.search(r"[/\\]", name.removeprefix("timm/")) or name.endswith((*_ENDINGS, ".ckpt")):
+        raise VitError(f"no weights at {source}: expected {EXPECTED}")
+    found = entry(name)
+    cfg, a = found.pretrained_cfg, found.architecture
+    repo, url, file = cfg.get("hf_hub_id"), cfg.get("url"), cfg.get("hf_hub_filename")
+    if revision is not None and not repo:
+        raise VitError(f"{source}: the weights of {found.name} are not on the hub, so they have no revisions")
+    place = Place("url", url) if url else None
+    if repo:
+        files = (f"{file.rpartition('.')[0]}.safetensors", file) if file else _PREFERRED[:2]
+        place = Place("hub", repo, tuple(dict.fromkeys(files)), revision)
+    preprocessing = from_timm_cfg(cfg, image_size=a["image_size"], channels=a["in_channels"], source=name)
+    names = class_names({**cfg, "num_classes": a["num_classes"]}, name) if place is not None else None
+    return Known(found.name, a, preprocessing, names, place, trusted=True)
+
+
+def _in_folder(folder: Path, source: str) -> Known:
+    own = find_in(folder)
+    if own is not None:
+        return _own(own, source)
+    if not folder.exists():
+        raise VitError(f"there is no folder {folder}")
+    if not (folder / CONFIG).is_file():
+        raise VitError(f"{folder} is not a model: expected {EXPECTED}")
+    return _configured(read_config(folder / CONFIG), source, Place("path", str(_weights_in(folder))))
+
+
+def _in_file(path: Path, source: str) -> Known:
+    if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
+        return _in_folder(path.parent, source)
+    if path.suffix not in (".safetensors", ".npz"):
+        content = read_pickled(path)
+        if describes_itself(content):
+            return _own(path, source)
+        # timm's training script notes its model's name beside the weights
+        name = content.get("arch") if isinstance(content, Mapping) else None
+        if isinstance(name, str):
+            return dataclasses.replace(_registered(name, None), name=source, place=Place("path", str(path)))
+    raise VitError(
+        f"{source} does not say what model it is for: give the model's name and this file as its weights, as in "
+        f'load_pretrained("vit_small_patch16_224", weights="{path.name}")'
+    )
+
+
+def _own(place: Path, source: str) -> Known:
+    """A bundle's folder or a checkpoint of this project."""
+    table = read_config(place / CONFIG)["vit"] if place.is_dir() else read_own(place)[1]
+    return _described(table, source, Place("path", str(place), own=True))
+
+
+def _described(table: Mapping[str, Any], source: str, place: Place) -> Known:
+    """What a model of this project says about itself (`vit.inference.description` has the meaning)."""
+    architecture, names = table.get("architecture"), table.get("class_names")
+    if not isinstance(architecture, dict):
+        raise VitError(f"{source} does not say its architecture")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise VitError(f"{source} does not say its class names")
+    try:
+        preprocessing = Preprocessing.from_dict(table.get("preprocessing"))
+    except VitError as error:
+        raise VitError(f"{source}: {error}") from None
+    return Known(source, architecture, preprocessing, names, place)
+
+
+def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
+    """What a `config.json` says: timm's, or a bundle's, which has this project's own account beside timm's."""
+    if isinstance(config.get("vit"), dict):
+        return _described(config["vit"], source, place)
+    from vit.pretrained.architecture import read_architecture
+    from vit.pretrained.registry import build, is_name
+
+    name, given = config.get("architecture"), config.get("pretrained_cfg", config)  # older ones are not nested
+    if not isinstance(name, str) or not isinstance(given, dict):
+        raise VitError(
+            f"{source} is not a model of timm's (its {CONFIG} names no architecture): give the name of one, and this "
+            "as its weights"
+        )
+    if not is_name(name) or not name.isidentifier():
+        raise VitError(f"{source} is a {name!r}, which timm does not have")
+    cfg = {key: given[key] for key in _CFG if key in given}
+    if "num_classes" in config:
+        cfg["num_classes"] = config["num_classes"]
+    arguments = _bounded(config.get("model_args") or {}, cfg, source)
+    try:
+        architecture = read_architecture(build(name, pretrained_cfg=cfg, **arguments))
+    except VitError as error:
+        raise VitError(f"{source} cannot be built here: {error}") from None
+    for key in ("label_names", "label_descriptions"):
+        cfg[key] = config.get(key, given.get(key))
+    cfg["num_classes"] = architecture["num_classes"]
+    size, channels = architecture["image_size"], architecture["in_channels"]
+    preprocessing = from_timm_cfg(cfg, image_size=size, channels=channels, source=source)
+    return Known(source, architecture, preprocessing, class_names(cfg, source), place)
+
+
+def _bounded(arguments: Any, cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A stranger's `model_args`, where they are arguments of a model and ask for nothing that would fill the memory."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not isinstance(arguments, dict):
+        raise VitError(f"{source}: its model_args are no table of names and values")
+    allowed = {name for model in (VisionTransformer, Eva) for name in inspect.signature(model).parameters}
+    sizes = {key: cfg.get(key) for key in ("num_classes", "input_size")}
+    for key, value in {**arguments, **sizes}.items():
+        if key not in allowed and key not in sizes:
+            raise VitError(f"{source}: model_args has {key!r}, which is no argument of a Vision Transformer")
+        for part in value if isinstance(value, list) else [value]:
+            if not isinstance(part, str | int | float | None):
+                raise VitError(f"{source}: model_args.{key} should be a plain value, not {type(part).__name__}")
+            if isinstance(part, int | float) and not 0 <= part <= _MOST.get(key, 65_536):
+                raise VitError(f"{source}: model_args.{key} is {part}, which no model has")
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder, as timm finds it."""
+    for name in _PREFERRED:
+        if (folder / name).is_file():
+            return folder / name
+    for ending in _ENDINGS:
+        found = sorted(folder.glob(f"*{ending}"))
+        if len(found) > 1:
+            raise VitError(f"{folder} holds several files of weights ({found[0].name}, {found[1].name}): name one")
+        if found:
+            return found[0]
+    raise VitError(f"{folder} holds no file of weights: expected {WEIGHTS}, or one ending in {', '.join(_ENDINGS)}")
+
+
+def _local(place: Place) -> tuple[Path, str]:
+    """The file or folder on this machine, fetched if need be, and what to call it."""
+    if place.kind == "hub":
+        fetched = hub.fetch(place.where, place.files, place.revision)
+        at = f", commit {fetched.commit[:12]}" if fetched.commit else ""
+        return fetched.path, f"{place.where} on the hub ({fetched.path.name}{at})"
+    if place.kind == "url":
+        return _download(place.where), place.where
+    return Path(place.where), place.where
+
+
+def _download(url: str) -> Path:
+    """A file that timm knows by its address, in torch's cache, where timm keeps such files too."""
+    import torch
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except OSError as error:  # urllib's are
+            raise VitError(
+                f"{path.name} is not in {path.parent}, and {url} cannot be fetched ({error}): put the file there"
+            ) from None
+    return path
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    return read_npz(path) if path.suffix == ".npz" else read_pickled(path)
+
+
+def _renamed(content: Any, architecture: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """What was read from a file, under this project's names, and remarks."""
+    from vit.pretrained.convert import from_timm
+
+    if path.suffix == ".npz":
+        state, heads = from_jax(content, str(path))
+        if heads not in (None, architecture["heads"]):
+            raise VitError(f"{path} has attention of {heads} heads, the model of {architecture['heads']}")
+        return state, []
+    state, notes = unwrap(content, str(path))
+    state, more = in_timms_names(state, architecture, str(path))
+    return from_timm(state, architecture), [*notes, *more]
