@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from timm.models import save_for_hf
 
 
-def timm_model(name: str = "vit_tiny_patch16_224", seed: int = 0, **options: Any) -> torch.nn.Module:
+def _timm_model(name: str = "vit_tiny_patch16_224", seed: int = 0, **options: Any) -> torch.nn.Module:
     """timm's model with weights that are all random and none of them small, in evaluation mode."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -32,9 +33,21 @@ SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 
 
 @pytest.fixture(scope="session")
-def small_timm() -> torch.nn.Module:
+def timm_model() -> Callable[..., torch.nn.Module]:
+    """A function: a name, a seed, arguments of timm's -> its model with random weights."""
+    return _timm_model
+
+
+@pytest.fixture(scope="session")
+def small_timm(timm_model) -> torch.nn.Module:
     """A ViT of 64 x 64 pixels, two blocks and 1000 classes.  Read only."""
     return timm_model(**SMALL)
+
+
+@pytest.fixture
+def small() -> dict[str, int]:
+    """The arguments of timm's that make a model small."""
+    return dict(SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ what starts afresh: sizes of images and patches, channels, classes, pooling.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -141,14 +142,17 @@ def load_pretrained(
     head = _decide(head, known, own_names, wanted, names)
     arguments = _arguments(known, overrides)
     arguments["num_classes"] = known.architecture["num_classes"] if wanted is None else wanted
-    # before the weights are fetched, so that what cannot be is said at once
-    fresh = arguments["pool"] == "attention" != known.architecture.get("pool")
-    model = _built(arguments, known.name, blank=not fresh)
+    with torch.device("meta"):  # before the weights are fetched, so that what cannot be is said at once
+        _built(arguments, known.name)
     found = read(place, known)
     state = found.state
     if head == "keep" and names is not None and own_names is not None:
         state = _reordered(state, own_names, names)
     grid = _grid(known, state) if weights is None else None
+    # pooling by attention, where the weights do not, starts as any model does; all else is the weights' at once
+    fresh = arguments.get("pool") == "attention" != known.architecture.get("pool")
+    with contextlib.nullcontext() if fresh else Blank():
+        model = _built(arguments, known.name)
     try:
         report = fit_weights(model, state, head=head, source=found.label, grid=grid)
     except VitError as error:
@@ -189,18 +193,13 @@ def _arguments(known: Known, overrides: dict[str, Any]) -> dict[str, Any]:
     return {**own, **{key: value for key, value in overrides.items() if key != "size"}}
 
 
-def _built(arguments: dict[str, Any], name: str, *, blank: bool) -> VisionTransformer:
+def _built(arguments: dict[str, Any], name: str) -> VisionTransformer:
     try:
-        if not blank:
-            return VisionTransformer(**arguments)
-        with Blank():
-            model = VisionTransformer(**{**arguments, "init": "trunc_normal"})  # any would do, the weights follow
+        return VisionTransformer(**arguments)
     except VitError as error:
         raise VitError(f"{name}: {error}") from None
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise VitError(f"{name}: its architecture cannot be built: {error}") from None
-    model.architecture["init"] = arguments.get("init") or "trunc_normal"
-    return model
 
 
 def _reordered(state: dict[str, Tensor], own: list[str], names: list[str]) -> dict[str, Tensor]:

@@ -229,18 +229,18 @@ def _resized(
 ) -> Tensor:
     """`value` brought to the size of `target` where this can be done, and reported; else as it is."""
     new = value
-    if name == "patch_embed.proj.weight" and value.ndim == 4:
-        new = resample_patches(resample_channels(value, target.shape[1]), (target.shape[2], target.shape[3]))
-    elif name == "pos_embed" and value.ndim == 3:
-        prefix = target.shape[1] - model.grid[0] * model.grid[1]
-        if prefix and "dist_token" in report.missing:
-            new = torch.cat([value[:, :1], value], dim=1)
-        if grid is None and square(new.shape[1] - prefix) is None and new.shape == target.shape:
-            grid = model.grid  # no square, and as many as the model has
-        try:
+    try:
+        if name == "patch_embed.proj.weight" and value.ndim == 4:
+            new = resample_patches(resample_channels(value, target.shape[1]), (target.shape[2], target.shape[3]))
+        elif name == "pos_embed" and value.ndim == 3:
+            prefix = target.shape[1] - model.grid[0] * model.grid[1]
+            if prefix and "dist_token" in report.missing:
+                new = torch.cat([value[:, :1], value], dim=1)
+            if grid is None and square(new.shape[1] - prefix) is None and new.shape == target.shape:
+                grid = model.grid  # no square, and as many as the model has
             new = resample_positions(new, model.grid, prefix=prefix, old=grid)
-        except VitError as error:
-            raise VitError(f"{report.source}: {error}") from None
+    except VitError as error:
+        raise VitError(f"{report.source}: {error}") from None
     if new is not value and new.shape == target.shape:
         report.resampled.append(Resampled(name, tuple(value.shape), tuple(target.shape)))
     return new if new.shape == target.shape else value

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vit.errors import VitError
 
 Pair = tuple[int, int]
+_LARGEST = 64 * 64  # pixels of a patch
 
 
 def resample_positions(positions_1ND: Tensor, new: Pair, *, prefix: int, old: Pair | None = None) -> Tensor:
@@ -58,11 +59,17 @@ def resample_patches(kernel_DCHW: Tensor, new: Pair) -> Tensor:
 
     With B the matrix that resizes a patch x of the old size to the new (bicubic, antialiased), the new kernel is
     `argmin_w E[(<x, w_old> - <B x, w>)^2] = (B^T)^+ w_old`: enlarged patches give the tokens that they gave before.
+
+    Raises `VitError` for patches so large that B would fill the memory.
     """
     old = tuple(kernel_DCHW.shape[-2:])
     if old == tuple(new):
         return kernel_DCHW
     count = old[0] * old[1]
+    if max(count, new[0] * new[1]) > _LARGEST:
+        raise VitError(
+            f"patches of {old[0]} x {old[1]} pixels cannot be resampled to {new[0]} x {new[1]}: too many pixels"
+        )
     units = torch.eye(count, dtype=torch.float64, device=kernel_DCHW.device).reshape(count, 1, *old)
     resize = F.interpolate(units, size=tuple(new), mode="bicubic", antialias=True).flatten(1).T  # (new, old)
     inverse = torch.linalg.pinv(resize.T, rtol=1e-6)  # (new, old); beyond float32's precision nothing is a direction
