@@ -33,6 +33,7 @@ WRAPPERS = (
 
 _PATCHES = "patch_embed.proj.weight"
 _HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
+_LAYER = r"(?:encoder\.layer|layers)\.(\d+)\."
 _HF = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -41,20 +42,22 @@ _HF = [
         (r"embeddings\.register_tokens", "reg_token"),
         (r"embeddings\.position_embeddings", "pos_embed"),
         (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
-        (r"encoder\.layer\.(\d+)\.(?:layernorm_before|norm1)\.(.+)", r"blocks.\1.norm1.\2"),
-        (r"encoder\.layer\.(\d+)\.(?:layernorm_after|norm2)\.(.+)", r"blocks.\1.norm2.\2"),
-        (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(.+)", r"blocks.\1.attn.\2.\3"),
-        (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(.+)", r"blocks.\1.attn.proj.\2"),
-        (r"encoder\.layer\.(\d+)\.(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.(.+)", r"blocks.\1.mlp.fc1.\2"),
-        (r"encoder\.layer\.(\d+)\.(?:output\.dense|mlp\.fc2|mlp\.weights_out)\.(.+)", r"blocks.\1.mlp.fc2.\2"),
-        (r"encoder\.layer\.(\d+)\.layer_scale(1|2)\.lambda1", r"blocks.\1.ls\2.gamma"),
+        (_LAYER + r"(?:layernorm_before|norm1)\.(.+)", r"blocks.\1.norm1.\2"),
+        (_LAYER + r"(?:layernorm_after|norm2)\.(.+)", r"blocks.\1.norm2.\2"),
+        (_LAYER + r"attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.(.+)", r"blocks.\1.attn.\2.\3"),
+        (_LAYER + r"attention\.(?:output\.dense|o_proj)\.(.+)", r"blocks.\1.attn.proj.\2"),
+        (_LAYER + r"(?:intermediate\.dense|mlp\.fc1|mlp\.weights_in)\.(.+)", r"blocks.\1.mlp.fc1.\2"),
+        (_LAYER + r"(?:output\.dense|mlp\.fc2|mlp\.weights_out|mlp\.down_proj)\.(.+)", r"blocks.\1.mlp.fc2.\2"),
+        (_LAYER + r"mlp\.(gate|up)_proj\.(.+)", r"blocks.\1.mlp.\2.\3"),
+        (_LAYER + r"layer_scale(1|2)\.lambda1", r"blocks.\1.ls\2.gamma"),
         (r"layernorm\.(weight|bias)", r"norm.\1"),
         (r"(?:cls_)?classifier\.(weight|bias)", r"head.\1"),
         (r"distillation_classifier\.(weight|bias)", r"head_dist.\1"),
     )
 ]
-"""transformers' ViT, DeiT and DINOv2, without what the whole is called ("vit.", "dinov2.", ...)."""
+"""transformers' ViT, DeiT and DINOv2, as files have them and as version 5 calls them, without the front ("vit.")."""
 _HF_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
+_JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
 _ASIDE = re.compile(r"(.*\.)?(mask_token|decoder.*|pooler\..*|pre_logits\..*)")
 """Of pretraining only: a masked image's token, a decoder, a layer between body and head."""
 
@@ -108,27 +111,24 @@ def in_timms_names(
 
 def _note_aside(names: list[str], notes: list[str]) -> None:
     if names:
-        notes.append(f"{len(names)} tensors of other parts are left aside: {some(names)}")
+        what = "tensor of another part is" if len(names) == 1 else "tensors of other parts are"
+        notes.append(f"{len(names)} {what} left aside: {some(names)}")
 
 
 def _from_transformers(state: dict[str, Tensor], prefix: str, notes: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    aside = []
-    for key, value in state.items():
-        if not key.startswith(prefix) and not key.startswith(_HF_HEADS):
-            aside.append(key)
-            continue
-        name = key.removeprefix(prefix)
-        for pattern, replacement in _HF:
-            if pattern.fullmatch(name):
-                name = pattern.fullmatch(name).expand(replacement)  # type: ignore[union-attr]
-                break
-        found[name] = value
+    aside = [key for key in state if not key.startswith((prefix, *_HF_HEADS))]
     _note_aside(aside, notes)
-    for key in [key for key in found if ".attn.query." in key]:
-        three = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in found for part in three):
-            found[key.replace(".query.", ".qkv.")] = torch.cat([found.pop(part) for part in three])
+    for key in state.keys() - aside:
+        name = key.removeprefix(prefix)
+        matches = ((pattern.fullmatch(name), replacement) for pattern, replacement in _HF)
+        found[next((match.expand(new) for match, new in matches if match), name)] = state[key]
+    for whole, parts in _JOINED.items():
+        first = f".{parts[0]}."
+        for key in [key for key in found if first in key]:
+            names = [key.replace(first, f".{part}.") for part in parts]
+            if all(name in found for name in names):
+                found[key.replace(first, f".{whole}.")] = torch.cat([found.pop(name) for name in names])
     return found
 
 

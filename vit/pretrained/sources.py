@@ -54,7 +54,10 @@ _PREFERRED = (
 )
 """Names of files of weights, in timm's order."""
 _ENDINGS = (".safetensors", ".pth", ".bin", ".pt", ".npz")
-_CFG = ("architecture", "tag", "input_size", "num_classes", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+_CFG = (
+    *("architecture", "tag", "input_size", "fixed_input_size", "num_classes"),
+    *("interpolation", "crop_pct", "crop_mode", "mean", "std"),
+)
 """What is taken of a stranger's `pretrained_cfg`."""
 _MOST = {"depth": 1024, "num_classes": 10_000_000}
 """The largest numbers in a stranger's `model_args`; of others, 65,536."""
