@@ -1,4 +1,4 @@
-"""`vit info`: what a model says about itself.  Imports torch for a checkpoint only."""
+"""`vit info`: what a model says about itself.  Imports torch for a checkpoint or a name of timm's only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit.data.decode import printable
 from vit.errors import VitError
@@ -14,7 +14,10 @@ from vit.inference.bundle import WEIGHTS, read_bundle
 from vit.inference.description import Description, parse_json, plain
 from vit.inference.loading import Found, locate
 
-KINDS = {"run": "run folder", "bundle": "bundle", "checkpoint": "checkpoint", "onnx": "ONNX file"}
+if TYPE_CHECKING:
+    from vit.pretrained.sources import Known
+
+KINDS = {"run": "run folder", "bundle": "bundle", "checkpoint": "checkpoint", "onnx": "ONNX file", "timm": "timm model"}
 _MOST_NAMES = 20
 _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -22,7 +25,8 @@ _LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; returns 0.  Raises `VitError` when there is no such model or it is damaged."""
     found = locate(arguments.model)
-    description, parameters = _read(found)
+    known = None if found.name is None else _look(found.name)
+    description, parameters = _read(found) if known is None else _told(known)
     grid = [
         image // patch
         for image, patch in zip(
@@ -32,14 +36,40 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         head = {"model": arguments.model, "kind": KINDS[found.kind], "parameters": parameters, "grid": grid}
         files = {"onnx": str(found.onnx) if found.onnx else None}
+        if known is not None:
+            files |= {"weights": _whereabouts(known), "license": known.license}
         print(json.dumps({**head, **files, **description.to_dict()}, indent=2))
         return 0
-    for title, rows in _sections(arguments.model, found, description, parameters, grid):
+    sections = _sections(arguments.model, found, description, parameters, grid)
+    if known is not None:
+        told = [("name", known.name), ("weights", _whereabouts(known)), ("license", known.license or "not said")]
+        sections[0][1].extend((key, printable(value)) for key, value in told)
+    for title, rows in sections:
         print(title)
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             print(f"  {name:<{width}}  {value}")
     return 0
+
+
+def _look(name: str) -> Known:
+    from vit.pretrained.create import look
+
+    return look(name)
+
+
+def _whereabouts(known: Known) -> str:
+    from vit.pretrained.sources import whereabouts
+
+    return whereabouts(known.place)
+
+
+def _told(known: Known) -> tuple[Description, int]:
+    """What timm says of a model, and how many parameters it has; its weights stay where they are."""
+    from vit.pretrained.create import count_parameters
+
+    description = Description(known.architecture, list(known.class_names or ()), known.preprocessing)
+    return description, count_parameters(known.architecture)
 
 
 def _read(found: Found) -> tuple[Description, int | None]:
@@ -81,7 +111,8 @@ def _sections(
     model: str, found: Found, description: Description, parameters: int | None, grid: list[int]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     a, preprocessing = description.architecture, description.preprocessing
-    tokens = grid[0] * grid[1] + int(bool(a.get("class_token", True))) + int(a.get("registers", 0))
+    front = [a.get("class_token", True), a.get("distillation_token", False)]
+    tokens = grid[0] * grid[1] + sum(map(bool, front)) + int(a.get("registers", 0))
     shown = {"image_size", "patch_size", "in_channels", "num_classes", "width", "depth", "heads"}
     options = {key: value for key, value in a.items() if key not in shown and value not in (None, False, 0, 0.0, "")}
     sections = [
@@ -128,6 +159,9 @@ def _by(pair: list[int]) -> str:
 
 def _classes(description: Description) -> list[tuple[str, str]]:
     names = description.class_names
+    if not names:
+        outputs = description.architecture["num_classes"]
+        return [("none", f"a backbone, {f'{outputs} outputs that are no classes' if outputs else 'no head'}")]
     rows = [(str(index), printable(name)) for index, name in enumerate(names[:_MOST_NAMES])]
     if len(names) > _MOST_NAMES:
         rows.append(("...", f"{len(names)} in all (--format json lists them)"))

@@ -1,14 +1,17 @@
-"""From a name to a model: a run folder, a checkpoint, a bundle folder or an exported ONNX file.
+"""From a name to a model: a run folder, a checkpoint, a bundle folder, an exported ONNX file, or a name of timm's.
 
 Notable
-- `locate` decides what a MODEL is by looking, in one place, so every command takes the same things.
+- `locate` decides what a MODEL is by looking, in one place, so every command takes the same things.  What exists is
+  that; only what looks like a name of timm's is one, so a path costs no import of timm.
 - On a CPU the ONNX file is taken where there is one, and torch is not imported: a fresh process answers in half a
   second.  Whether a GPU may exist is seen from its driver's files; only if it may is torch asked.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +27,11 @@ if TYPE_CHECKING:
     from vit.model import VisionTransformer
 
 BACKENDS = ("auto", "onnx", "torch")
-EXPECTED = "a run folder, a .ckpt, a bundle folder or an .onnx file"
+EXPECTED = "a run folder, a .ckpt, a bundle folder, an .onnx file or a name of timm's"
+SCHEMES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Fronts of names that timm has for models which are not in its registry."""
+_NAME = re.compile(r"(timm/)?[a-z0-9]+(_[a-z0-9]+)+(\.\w*)?(@\S+)?", re.IGNORECASE)
+_FAMILY = re.compile(r"vit|deit|_patch\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,10 @@ class Found:
 
     Attributes
         path: as it was given.
-        kind: "run", "bundle", "checkpoint" or "onnx".
+        kind: "run", "bundle", "checkpoint", "onnx" or "timm".
         bundle, checkpoint: where the weights for torch are; at most one is set, none for an ONNX file.
         onnx: the ONNX file, if there is one.
+        name: of a model of timm's, as `vit.pretrained.create.load_pretrained` takes it.
     """
 
     path: Path
@@ -43,6 +51,7 @@ class Found:
     bundle: Path | None = None
     checkpoint: Path | None = None
     onnx: Path | None = None
+    name: str | None = None
 
 
 def locate(model: str | os.PathLike[str]) -> Found:
@@ -62,11 +71,16 @@ def locate(model: str | os.PathLike[str]) -> Found:
     except (OSError, ValueError) as error:
         raise VitError(f"cannot read {printable(path)}: {error}") from None
     if not exists:
-        raise VitError(f"no model at {printable(path)}: expected {EXPECTED}; {suggest(path)}")
+        return _named(os.fspath(model))
     if other:  # a pipe, a device: reading it might never end
         raise VitError(f"{printable(path)} is neither a file nor a folder: expected {EXPECTED}")
     if path.suffix.lower() == ".onnx":
         return Found(path, "onnx", onnx=path)
+    if path.suffix.lower() == ".pt2":
+        raise VitError(
+            f"{printable(path)} is a program for torch.export.load, which vit does not run: give what it was exported "
+            f"from, {EXPECTED}"
+        )
     if path.name in (WEIGHTS, CONFIG, ONNX) and is_bundle(path.parent):
         return _bundle(path, path.parent, "bundle")
     return Found(path, "checkpoint", checkpoint=path)
@@ -105,6 +119,8 @@ def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[
     Raises `VitError` when the model cannot be read or the device is not there.
     """
     found = locate(model)
+    if found.name is not None:
+        return _load_named(found.name, device)
     from vit.inference.torch_backend import resolve_device
     from vit.inference.weights import build, load_checkpoint
     from vit.pretrained.reading import load_safetensors
@@ -128,7 +144,51 @@ def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[
     return build(description, weights, source).to(place), description
 
 
+def _named(name: str) -> Found:
+    """A name of timm's, or nothing at all.  Raises `VitError` with the runs and the names that come nearest."""
+    if name.startswith(SCHEMES):
+        return Found(Path(name), "timm", name=name)
+    if not _NAME.fullmatch(name) or not _FAMILY.search(name):
+        raise VitError(f"no model at {printable(name)}: expected {EXPECTED}; {suggest(Path(name))}")
+    from vit.pretrained.registry import entry, is_name
+
+    if is_name(name.partition("@")[0].partition(".")[0]):
+        return Found(Path(name), "timm", name=name)
+    try:
+        entry(name)
+    except VitError as error:
+        raise VitError(f"no model at {printable(name)}: {error}; as for runs, {suggest(Path(name))}") from None
+    return Found(Path(name), "timm", name=name)
+
+
+def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]:
+    """A classifier that somebody published, by name.  Raises `VitError`, before it is fetched, when it is none."""
+    from vit.inference.description import Description
+    from vit.inference.torch_backend import resolve_device
+    from vit.pretrained.create import load_pretrained, look
+
+    place = resolve_device(device)
+    known = look(name)
+    if known.class_names is None:
+        outputs = known.architecture["num_classes"]
+        what = f"its {outputs} outputs are no classes" if outputs else "it has no classifier"
+        raise VitError(
+            f"{known.name} is a backbone, {what}: fine-tune it first "
+            f"(python train.py experiment=finetune model.name={name} data.root=FOLDER)"
+        )
+    loaded = load_pretrained(name)
+    description = Description(
+        architecture=loaded.architecture,
+        class_names=list(loaded.class_names or ()),
+        preprocessing=loaded.preprocessing,
+        training={"pretrained": known.name, "weights": loaded.source},
+    )
+    return loaded.model.to(place), description
+
+
 def _locate_in(folder: Path) -> Found:
+    if _of_timm(folder):
+        return Found(folder, "timm", name=f"local-dir:{folder}")
     if is_bundle(folder):
         return _bundle(folder, folder, "bundle")
     if is_bundle(folder / "model"):
@@ -148,6 +208,15 @@ def _locate_in(folder: Path) -> Found:
 def _bundle(path: Path, folder: Path, kind: str) -> Found:
     onnx = folder / ONNX if (folder / ONNX).is_file() else None
     return Found(path, kind, bundle=folder if (folder / WEIGHTS).is_file() or onnx is not None else None, onnx=onnx)
+
+
+def _of_timm(folder: Path) -> bool:
+    """Whether timm wrote the folder, as it does for the hub; a bundle has this project's own account beside timm's."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "architecture" in config and "vit" not in config
 
 
 def suggest(path: Path | None = None, root: str = "runs") -> str:

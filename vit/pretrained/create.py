@@ -33,7 +33,7 @@ from vit.pretrained.preprocessing import for_channels
 from vit.pretrained.registry import entry
 from vit.pretrained.sources import Known, look, place_of, read
 
-__all__ = ["Known", "Loaded", "create_model", "load_pretrained", "look"]
+__all__ = ["Known", "Loaded", "count_parameters", "create_model", "load_pretrained", "look"]
 
 MAY_DIFFER = frozenset(
     {"image_size", "patch_size", "in_channels", "num_classes", "pool", "final_norm", "distillation_token"}
@@ -163,6 +163,12 @@ def load_pretrained(
     if names is None and report.head == "kept" and weights is None:
         names = known.class_names
     return Loaded(model.eval(), preprocessing, names, report, found.label)
+
+
+def count_parameters(architecture: dict[str, Any]) -> int:
+    """How many numbers the weights of a model of this architecture are, without building it."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VisionTransformer(**architecture).parameters())
 
 
 def _decide(head: str | None, known: Known, own: list[str] | None, wanted: int | None, names: list[str] | None) -> str:

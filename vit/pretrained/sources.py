@@ -91,6 +91,7 @@ class Known:
         class_names: one name an output; None where nobody says what the outputs mean.
         place: where they are; None where timm has an architecture but no weights.
         trusted: whether timm itself says so, or a configuration that somebody wrote.
+        license: of the weights, where timm says it.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Known:
     class_names: list[str] | None
     place: Place | None
     trusted: bool = False
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,20 @@ def read(place: Place, known: Known) -> Weights:
     return Weights(state, label, notes)
 
 
+def whereabouts(place: Place | None) -> str:
+    """Where weights are and whether they are on this machine, in words."""
+    if place is None:
+        return "none: timm has the architecture only"
+    if place.kind == "path":
+        return place.where
+    if place.kind == "url":
+        return f"{place.where}, fetched when they are first used"
+    cached = next(filter(None, (hub.in_cache(place.where, file, place.revision) for file in place.files)), None)
+    pinned = f"@{place.revision}" if place.revision else ""
+    here = f"in the cache, {cached}" if cached else "not in the cache: fetched when they are first used"
+    return f"{place.where}{pinned} on the hub, {here}"
+
+
 def _scheme(source: str) -> tuple[str | None, str]:
     """ "hf-hub:ORG/NAME" -> "hf-hub" and what is behind it; None for what has no scheme."""
     if not source:
@@ -218,7 +234,7 @@ def _registered(source: str, revision: str | None) -> Known:
         place = Place("hub", repo, tuple(dict.fromkeys(files)), revision)
     preprocessing = from_timm_cfg(cfg, image_size=a["image_size"], channels=a["in_channels"], source=name)
     names = class_names({**cfg, "num_classes": a["num_classes"]}, name) if place is not None else None
-    return Known(found.name, a, preprocessing, names, place, trusted=True)
+    return Known(found.name, a, preprocessing, names, place, trusted=True, license=cfg.get("license"))
 
 
 def _in_folder(folder: Path, source: str) -> Known:
