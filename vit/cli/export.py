@@ -1,37 +1,139 @@
-"""`vit export`: a model as one ONNX file or as a bundle folder."""
+"""`vit export`: a model as one ONNX file, in float32 or in integers, as a `.pt2` program, or as a bundle folder."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vit.data.decode import printable
 from vit.errors import VitError
 from vit.inference.loading import load_torch
 
+if TYPE_CHECKING:
+    from vit.inference.description import Description
+    from vit.inference.sample import Sample
+    from vit.model import VisionTransformer
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns 0.  Raises `VitError` when the model cannot be read or the output not be written."""
-    output = arguments.output
-    onnx = output.lower().endswith(".onnx")
-    if onnx and os.path.isdir(output):
-        raise VitError(f"cannot write {output}: it is a folder")
+    """Run the command; returns 0.
+
+    Raises `VitError` when the model cannot be read, the output not be written, the options do not go together, or
+    there are no images to fit integers to.
+    """
+    output, ending = arguments.output, os.path.splitext(arguments.output)[1].lower()
+    _check(arguments, ending)
     model, description = load_torch(arguments.model, device="cpu")
-    if onnx:
+    images = Images(description, arguments.calibration, integers=arguments.int8)
+    given: dict[str, Any] = {"images": images.compared and images.compared.images}
+    if arguments.with_rollout:
+        from vit.explain.observer import Observer
+
+        given["observer"] = Observer
+    told: list[str] = []
+    difference: float | None
+    if arguments.int8:
+        difference, told = _write_int8(output, model, description, images, given)
+    elif ending == ".onnx":
         from vit.inference.export import export_onnx
 
-        export_onnx(output, model, description)
-    else:
-        from vit.inference.bundle import write_bundle
-        from vit.inference.export import fits_onnx
+        difference = export_onnx(output, model, description, **given)
+    elif ending == ".pt2":
+        from vit.inference.program import export_program
 
-        fits = fits_onnx(model)
-        write_bundle(output, model, description, onnx=fits)
-        if not fits:
-            print("vit: the model is too large for one ONNX file (2 GB); the bundle has none", file=sys.stderr)
-    print(f"wrote {printable(output)}; try: vit classify {_quoted(output)} photo.jpg")
+        difference = export_program(output, model, description, **given)
+    else:
+        difference = _write_bundle(output, model, description, given)
+    if difference is not None:
+        told.insert(0, f"compared with torch on {images}: they differ by {difference:.0e} at most")
+    usable = "" if ending == ".pt2" else f"; try: vit classify {_quoted(output)} photo.jpg"
+    print(*told, f"wrote {printable(output)}{usable}", sep="\n")
     return 0
+
+
+def _write_bundle(
+    output: str, model: VisionTransformer, description: Description, given: dict[str, Any]
+) -> float | None:
+    from vit.inference.bundle import write_bundle
+    from vit.inference.export import fits_onnx
+
+    fits = fits_onnx(model)
+    difference = write_bundle(output, model, description, onnx=fits, **given)
+    if not fits:
+        print("vit: the model is too large for one ONNX file (2 GB); the bundle has none", file=sys.stderr)
+    return difference
+
+
+def _write_int8(
+    output: str, model: VisionTransformer, description: Description, images: Images, given: dict[str, Any]
+) -> tuple[float, list[str]]:
+    """Returns by how much the file in float32 differs from torch, and what integers cost, in words."""
+    from vit.inference.export import export_onnx
+    from vit.inference.quantise import quantise
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "float32.onnx"
+        difference = export_onnx(whole, model, description, **given)
+        figures = quantise(output, whole, *images.integers)
+        before, after = os.path.getsize(whole), os.path.getsize(output)
+    told = [
+        f"fitted to {figures['calibration_images']} images ({figures['calibrated_on']}), "
+        f"measured on {figures['images']} others ({figures['measured_on']})",
+        f"the same class as in float32: {figures['agreement']:.1%}",
+    ]
+    if "top1" in figures:
+        told.append(f"top-1 accuracy: {figures['top1']:.1%}, in float32 {figures['top1_float32']:.1%}")
+    if "rollout_overlap" in figures:
+        told.append(f"rollout shared with float32: {figures['rollout_overlap']:.1%}")
+    return difference, [*told, f"{after / 1e6:.1f} MB, in float32 {before / 1e6:.1f} MB"]
+
+
+class Images:
+    """What an export takes of real images.
+
+    Attributes
+        compared: to compare with torch on; None where there are none, and noise has to do.
+        integers: to fit integers to, and to measure on; empty where not asked for.
+    """
+
+    def __init__(self, description: Description, sources: list[str] | None, *, integers: bool) -> None:
+        from vit.inference.sample import COMPARED, to_compare, to_quantise
+
+        self.compared: Sample | None = None
+        self.integers: tuple[Sample, ...] = ()
+        if integers:
+            self.integers = to_quantise(description, sources)
+            self.compared = self.integers[0][:COMPARED]
+            return
+        try:
+            self.compared = to_compare(description, sources)
+        except VitError as error:
+            if sources is not None:
+                raise
+            self._why = str(error)
+
+    def __str__(self) -> str:
+        if self.compared is None:
+            return f"noise, as there are no real images ({self._why})"
+        return f"{len(self.compared)} images ({self.compared.origin})"
+
+
+def _check(arguments: argparse.Namespace, ending: str) -> None:
+    """Raise `VitError` for what can be known to be wrong before anything is loaded."""
+    output = arguments.output
+    if arguments.int8 and ending != ".onnx":
+        raise VitError(f"--int8 is for an ONNX file, and {printable(output)} is none: expected a name ending in .onnx")
+    if arguments.with_rollout and ending not in (".onnx", ".pt2"):
+        raise VitError(
+            f"--with-rollout is for a file, and {printable(output)} is to be a folder: expected a name ending in "
+            ".onnx or .pt2"
+        )
+    if ending in (".onnx", ".pt2") and os.path.isdir(output):
+        raise VitError(f"cannot write {output}: it is a folder")
 
 
 def _quoted(path: str) -> str:

@@ -12,7 +12,7 @@ from vit.errors import VitError
 METHODS = ("rollout", "raw", "relevance", "gradient_rollout", "legrad", "random")
 """Those of `vit.explain.methods`, which loads torch; a test compares."""
 
-MODEL = "run folder, .ckpt, bundle folder or exported .onnx file"
+MODEL = "run folder, .ckpt, bundle folder, exported .onnx file or name of timm's (vit_small_patch16_224.augreg_in1k)"
 SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
 
 
@@ -117,13 +117,28 @@ def _explain(commands: Any) -> None:
 def _export(commands: Any) -> None:
     command = commands.add_parser(
         "export",
-        help="write a model as one ONNX file or as a bundle",
-        description="Write a model as one ONNX file, which needs nothing else to classify, or as a bundle: a folder "
-        "with weights, configuration and model card that timm loads as well. Verified against torch before it "
-        "takes its name.",
+        help="write a model as one ONNX file, as a .pt2 program or as a bundle",
+        description="Write a model as one ONNX file, which needs nothing else to classify; as a .pt2 program of "
+        "torch.export; or as a bundle: a folder with weights, configuration and model card that timm loads as well. "
+        "Verified against torch before it takes its name, on images of the data it was trained on where that is here.",
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
-    command.add_argument("output", metavar="OUT", help="a name ending in .onnx, or a folder to make")
+    command.add_argument("output", metavar="OUT", help="a name ending in .onnx or .pt2, or a folder to make")
+    command.add_argument(
+        "--with-rollout", action="store_true", help="a second output: attention rollout, a map on the patch grid"
+    )
+    command.add_argument(
+        "--int8",
+        action="store_true",
+        help="an ONNX file in 8-bit integers, fitted to images; what that costs is measured, shown and stored",
+    )
+    command.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        nargs="+",
+        help="images to fit integers to and to compare on, instead of the data that the model was trained on: "
+        + SOURCE,
+    )
     command.set_defaults(run=_later("export"))
 
 

@@ -22,6 +22,8 @@ from vit.errors import VitError
 from vit.inference.description import Description, parse_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vit.model import VisionTransformer
 
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
@@ -29,10 +31,17 @@ FILES = (WEIGHTS, CONFIG, CARD, ONNX)
 
 
 def write_bundle(
-    folder: str | os.PathLike[str], model: VisionTransformer, description: Description, *, onnx: bool = True
-) -> None:
+    folder: str | os.PathLike[str],
+    model: VisionTransformer,
+    description: Description,
+    *,
+    onnx: bool = True,
+    images: np.ndarray | None = None,
+) -> float | None:
     """Write the bundle, whole or not at all, with a verified `model.onnx` where `onnx` is true.
 
+    `images`, normalised, float32 (N, C, H, W), are what that file is compared with torch on; None: noise.  Returns by
+    how much they differ, None where there is no such file.
     The model is left as it is: on its device, in its precision and mode; the weights are written as float32.
     Raises `VitError` when the description does not fit the model, the folder holds other files, the disk is full or
     cannot be written, or the ONNX file cannot be made (`vit.inference.export.fits_onnx` tells ahead for size).
@@ -60,8 +69,7 @@ def write_bundle(
         count = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(description, parameters=count, onnx=onnx)
         (part / CARD).write_text(card, encoding="utf-8")
-        if onnx:
-            export_onnx(part / ONNX, model, description)
+        return export_onnx(part / ONNX, model, description, images=images) if onnx else None
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Description:

@@ -1,7 +1,8 @@
 """A model as one ONNX file that runs anywhere and describes itself.
 
-Input `image` float32 (B, C, H, W), normalised; output `logits` float32 (B, K); B is free.  The file's metadata entry
-`vit` is the model's `Description` as JSON, so class names, preprocessing and temperature need no second file; entry
+Input `image` float32 (B, C, H, W), normalised; output `logits` float32 (B, K), and where it is asked for `rollout`
+float32 (B, rows, columns), attention rollout on the patch grid, of sum 1; B is free.  The file's metadata entry `vit`
+is the model's `Description` as JSON, so class names, preprocessing and temperature need no second file; entry
 `vit_weights` says where each parameter is, so torch can have the model back (`vit.inference.onnx_weights`).
 
 Notable
@@ -12,8 +13,10 @@ Notable
   flow that depends on data, which is where tracing would fall short, and the newer exporter writes the source paths
   of the machine into the file.
 - Opset 17 is the first with LayerNormalization as one node; everything that reads ONNX today reads it.
-- Nothing is kept unverified: the file runs in ONNX Runtime on several batch sizes and must agree with torch to 1e-4
-  before it takes its name.
+- Nothing is kept unverified: the file runs in ONNX Runtime on several batch sizes, on real images where there are
+  some, and must agree with torch to 1e-4 before it takes its name.
+- With a rollout, the head's row is carried down through the layers, a vector times a matrix each: on ViT-Ti/16 the file
+  takes ROLLOUT_COST longer than without.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,11 +36,17 @@ import numpy as np
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
-from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, open_session
+from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, ROLLOUT, open_session
 from vit.inference.onnx_weights import TABLE_KEY, index
+from vit.inference.sample import COMPARED
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vit.model import VisionTransformer
+
+    Observer = Callable[[VisionTransformer], nn.Module]
+    """Makes of a model a module that gives (logits, rollout): `vit.explain.observer.Observer`."""
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -49,50 +58,98 @@ def fits_onnx(model: VisionTransformer) -> bool:
     return sum(tensor.numel() * 4 for tensor in model.state_dict().values()) < _LARGEST
 
 
-def export_onnx(path: str | os.PathLike[str], model: VisionTransformer, description: Description) -> None:
-    """Write `model` to `path`, verified, whole or not at all.
+def export_onnx(
+    path: str | os.PathLike[str],
+    model: VisionTransformer,
+    description: Description,
+    *,
+    images: np.ndarray | None = None,
+    observer: Observer | None = None,
+) -> float:
+    """Write `model` to `path`, verified, whole or not at all; returns by how much it differs from torch, at most.
 
     The model may be on any device, in any precision and in training mode: a float32 copy on the CPU in evaluation
     mode is exported, and the model is left as it was.
+
+    Arguments
+        images: to compare on, normalised, float32 (N, C, H, W); the first `COMPARED` of them.  None: noise of mean
+            0 and deviation 1, which is what normalised images have.
+        observer: what adds the output `rollout`; None: there is none.
+
     Raises `VitError` when the model is too large for one file, the disk is full, or the result disagrees with torch.
     """
     import torch
 
     if not fits_onnx(model):
         raise VitError(f"cannot write {os.fspath(path)}: the model is too large for one ONNX file (2 GB)")
-    twin = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
-    height, width = description.architecture["image_size"]
-    channels = description.architecture["in_channels"]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, channels, height, width, generator=generator)
+    twin = float_twin(model)
+    shown = twin if observer is None else observer(twin)
+    images = images_to_check(description, images)
     with atomic_write(path) as part, torch.inference_mode(False):
-        message = _trace(twin, images[:2])
+        message = _trace(shown, torch.from_numpy(images[:2]))
         state = {key: value.numpy() for key, value in twin.state_dict().items()}
-        _describe(message, description, index(message, state))
+        describe(message, {METADATA_KEY: description.to_json(), TABLE_KEY: index(message, state)})
         part.write_bytes(message.SerializeToString())
-        with torch.no_grad():
-            expected = twin(images).numpy()
-        difference = disagreement(part, images.numpy(), expected)
+        session = open_session(part)
+        names = [OUTPUT] if observer is None else [OUTPUT, ROLLOUT]
+        return check(path, lambda batch: session.run(names, {INPUT: batch}), images, expected(twin, shown, images))
+
+
+def float_twin(model: VisionTransformer) -> VisionTransformer:
+    """A copy of the model to export: float32, on the CPU, in evaluation mode, without gradients."""
+    import torch
+
+    return copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
+
+
+def images_to_check(description: Description, images: np.ndarray | None) -> np.ndarray:
+    """The images to compare on: at least three, so that batches differ in size; noise where none are given."""
+    if images is not None and len(images):
+        return np.resize(images[:COMPARED], (max(3, len(images[:COMPARED])), *images.shape[1:]))
+    height, width = description.architecture["image_size"]
+    shape = (3, description.architecture["in_channels"], height, width)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def expected(twin: VisionTransformer, shown: nn.Module, images: np.ndarray) -> list[np.ndarray]:
+    """Torch's outputs: logits, as the model itself gives them, and what else `shown` gives."""
+    import torch
+
+    with torch.no_grad():
+        batch = torch.from_numpy(images)
+        logits = twin(batch).numpy()
+        return [logits] if shown is twin else [logits, *(each.numpy() for each in shown(batch)[1:])]
+
+
+def check(
+    path: str | os.PathLike[str],
+    run: Callable[[np.ndarray], list[np.ndarray]],
+    images: np.ndarray,
+    wanted: list[np.ndarray],
+    runtime: str = "ONNX Runtime",
+) -> float:
+    """The largest difference between the outputs of `run` and those of torch, all images at once and one by one.
+
+    Relative to the logits' own size where that is over 1, as float32 is, and to the rollout's largest value.
+    Raises `VitError` when it is over `TOLERANCE`, or not a number.
+    """
+    together = run(images)
+    alone = [np.concatenate(each) for each in zip(*(run(images[i : i + 1]) for i in range(len(images))), strict=True)]
+    worst = 0.0
+    for want, got, single in zip(wanted, together, alone, strict=True):
+        scale = float(np.abs(want).max())
+        scale = max(1.0, scale) if want is wanted[0] else scale
+        difference = float(max(np.abs(got - want).max(), np.abs(single - want).max())) / scale
         if not difference <= TOLERANCE:
             raise VitError(
-                f"{os.fspath(path)} was not written: ONNX Runtime and torch disagree by {difference:.1e} on the same "
+                f"{os.fspath(path)} was not written: {runtime} and torch disagree by {difference:.1e} on the same "
                 f"images (at most {TOLERANCE:.0e} allowed)"
             )
+        worst = max(worst, difference)
+    return worst
 
 
-def disagreement(path: str | os.PathLike[str], images: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference between the file's logits and `expected`, all images at once and one by one.
-
-    Relative to the logits' own size where that is over 1, as float32 is; NaN when either has one.
-    """
-    session = open_session(path)
-    together = session.run([OUTPUT], {INPUT: images})[0]
-    alone = np.concatenate([session.run([OUTPUT], {INPUT: images[i : i + 1]})[0] for i in range(len(images))])
-    scale = max(1.0, float(np.abs(expected).max()))
-    return float(max(np.abs(together - expected).max(), np.abs(alone - expected).max())) / scale
-
-
-def _trace(model: VisionTransformer, images: Any) -> Any:
+def _trace(model: nn.Module, images: Any) -> Any:
     """The ONNX message of `model`: by torch's tracer, or by its successor where the tracer is gone or fails."""
     try:
         return trace(model, images, dynamo=False)
@@ -100,13 +157,16 @@ def _trace(model: VisionTransformer, images: Any) -> Any:
         return trace(model, images, dynamo=True)
 
 
-def trace(model: VisionTransformer, images: Any, *, dynamo: bool) -> Any:
+def trace(model: nn.Module, images: Any, *, dynamo: bool) -> Any:
     """The `onnx.ModelProto` of `model`, B free, as one of torch's two exporters writes it, without its chatter."""
     import onnx
     import torch
 
-    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT], "opset_version": OPSET}
-    with _quiet():
+    from vit.model import VisionTransformer
+
+    outputs = [OUTPUT] if isinstance(model, VisionTransformer) else [OUTPUT, ROLLOUT]
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": outputs, "opset_version": OPSET}
+    with quiet():
         if dynamo:
             # the oldest opset that this exporter writes is 18
             free = ({0: torch.export.Dim("batch", min=1)},)
@@ -115,7 +175,7 @@ def trace(model: VisionTransformer, images: Any, *, dynamo: bool) -> Any:
             )
             message = program.model_proto  # type: ignore[union-attr]
         else:
-            axes = {INPUT: {0: "batch"}, OUTPUT: {0: "batch"}}
+            axes = {name: {0: "batch"} for name in (INPUT, *outputs)}
             with tempfile.TemporaryDirectory() as folder:
                 file = os.path.join(folder, "model.onnx")
                 torch.onnx.export(model, (images,), file, dynamo=False, dynamic_axes=axes, **names)
@@ -126,15 +186,17 @@ def trace(model: VisionTransformer, images: Any, *, dynamo: bool) -> Any:
     return message
 
 
-def _describe(message: Any, description: Description, table: str) -> None:
-    for key, value in ((METADATA_KEY, description.to_json()), (TABLE_KEY, table)):
+def describe(message: Any, entries: Mapping[str, str]) -> None:
+    """Give the message these metadata entries, and no others."""
+    del message.metadata_props[:]
+    for key, value in entries.items():
         entry = message.metadata_props.add()
         entry.key, entry.value = key, value
     message.producer_name = "vit"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' warnings about themselves, their logging and their prints from the user."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -17,7 +17,7 @@ from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.processors import available
 
-INPUT, OUTPUT, METADATA_KEY = "image", "logits", "vit"
+INPUT, OUTPUT, ROLLOUT, METADATA_KEY = "image", "logits", "rollout", "vit"
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:

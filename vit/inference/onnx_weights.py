@@ -77,7 +77,8 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Descript
     description = described(metadata, path)
     table = parse_json(metadata.get(TABLE_KEY, "null"), path)
     if not isinstance(table, dict):
-        raise VitError(f"{path} does not say where its weights are, so torch cannot use it: give the run or the bundle")
+        why = "is in integers" if "int8" in description.metrics else "does not say where its weights are"
+        raise VitError(f"{path} {why}, so torch cannot use it: give the run or the bundle")
     held = {each.name: each for each in message.graph.initializer}
     weights = {}
     for name, place in table.items():

@@ -1,0 +1,72 @@
+"""A model as a `.pt2` file: torch's own export format, for programs that have torch but not `vit`.
+
+The graph of `torch.export` with a free batch, and beside it the model's `Description` as JSON (extra file `vit.json`).
+AOTInductor compiles it; from Python it runs by
+
+    extra = {"vit.json": ""}
+    program = torch.export.load("model.pt2", extra_files=extra)
+    logits = program.module()(images)
+
+Such a file is an end, not a MODEL: no command of `vit` reads one, because `torch.export.load` may run code that a
+stranger put there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vit.errors import VitError
+from vit.files import atomic_write
+from vit.inference.description import Description
+from vit.inference.export import check, expected, float_twin, images_to_check, quiet
+
+if TYPE_CHECKING:
+    from vit.inference.export import Observer
+    from vit.model import VisionTransformer
+
+EXTRA = "vit.json"
+
+
+def export_program(
+    path: str | os.PathLike[str],
+    model: VisionTransformer,
+    description: Description,
+    *,
+    images: np.ndarray | None = None,
+    observer: Observer | None = None,
+) -> float:
+    """Write `model` to `path`, verified, whole or not at all; returns by how much it differs from the model, at most.
+
+    Arguments as for `vit.inference.export.export_onnx`; with an observer the program gives (logits, rollout).
+    Raises `VitError` when it cannot be exported or written, or the result disagrees with the model.
+    """
+    import torch
+
+    twin = float_twin(model)
+    shown = twin if observer is None else observer(twin)
+    images = images_to_check(description, images)
+    with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
+        try:
+            free = ({0: torch.export.Dim("batch", min=1)},)
+            # the example becomes part of the file, where a person's images have no place
+            example = torch.zeros(2, *images.shape[1:])
+            made = torch.export.export(shown, (example,), dynamic_shapes=free)
+        except Exception as error:  # the library's exceptions share no base class
+            reason = str(error).strip().partition("\n")[0][:160]
+            raise VitError(f"cannot write {os.fspath(path)}: torch.export cannot trace the model: {reason}") from None
+        for graph in (each.graph for each in made.graph_module.modules() if isinstance(each, torch.fx.GraphModule)):
+            for node in graph.nodes:
+                node.meta.pop("stack_trace", None)  # it has the paths of this machine
+        with open(part, "wb") as written:
+            torch.export.save(made, written, extra_files={EXTRA: description.to_json()})
+        with open(part, "rb") as file:
+            loaded = torch.export.load(file).module()
+
+        def run(batch: np.ndarray) -> list[np.ndarray]:
+            answer = loaded(torch.from_numpy(batch))
+            return [each.numpy() for each in (answer if isinstance(answer, tuple) else (answer,))]
+
+        return check(path, run, images, expected(twin, shown, images), "the program")

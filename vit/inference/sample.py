@@ -1,0 +1,152 @@
+"""Real images for a model: what an exported file is compared with torch on, and what its integers are fitted to.
+
+From the data set that the model was trained on, opened again by its description where it still is, or from images
+that a person names.  Which images are taken depends on nothing but their order and number.  Imports no torch, but some
+data sets do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vit.data.catalogue import DataConfig, open_data
+from vit.data.dataset import ImageData, Split
+from vit.data.decode import ImageError, decode
+from vit.data.draws import shuffled
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+from vit.inference.description import Description
+from vit.inference.processors import available
+
+COMPARED = 8
+"""Images that an exported file is compared with torch on, at most."""
+CALIBRATION, MEASURED = 128, 512
+"""Images to fit integers to, and to measure what that costs, at most."""
+LEAST = 16
+"""Images that it takes for that at least: half of them to fit, half to measure."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images as a model takes them.
+
+    Attributes
+        images: normalised, float32 (N, C, H, W).
+        labels: int64 (N,), the class of each; None where it is not known.
+        origin: where they are from, in words.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Sample:
+        return replace(self, images=self.images[rows], labels=None if self.labels is None else self.labels[rows])
+
+
+def to_compare(description: Description, sources: Sequence[str] | None = None) -> Sample:
+    """Images to compare an exported file with torch on: of `sources`, or without any of the model's own data.
+
+    Raises `VitError` when none can be used, or that data is not here.
+    """
+    if sources is not None:
+        return from_sources(sources, description.preprocessing, COMPARED)
+    data = open_own(description)
+    return from_split(data, _first(data, "test", "val", "train"), description.preprocessing, COMPARED)
+
+
+def to_quantise(description: Description, sources: Sequence[str] | None = None) -> tuple[Sample, Sample]:
+    """Images to fit integers to, and others to measure on.
+
+    The former are of `sources` or the training split.  The latter are of the test split, or where the model's own data
+    is not here of `sources`.  Raises `VitError` when there are fewer than `LEAST` images, or none that can be used.
+    """
+    preprocessing = description.preprocessing
+    given = None if sources is None else from_sources(sources, preprocessing, CALIBRATION + MEASURED)
+    try:
+        data = open_own(description)
+    except VitError as error:
+        if given is None:
+            raise VitError(f"integers are fitted to real images: name some with --calibration ({error})") from None
+        half = min(CALIBRATION, len(given) // 2)
+        fitted, measured = given[:half], given[half : half + MEASURED]
+    else:
+        ours, held_out = _first(data, "train", "val", "test"), _first(data, "test", "val", "train")
+        fitted = given[:CALIBRATION] if given is not None else from_split(data, ours, preprocessing, CALIBRATION)
+        skip = CALIBRATION if given is None and ours == held_out else 0
+        measured = from_split(data, held_out, preprocessing, MEASURED, skip)
+    if min(len(fitted), len(measured)) < LEAST // 2:
+        raise VitError(
+            f"integers are fitted to and measured on at least {LEAST // 2} images each, not {len(fitted)} and "
+            f"{len(measured)}: name more with --calibration"
+        )
+    return fitted, measured
+
+
+def _first(data: ImageData, *names: str) -> str:
+    return next(name for name in names if len(data.splits[name]))
+
+
+def open_own(description: Description) -> ImageData:
+    """The data set that the model was trained on.  Nothing is downloaded.
+
+    Raises `VitError` when the description names none, or it is not here.
+    """
+    if not description.data.get("name"):
+        raise VitError("the model does not say which data it was trained on")
+    known = {key: value for key, value in description.data.items() if value is not None}
+    return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
+
+
+def from_split(data: ImageData, name: str, preprocessing: Preprocessing, count: int, skip: int = 0) -> Sample:
+    """At most `count` images of the split `name`, drawn without order, leaving out the first `skip` that are drawn.
+
+    Raises `VitError` when none of them can be read.
+    """
+    split = data.splits[name]
+    rows = shuffled(len(split), 0, 0)[skip : skip + count]
+    read = _read([(split, int(row)) for row in rows], preprocessing)
+    taken = [(pixels, split.labels[row]) for pixels, row in zip(read, rows, strict=True) if pixels is not None]
+    if not taken:
+        raise VitError(f"no image of {data.name} ({name}) can be read")
+    images = preprocessing.normalise(np.stack([pixels for pixels, _ in taken]))
+    return Sample(images, np.array([label for _, label in taken]), f"{data.name}, {name} split")
+
+
+def from_sources(sources: Sequence[str], preprocessing: Preprocessing, count: int) -> Sample:
+    """At most `count` of the images that `sources` name (see `vit.inference.sources.paths`), drawn without order.
+
+    Raises `VitError` when none of them can be used.
+    """
+    from vit.inference.sources import paths
+
+    found = [item for item in paths(sources, channels=preprocessing.channels) if isinstance(item, str)]
+    read = _read([found[row] for row in shuffled(len(found), 0, 0)[:count]], preprocessing)
+    usable = [pixels for pixels in read if pixels is not None]
+    if not usable:
+        raise VitError(f"none of the {len(read)} images for calibration can be used")
+    return Sample(preprocessing.normalise(np.stack(usable)), None, "the images that were named")
+
+
+def _read(items: Sequence[str | tuple[Split, int]], preprocessing: Preprocessing) -> list[np.ndarray | None]:
+    """Each image as uint8 (H, W, C), None for one that cannot be used."""
+
+    def one(item: str | tuple[Split, int]) -> np.ndarray | None:
+        try:
+            if isinstance(item, str):
+                image = decode(item, channels=preprocessing.channels, target=preprocessing.resize_target)
+                return preprocessing.resize(image)
+            split, row = item
+            return split.resized(row, preprocessing)
+        except ImageError:
+            return None
+
+    with ThreadPoolExecutor(available(), thread_name_prefix="decode") as pool:
+        return list(pool.map(one, items))
