@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one process a core: threads of their own would only wait for each other.  Read when the libraries are loaded
@@ -69,3 +72,41 @@ def real_photographs() -> list[Path]:
     if not files:
         pytest.skip("no sample of photographs here (VIT_IMAGE_SAMPLE names a folder of *.JPEG)")
     return files
+
+
+PUBLISHED = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A stand-in for the Hugging Face hub on this machine (`hub_stand_in.Hub`), for processes with `hub_environment`.
+
+    It has timm's `PUBLISHED` with random weights, saved by timm itself, as `hub.commit` of main.
+    """
+    import timm
+    import torch
+    from timm.models import save_for_hf
+
+    spec = importlib.util.spec_from_file_location("hub_stand_in", Path(__file__).with_name("hub_stand_in.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(PUBLISHED).eval()
+        with torch.no_grad():
+            model.head.weight.normal_()  # so that images differ in their answers
+    folder = tmp_path_factory.mktemp("hub") / "published"
+    save_for_hf(model, str(folder), safe_serialization=True)
+    server = module.Hub()
+    server.commit, server.folder = server.add(f"timm/{PUBLISHED}", folder), folder
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub_environment(hub: Any, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that has `hub` for its hub and an empty cache of its own."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return {**plain, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1"}

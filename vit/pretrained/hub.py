@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn, overload
 
 from vit.errors import VitError
 
-_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+_REPO = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}")
 _REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
