@@ -40,6 +40,8 @@ def initialise(model: nn.Module, scheme: str) -> None:
     """
     if scheme not in SCHEMES:
         raise VitError(f"model.init: no scheme {scheme!r}; {nearest(scheme, SCHEMES)}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # there is nothing to fill, and drawing nothing takes long
     modules = dict(model.named_modules())
     packed = {f"{name}.fc1" for name, module in modules.items() if isinstance(module, SwiGlu)}
     for name, module in modules.items():

@@ -97,7 +97,10 @@ def build(name: str, **changes: Any) -> Any:
     Raises `VitError` where timm cannot.
     """
     import timm
+    from timm.models import is_model_in_modules
 
+    if is_model_in_modules(name.partition(".")[0], ("vision_transformer", "deit")):
+        changes["weight_init"] = "skip"  # drawing weights that have no memory takes longest
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about names that timm has renamed
         try:
