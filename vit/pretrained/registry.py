@@ -21,7 +21,7 @@ from vit.pretrained.architecture import read_architecture
 _MODULES = ("vision_transformer", "deit", "eva")
 """Where timm keeps its plain Vision Transformers; what they hold is looked at, name by name."""
 _NAME = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)?")
-_HUB = re.compile(r"(hf-hub:|hf_hub:)[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB = re.compile(r"(hf-hub:|hf_hub:)\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
