@@ -1,24 +1,70 @@
-"""python -m benchmarks NAME [options]
+"""python -m benchmarks [NAME] [options]
 
+    cold        one photograph in a fresh process, beside timm, transformers and a bare loop
+    folder      100 and 1,000 photographs end to end, beside the same
+    forward     a forward pass alone, beside timm, transformers, torchvision, vit-pytorch and the machine's limit
+    preparing   decoding and preprocessing, beside timm, torchvision and transformers
+    step        a step of training, beside timm, transformers and vit-pytorch
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
+    peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
 Each prints a table and writes it, with machine and versions, as JSON; --record also appends it to RESULTS.md.
+Without a name, all are run, one after another; of the options then only --record and --peers DIR may be given.
 """
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
-NAMES = {"logging": "logging_cost", "recording": "recording"}
+NAMES = {
+    "cold": ("whole", "main_cold"),
+    "folder": ("whole", "main_folder"),
+    "forward": ("forward", "main"),
+    "preparing": ("preparing", "main"),
+    "step": ("training_step", "main"),
+    "logging": ("logging_cost", "main"),
+    "recording": ("recording", "main"),
+    "peers": ("peers", "main"),
+}
+BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "step")
+ALL = (*BESIDE_PEERS, "logging", "recording")
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in NAMES:
-        print(__doc__.strip(), file=sys.stdout if arguments in (["-h"], ["--help"]) else sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
-    return importlib.import_module(f"benchmarks.{NAMES[arguments[0]]}").main(arguments[1:])
+    if arguments in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0
+    if arguments and arguments[0] in NAMES:
+        module, function = NAMES[arguments[0]]
+        return getattr(importlib.import_module(f"benchmarks.{module}"), function)(arguments[1:])
+    if not arguments or arguments[0] in ("--record", "--peers"):
+        return run_all(arguments)
+    print(__doc__.strip(), file=sys.stderr)
+    return 2
+
+
+def run_all(arguments: list[str]) -> int:
+    """Each in a process of its own, so that none starts with what another has loaded; 1 when any failed."""
+    import argparse
+    from pathlib import Path
+
+    options = argparse.ArgumentParser(prog="python -m benchmarks")
+    options.add_argument("--record", action="store_true")
+    options.add_argument("--peers", type=Path)
+    given = options.parse_args(arguments)
+    failed = []
+    for name in ALL:
+        command = [sys.executable, "-m", "benchmarks", name, *(["--record"] if given.record else [])]
+        command += ["--peers", str(given.peers)] if given.peers and name in BESIDE_PEERS else []
+        print(f"\n{name}", file=sys.stderr, flush=True)
+        if subprocess.run(command).returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

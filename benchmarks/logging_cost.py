@@ -31,7 +31,7 @@ ABOUT = {"digits": "`python train.py`, the default", "tiny16": "ViT-Ti/16 at 224
 
 def main(arguments: list[str]) -> int:
     options = parser("logging", "What logging costs, as a share of training.")
-    options.add_argument("--cases", default="digits,tiny16")
+    options.add_argument("--cases", default="digits", help="digits, tiny16, which takes an hour (%(default)s)")
     options.add_argument("--rounds", type=int, default=3, help="of runs with and without attention")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every run")
     options.add_argument("--one", help="run this case in this process and print its figures")

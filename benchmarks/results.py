@@ -16,9 +16,14 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def parser(name: str, about: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(name: str, about: str, peers: bool = False) -> argparse.ArgumentParser:
+    """The options that every benchmark has; with `peers` also those of measurements beside other tools."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=about)
+    if peers:
+        from benchmarks.peers import add_option
+
+        add_option(made)
+        made.add_argument("--processors", type=int, metavar="N", help="use so many only (all)")
     made.add_argument("--json", type=Path, help="where the figures go (default: benchmarks/measured/NAME.json)")
     made.add_argument("--record", action="store_true", help="append the table to RESULTS.md")
     return made
@@ -30,8 +35,10 @@ def spread(values: Sequence[float], digits: int = 2, unit: str = "", sign: str =
     return f"{middle}{unit} ({low} to {high})"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def machine(peers: Path | None = None) -> dict[str, Any]:
+    """What the figures depend on; with the versions of the peers where their folder is given."""
+    from importlib.metadata import version
+
     import torch
 
     import vit
@@ -48,9 +55,19 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        "onnxruntime": version("onnxruntime"),
         "vit": vit.__version__,
+        **_versions(peers),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _versions(peers: Path | None) -> dict[str, str]:
+    if peers is None:
+        return {}
+    from benchmarks.peers import versions
+
+    return {name: number for name, number in versions(peers).items() if name not in ("torch", "onnxruntime")}
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -64,7 +81,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def report(name: str, title: str, rows: Sequence[Sequence[str]], figures: Any, options: argparse.Namespace) -> None:
     """Print the table and write the figures; with `--record` append both to RESULTS.md."""
-    where, command = machine(), " ".join(["python -m benchmarks", name, *_typed(sys.argv)])
+    where = machine(getattr(options, "peers", None))
+    command = " ".join(["python -m benchmarks", name, *_typed(sys.argv)])
     print(f"\n{table(rows)}")
     path = options.json or HERE / "measured" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,95 @@
+"""A forward pass without anything around it: this project's two backends beside timm, transformers, torchvision and
+vit-pytorch, and the machine's own limit.
+
+The same weights and images for all (vit-pytorch's model cannot take them: it has two norms more and no bias on
+queries, keys and values).  The limit is a product of two 2048 x 2048 float32 matrices by torch, measured in the same
+rounds; a share is of that.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks import flops
+from benchmarks.contest import TOLERANCE, Contestant, contest, difference, interpreter, limit, median, ratios
+from benchmarks.material import material
+from benchmarks.results import parser, report, spread
+
+ABOUT = {
+    "vit_onnx": "vit, ONNX Runtime",
+    "vit_torch": "vit, torch",
+    "timm": "timm",
+    "timm_compiled": "timm, torch.compile",
+    "transformers": "transformers",
+    "torchvision": "torchvision",
+    "vit_pytorch": "vit-pytorch",
+}
+PRODUCT = 2048
+
+
+def main(arguments: list[str]) -> int:
+    options = parser("forward", "A forward pass alone, beside other libraries and the machine's limit.", peers=True)
+    options.add_argument("--sizes", default="tiny,small", help="of models: tiny, small (%(default)s)")
+    options.add_argument("--batches", default="1,16", help="images at once (%(default)s)")
+    options.add_argument("--contestants", default=",".join(name for name in ABOUT if name != "timm_compiled"))
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--least", type=float, default=0.7, help="seconds of a turn, at least (%(default)s)")
+    options.add_argument("--image-size", type=int, default=224)
+    given = options.parse_args(arguments)
+    limit(given.processors)
+    given_all = material(given.peers, given.image_size)
+    rows = [["model", "batch", "", "ms an image", "images/s", "of the limit", "of timm's time", "logits", "MB"]]
+    figures: dict[str, Any] = {}
+    wrong = False
+    for size in given.sizes.split(","):
+        bundle = given_all.model(size)
+        architecture = json.loads((bundle / "config.json").read_text("ascii"))["vit"]["architecture"]
+        for batch in map(int, given.batches.split(",")):
+            there = contestants(given.contestants.split(","), str(bundle), batch, given.peers)
+            there.append(_product(PRODUCT if given.image_size == 224 else 256))
+            contest(there, given.rounds, given.least)
+            *runners, product = there
+            peak = [flops.product(product.given["size"]) / seconds for seconds in product.seconds()]
+            reference = next((each for each in runners if each.builder == "timm"), None)
+            expected = next(each.answer for each in runners if each.answer is not None)
+            for each in runners:
+                apart = None if each.answer is None else difference(each.answer, expected)
+                wrong |= apart is not None and not apart <= TOLERANCE
+                work = batch * flops.forward(architecture)
+                share = [100 * work / seconds / limit_ for seconds, limit_ in zip(each.seconds(), peak, strict=True)]
+                rows.append(
+                    [
+                        f"{size}/16",
+                        str(batch),
+                        ABOUT[each.builder],
+                        spread([1000 * seconds / batch for seconds in each.seconds()], 1),
+                        f"{batch / median(each.seconds()):.1f}",
+                        "own model" if each.builder == "vit_pytorch" else spread(share, 0, "%"),
+                        spread(ratios(each.seconds(), reference.seconds()), 2) if reference else "",
+                        "not the same" if apart is None else f"{apart:.0e}" + ("" if apart <= TOLERANCE else " WRONG"),
+                        f"{each.megabytes:.0f}",
+                    ]
+                )
+            key = f"{size}/16 batch {batch}"
+            figures[key] = {each.builder: each.figures() for each in there}
+            rows.append([f"{size}/16", str(batch), "limit", "", "", f"{median(peak) / 1e9:.0f} GFLOP/s", "", "", ""])
+    report("forward", "A forward pass alone", rows, figures, given)
+    return int(wrong)
+
+
+def contestants(names: list[str], model: str, batch: int, folder: Any) -> list[Contestant]:
+    """Those of `names` that can run here."""
+    found = []
+    for name in names:
+        ours = name.startswith("vit_") and name != "vit_pytorch"
+        python = interpreter(ours, folder)
+        if python is not None:
+            found.append(Contestant(name, "forward.py", name, {"model": model, "batch": batch}, python, ours))
+    return found
+
+
+def _product(size: int) -> Contestant:
+    python = interpreter(True, None)  # type: ignore[arg-type]
+    assert python is not None
+    return Contestant("limit", "forward.py", "product", {"size": size}, python, True)
