@@ -7,7 +7,7 @@ something that would work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vit.errors import VitError, nearest
@@ -15,6 +15,7 @@ from vit.model.blocks import ACTIVATIONS
 from vit.model.initialisation import SCHEMES
 from vit.model.norms import NORMS
 from vit.model.patches import pair
+from vit.model.reduction import DEFAULT_SCHEDULE, METHODS, REDUCTION, SCHEDULES, most, schedule
 
 
 class Size(NamedTuple):
@@ -91,7 +92,49 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     a["image_size"] = list(pair(a["image_size"], "data.image_size"))
     a["patch_size"] = list(pair(a["patch_size"], "model.patch_size"))
     _check_fits(a)
+    resolve_reduction(a)
     return a
+
+
+def resolve_reduction(a: dict[str, Any]) -> None:
+    """Check the arguments of token reduction among resolved others.  Raises `VitError` when they cannot be."""
+    if a["reduction"] not in METHODS:
+        raise VitError(f"model.reduction: no {a['reduction']!r}; {nearest(str(a['reduction']), METHODS)}")
+    rate, proportional = a["reduction_rate"], a["reduction_proportional"]
+    _check("reduction_rate", rate, _number(rate) and 0 <= rate < 1, "a share from 0 to under 1")
+    right = proportional is None or isinstance(proportional, bool)
+    _check("reduction_proportional", proportional, right, "true, false or null")
+    if isinstance(a["reduction_schedule"], list | tuple):
+        a["reduction_schedule"] = list(a["reduction_schedule"])
+    counts(a)
+
+
+def counts(a: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """How many patch tokens fewer there are after each layer of a model of these arguments; None where all stay.
+
+    Raises `VitError` when the schedule is none, or cannot be.
+    """
+    a = {**REDUCTION, **a}
+    method, plan, depth = a["reduction"], a["reduction_schedule"], a["depth"]
+    patches = math.prod(image // patch for image, patch in zip(a["image_size"], a["patch_size"], strict=True))
+    if plan is None or isinstance(plan, str):
+        if plan not in (None, *SCHEDULES):
+            raise VitError(f"model.reduction_schedule: no {plan!r}; {nearest(str(plan), SCHEDULES)}")
+        if method == "none":
+            return None
+        found = schedule(method, a["reduction_rate"], plan or DEFAULT_SCHEDULE[method], patches, depth)
+        return found if any(found) else None
+    whole = isinstance(plan, list | tuple) and all(type(each) is int and each >= 0 for each in plan)
+    expected = f"{', '.join(SCHEDULES)}, or whole numbers of tokens, one for each of {depth} layers"
+    _check("reduction_schedule", plan, whole and len(plan) == depth, expected)
+    for layer, count in enumerate(plan if method != "none" else ()):
+        if count > most(method, patches):
+            raise VitError(
+                f"model.reduction_schedule: layer {layer} (from 0) has {patches} patch tokens, and model.reduction="
+                f"{method} can do without {most(method, patches)} of them at most, not {count}"
+            )
+        patches -= count
+    return tuple(plan) if method != "none" and any(plan) else None
 
 
 def _number(value: Any) -> bool:

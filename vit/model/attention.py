@@ -12,40 +12,53 @@ Letters in names are axes: B batch, N tokens, M tokens attended to, D width, H h
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit.model.norms import LAYER_NORM, MakeNorm
 from vit.model.positions import Rotary, rotate
 
+if TYPE_CHECKING:
+    from vit.model.reduction import Reducer
 
-def dot_product_attention(x_BND: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+
+def dot_product_attention(x_BND: Tensor, dropout: float = 0.0, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain self-attention: every output is a mean of all inputs, weighted by similarity; nothing is learned.
 
         w'_ij = <x_i, x_j>,   w_ij = exp(w'_ij) / sum_j exp(w'_ij),   y_i = sum_j w_ij x_j
 
     Takes (B, N, D); returns the outputs (B, N, D) and the weights (B, N, N), whose rows sum to 1.
-    `dropout` is the share of weights dropped from the mean.
+    `dropout` is the share of weights dropped from the mean; `bias` is added to the scores.
     """
-    scores_BNN = x_BND @ x_BND.transpose(-2, -1)
-    weights_BNN = scores_BNN.softmax(dim=-1)
+    weights_BNN = attention_weights(x_BND, x_BND, bias, scale=1.0)
     return F.dropout(weights_BNN, dropout, training=dropout > 0) @ x_BND, weights_BNN
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of queries to keys, written out: `softmax(q kᵀ / sqrt(d)) v` (Vaswani et al. 2017, equation 1).
 
     Dividing by sqrt(d) keeps the scores of unit-variance q and k at unit variance, whatever d is, so that softmax
     does not saturate.  Takes q (..., N, d), k (..., M, d), v (..., M, d); returns outputs (..., N, d) and the
-    weights (..., N, M), whose rows sum to 1.  `dropout` is the share of weights dropped from the mean.
+    weights (..., N, M), whose rows sum to 1.  `dropout` is the share of weights dropped from the mean; `bias` is added
+    to the scores.
     """
-    weights = attention_weights(q, k)
+    weights = attention_weights(q, k, bias)
     return F.dropout(weights, dropout, training=dropout > 0) @ v, weights
 
 
-def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each query attends to each key, `softmax(q kᵀ / sqrt(d))`: (..., N, d), (..., M, d) -> (..., N, M)."""
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+def attention_weights(q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """How much each query attends to each key, `softmax(q kᵀ / sqrt(d))`: (..., N, d), (..., M, d) -> (..., N, M).
+
+    `bias` is added to the scores; `scale` stands in the place of 1 / sqrt(d).
+    """
+    scores = q @ k.transpose(-2, -1)
+    if scale != 1:
+        scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (scores if bias is None else scores + bias.to(scores.dtype)).softmax(dim=-1)
 
 
 class DotProductAttention(nn.Module):
@@ -58,13 +71,19 @@ class DotProductAttention(nn.Module):
         self.attention_dropout = attention_dropout
         self.drop = nn.Dropout(dropout)
 
-    def attend(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `forward`, with the weights (B, 1, N, N) beside the output."""
-        y_B1ND, weights_B1NN = dot_product_attention(x_BND.unsqueeze(1), self.attention_dropout * self.training)
+        x_B1ND, bias = x_BND.unsqueeze(1), None
+        if reducer is not None:
+            reducer.look(x_B1ND, x_B1ND, scale=1.0)
+            bias = reducer.bias()
+        y_B1ND, weights_B1NN = dot_product_attention(x_B1ND, self.attention_dropout * self.training, bias)
         return self.drop(y_B1ND.squeeze(1)), weights_B1NN
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        return self.attend(x_BND)[0]
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
+        return self.attend(x_BND, rotary, reducer)[0]
 
 
 class MultiHeadAttention(nn.Module):
@@ -102,32 +121,45 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=proj_bias)
         self.drop = nn.Dropout(dropout)
 
-    def project(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of every head, each (B, H, N, d), normalised and rotated where asked for."""
+    def project(
+        self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, each (B, H, N, d), normalised and rotated where asked for.
+
+        A reducer has the angles of the tokens that are left, and sees queries and keys.
+        """
         B, N, D = x_BND.shape
+        rotary = rotary if reducer is None else reducer.rotary
         q, k, v = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        if reducer is not None:
+            reducer.look(q, k)
         return q, k, v
 
     def merge(self, y_BHNd: Tensor) -> Tensor:
         """Put the heads side by side again and mix them: (B, H, N, d) -> (B, N, D)."""
         return self.drop(self.proj(self.norm(y_BHNd.transpose(1, 2).flatten(2))))
 
-    def attend(self, x_BND: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `forward`, with the weights (B, H, N, N) beside the output (B, N, D)."""
-        q, k, v = self.project(x_BND, rotary)
-        y_BHNd, weights_BHNN = scaled_dot_product_attention(q, k, v, self.attention_dropout * self.training)
+        q, k, v = self.project(x_BND, rotary, reducer)
+        bias = None if reducer is None else reducer.bias()
+        y_BHNd, weights_BHNN = scaled_dot_product_attention(q, k, v, self.attention_dropout * self.training, bias)
         return self.merge(y_BHNd), weights_BHNN
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """The means of the values, by torch's fused kernel, which never holds the weights: -> (B, N, D)."""
         dropout = self.attention_dropout if self.training else 0.0
-        return self.merge(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout))
+        bias = None if bias is None else bias.to(q.dtype)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout))
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        return self.mix(*self.project(x_BND, rotary))
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
+        q, k, v = self.project(x_BND, rotary, reducer)
+        return self.mix(q, k, v, None if reducer is None else reducer.bias())
 
 
 class CrossAttention(nn.Module):
@@ -151,14 +183,14 @@ class CrossAttention(nn.Module):
         k, v = self.kv(context_BMD).view(B, M, 2, H, D // H).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def attend(self, x_BND: Tensor, context_BMD: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, x_BND: Tensor, context_BMD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `CrossAttention.forward`, with the weights (B, H, N, M) beside the output (B, N, D)."""
-        y_BHNd, weights_BHNM = scaled_dot_product_attention(*self.project(x_BND, context_BMD))
+        y_BHNd, weights_BHNM = scaled_dot_product_attention(*self.project(x_BND, context_BMD), bias=bias)
         return self.merge(y_BHNd), weights_BHNM
 
     def merge(self, y_BHNd: Tensor) -> Tensor:
         """Put the heads side by side again and mix them: (B, H, N, d) -> (B, N, D)."""
         return self.proj(y_BHNd.transpose(1, 2).flatten(2))
 
-    def forward(self, x_BND: Tensor, context_BMD: Tensor) -> Tensor:
-        return self.merge(F.scaled_dot_product_attention(*self.project(x_BND, context_BMD)))
+    def forward(self, x_BND: Tensor, context_BMD: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.project(x_BND, context_BMD), attn_mask=bias))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vit.model.norms import LAYER_NORM, MakeNorm
 from vit.model.positions import Rotary
+
+if TYPE_CHECKING:
+    from vit.model.reduction import Reducer
 
 
 class QuickGELU(nn.Module):
@@ -131,7 +134,7 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`.  (B, N, D) -> (B, N, D).
 
-    Each branch may be scaled by LayerScale and dropped by stochastic depth.
+    Each branch may be scaled by LayerScale and dropped by stochastic depth.  With a reducer, fewer tokens may come out.
     """
 
     def __init__(
@@ -154,14 +157,16 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        x_BND = x_BND + self.drop_path1(self.ls1(self.attn(self.norm1(x_BND), rotary)))
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
+        x_BND = x_BND + self.drop_path1(self.ls1(self.attn(self.norm1(x_BND), rotary, reducer)))
+        x_BND = x_BND if reducer is None else reducer.reduce(x_BND)
         return x_BND + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BND))))
 
 
 class PostNormBlock(Block):
     """The block of the original Transformer: `norm1(x + attn(x))`, then `norm2(x + mlp(x))`."""
 
-    def forward(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
-        x_BND = self.norm1(x_BND + self.drop_path1(self.ls1(self.attn(x_BND, rotary))))
+    def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
+        x_BND = self.norm1(x_BND + self.drop_path1(self.ls1(self.attn(x_BND, rotary, reducer))))
+        x_BND = x_BND if reducer is None else reducer.reduce(x_BND)
         return self.norm2(x_BND + self.drop_path2(self.ls2(self.mlp(x_BND))))

@@ -34,5 +34,5 @@ class AttentionPool(CrossAttention):
         """The MLP with its residual, and the token axis gone: (B, 1, D) -> (B, D)."""
         return (x_B1D + self.mlp(self.norm(x_B1D)))[:, 0]
 
-    def forward(self, patches_BPD: Tensor) -> Tensor:  # type: ignore[override]
-        return self.refine(super().forward(self.latent.expand(patches_BPD.shape[0], -1, -1), patches_BPD))
+    def forward(self, patches_BPD: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return self.refine(super().forward(self.latent.expand(patches_BPD.shape[0], -1, -1), patches_BPD, bias))

@@ -10,13 +10,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, nearest
-from vit.model.arguments import SIZES, resolve
+from vit.model.arguments import SIZES, counts, resolve, resolve_reduction
 from vit.model.attention import DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, PostNormBlock, make_mlp
 from vit.model.heads import AttentionPool
@@ -24,6 +26,7 @@ from vit.model.initialisation import initialise
 from vit.model.norms import make_norm
 from vit.model.patches import PatchEmbed, drop_patches
 from vit.model.positions import Rotary, rotary_2d, sincos_2d
+from vit.model.reduction import RATE, REDUCTION, Reduction, log_sizes, shares
 
 
 class VisionTransformer(nn.Module):
@@ -56,6 +59,10 @@ class VisionTransformer(nn.Module):
             attention's output and the MLP, of the patch embedding.
         dropout, attention_dropout, drop_path, patch_dropout: shares in [0, 1), in training only; drop_path grows
             linearly from 0 in the first block to its value in the last.
+        reduction: "keep" the patches that matter or "merge" similar ones, so that blocks have less to do; or "none".
+            reduction_rate: the share of the patches that are gone in the end; reduction_schedule: where they go,
+            "constant", "decreasing" or "stages", or how many for each layer; None for what suits the method;
+            reduction_proportional: attend to a token by how many patches it stands for; None: where they merge.
         init: "trunc_normal", "xavier" or "mimetic".
 
     Raises `VitError` naming the argument when one is impossible or two contradict each other.
@@ -102,6 +109,10 @@ class VisionTransformer(nn.Module):
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
         patch_dropout: float = 0.0,
+        reduction: Literal["none", "keep", "merge"] = "none",
+        reduction_rate: float = RATE,
+        reduction_schedule: str | Sequence[int] | None = None,
+        reduction_proportional: bool | None = None,
         init: str = "trunc_normal",
     ) -> None:
         super().__init__()
@@ -115,6 +126,7 @@ class VisionTransformer(nn.Module):
         # which of the last tokens the head reads
         first = 0 if pool_prefix else self.num_prefix_tokens
         self.read = slice(0, 1 + int(distillation_token)) if pool == "token" else slice(first, None)
+        self.reduction = self._reduction()
 
         make = make_norm(norm_layer, norm_eps)
         patch_norm = make if embed_norm == "patches" else None
@@ -144,10 +156,15 @@ class VisionTransformer(nn.Module):
         return self.patch_embed.grid
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.answer(*self.encode(images_BCHW))
+
+    def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images -> the last block's tokens (B, N, D), and how many patches each stands for, None where that is one."""
         x_BND, rotary = self.embed(images_BCHW)
+        reducer = None if self.reduction is None else self.reduction.begin(x_BND.shape[1], rotary)
         for block in self.blocks:
-            x_BND = block(x_BND, rotary)
-        return self.answer(x_BND)
+            x_BND = block(x_BND, rotary, reducer)
+        return x_BND, None if reducer is None else reducer.sizes_BN
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Rotary | None]:
         """Images -> the sequence (B, N, D) of class token, registers and patches, and the angles of rotary positions.
@@ -172,9 +189,9 @@ class VisionTransformer(nn.Module):
                 rotary = rotary[0][rows_BN].unsqueeze(1), rotary[1][rows_BN].unsqueeze(1)
         return self.norm_pre(self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1))), rotary
 
-    def answer(self, x_BND: Tensor) -> Tensor:
-        """The last block's tokens (B, N, D) -> logits (B, num_classes)."""
-        x_BD = self.fc_norm(self.pool_tokens(self.norm(x_BND)))
+    def answer(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
+        """The last block's tokens (B, N, D), which stand for so many patches each -> logits (B, num_classes)."""
+        x_BD = self.fc_norm(self.pool_tokens(self.norm(x_BND), sizes_BN))
         if self.head_dist is None:
             return self.head(x_BD)
         return torch.stack(self.both_heads(x_BD)).mean(dim=0)
@@ -184,12 +201,44 @@ class VisionTransformer(nn.Module):
         assert self.head_dist is not None
         return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
 
-    def pool_tokens(self, x_BND: Tensor) -> Tensor:
+    def pool_tokens(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
         """The sequence (B, N, D) -> one vector an image (B, D); class and distillation token, (B, 2, D)."""
         read_BND = x_BND[:, self.read]
         if self.pool == "token":
             return read_BND[:, 0] if self.dist_token is None else read_BND
-        return read_BND.mean(dim=1) if self.attn_pool is None else self.attn_pool(read_BND)
+        if self.attn_pool is not None:
+            return self.attn_pool(read_BND, self.pool_bias(sizes_BN))
+        if sizes_BN is None:
+            return read_BND.mean(dim=1)
+        return (shares(sizes_BN[:, self.read])[:, None].to(x_BND.dtype) @ read_BND)[:, 0]
+
+    def pool_bias(self, sizes_BN: Tensor | None) -> Tensor | None:
+        """What is added to the scores of the pooling query's attention, (B, 1, 1, N of those that it reads)."""
+        proportional = self.reduction is not None and self.reduction.proportional
+        return log_sizes(sizes_BN[:, self.read]) if proportional and sizes_BN is not None else None
+
+    def reduce(self, reduction: str = "none", **options: Any) -> VisionTransformer:
+        """Reduce tokens otherwise from now on; the arguments are those of the constructor.  Returns the model itself.
+
+        `model.reduce("merge", reduction_rate=0.5)`; no weights change.  Raises `VitError`, and then nothing changes.
+        """
+        if unknown := [key for key in options if key not in REDUCTION]:
+            raise VitError(f"reduce: no option {unknown[0]!r}; {nearest(unknown[0], tuple(REDUCTION)[1:])}")
+        changed = {**self.architecture, **REDUCTION, "reduction": reduction, **options}
+        resolve_reduction(changed)
+        self.architecture = changed
+        self.reduction = self._reduction()
+        return self
+
+    def _reduction(self) -> Reduction | None:
+        a = self.architecture
+        found = counts(a)
+        if found is None:
+            return None
+        proportional = a["reduction"] == "merge" if a["reduction_proportional"] is None else a["reduction_proportional"]
+        patches = math.prod(image // patch for image, patch in zip(self.image_size, self.patch_size, strict=True))
+        prefix = self.num_prefix_tokens
+        return Reduction(a["reduction"], found, patches, proportional=proportional, prefix=prefix, read=self.read)
 
     def _positions(self, kind: str, prefix_too: bool, head_width: int) -> tuple[nn.Parameter | None, Tensor | None]:
         prefix, patches = self.num_prefix_tokens, self.grid[0] * self.grid[1]

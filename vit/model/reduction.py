@@ -1,0 +1,353 @@
+"""Token reduction: many tasks do not need the whole input, and attention says which part they do need.
+
+A block that reduces does so between its attention and its MLP.  Tokens in front of the patches are never touched.
+
+- keep: the patches that the head's tokens attend to most stay; the rest become one token, their mean weighted by that
+  attention (the idea of Liang et al. 2022, "Not All Patches are What You Need").  One row of attention says which.
+- merge: similar tokens become one, their mean weighted by how many patches each stands for.  Tokens are dealt out in
+  turn to two sets; each of the first finds its most similar one in the second, by the keys of attention, and the most
+  similar pairs merge (the idea of Bolya et al. 2023, "Token Merging").
+
+Notable:
+- how many tokens go is fixed for each layer, so shapes do not depend on the image: batches, compilers and exporters
+  see an ordinary model;
+- patches stay in the order of the image, each with its own rotary position; a fused rest has none, like a class token;
+- where each patch went is on record as a row-normalised matrix (N' x N) with one entry a column (`Move`), from which
+  `vit.explain` finds its way back to the grid.
+
+Letters in names are axes: B batch, N tokens, K tokens that stay, D width, H heads, d width of one head.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit.errors import VitError, nearest
+from vit.model.attention import attention_weights
+from vit.model.positions import Rotary
+
+SCHEDULES = ("constant", "decreasing", "stages")
+METHODS = ("none", "keep", "merge")
+DEFAULT_SCHEDULE = {"keep": "stages", "merge": "constant"}
+RATE = 0.5
+REDUCTION = {
+    "reduction": "none",
+    "reduction_rate": RATE,
+    "reduction_schedule": None,
+    "reduction_proportional": None,
+}
+"""The arguments of `VisionTransformer` that any model may have otherwise without other weights, and their defaults."""
+
+
+class Move(NamedTuple):
+    """Where tokens went: new token i is the sum of `share_j` times token j over all j with `place_j = i`.
+
+    `place_BN` int64 and `share_BN` are the one entry a column of the matrix (N' x N), whose rows sum to 1.
+    """
+
+    place_BN: Tensor
+    share_BN: Tensor
+
+    def then(self, later: Move) -> Move:
+        """Both moves as one, this one first."""
+        place_BN, share_BN = (each.gather(1, self.place_BN) for each in later)
+        return Move(place_BN, self.share_BN * share_BN)
+
+    def back(self, rows_BxM: Tensor) -> Tensor:
+        """Rows over new tokens times the matrix: the same rows over the tokens before, (B, ..., N') -> (B, ..., N)."""
+        between = [1] * (rows_BxM.ndim - 2)
+        place_BxN, share_BxN = (each.view(len(each), *between, -1) for each in self)
+        return rows_BxM.gather(-1, place_BxN.expand(*rows_BxM.shape[:-1], -1)) * share_BxN.to(rows_BxM.dtype)
+
+    def matrix(self, tokens: int) -> Tensor:
+        """The matrix itself, (B, tokens, N), `tokens` being how many there are afterwards."""
+        rows = torch.arange(tokens, device=self.place_BN.device)
+        return (self.place_BN[:, None] == rows[:, None]) * self.share_BN[:, None]
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Arguments of `VisionTransformer` from one line: none, METHOD, METHOD:RATE, METHOD:RATE:SCHEDULE or METHOD:COUNTS.
+
+    `merge:0.5:decreasing`; COUNTS are how many tokens go in each layer, joined by "-", such as `keep:0-0-60-0-40-0`.
+    Raises `VitError`.
+    """
+    method, *rest = text.strip().split(":")
+    if method not in METHODS:
+        raise VitError(f"reduction: no method {method!r}; {nearest(method, METHODS)}")
+    found: dict[str, Any] = {"reduction": method, "reduction_schedule": None}
+    if rest and "-" in rest[0] and len(rest) == 1:
+        counts = rest[0].split("-")
+        if all(each.isascii() and each.isdecimal() and len(each) < 8 for each in counts):
+            return {**found, "reduction_schedule": [int(each) for each in counts]}
+    elif method != "none" and len(rest) <= 2:
+        try:
+            rate = float(rest[0]) if rest else RATE
+        except ValueError:
+            rate = -1.0
+        if 0 <= rate < 1:
+            if len(rest) == 2 and rest[1] not in SCHEDULES:
+                raise VitError(f"reduction: no schedule {rest[1]!r}; {nearest(rest[1], SCHEDULES)}")
+            return {**found, "reduction_rate": rate, "reduction_schedule": rest[1] if len(rest) == 2 else None}
+    elif not rest:
+        return found
+    raise VitError(
+        f"reduction: expected none, or a method with a share of patches such as merge:0.5 or keep:0.6:stages, or with "
+        f"a number of tokens for each layer such as merge:0-8-8-4, not {text!r}"
+    )
+
+
+def spell(a: Mapping[str, Any]) -> str:
+    """The line for the arguments of a model, as `parse` reads it."""
+    method, plan = a.get("reduction", "none"), a.get("reduction_schedule")
+    if method == "none":
+        return "none"
+    if isinstance(plan, list | tuple):
+        return f"{method}:{'-'.join(map(str, plan))}"
+    return f"{method}:{a.get('reduction_rate', RATE):g}:{plan or DEFAULT_SCHEDULE[method]}"
+
+
+class Reduction:
+    """What a model does to its tokens: a method, and how many patch tokens fewer there are after each layer.
+
+    Arguments
+        method: "keep" or "merge".
+        counts: by layer, for an image of `patches` patches.
+        proportional: a token that stands for several patches is attended to as if it were there as often, by adding
+            the logarithm of their number to its scores (Bolya et al. 2023, equation 1).
+        prefix: tokens in front of the patches.
+        read: which of the last tokens the head reads; what these attend to decides what "keep" keeps.
+    """
+
+    def __init__(
+        self, method: str, counts: Sequence[int], patches: int, *, proportional: bool, prefix: int, read: slice
+    ) -> None:
+        self.method, self.counts, self.patches = method, tuple(counts), patches
+        self.proportional, self.prefix, self.read = proportional, prefix, read
+
+    def begin(self, tokens: int, rotary: Rotary | None) -> Reducer:
+        """What reduces the tokens of one forward pass, `tokens` of them at the start."""
+        patches, counts = tokens - self.prefix, self.counts
+        if patches != self.patches:  # patch dropout: the same shares of fewer patches
+            counts = possible(self.method, [round(each * patches / self.patches) for each in counts], patches)
+        return (Keeper if self.method == "keep" else Merger)(self, counts, patches, rotary)
+
+
+def schedule(method: str, rate: float, name: str, patches: int, depth: int) -> tuple[int, ...]:
+    """How many patch tokens go in each of `depth` layers, so that a share `rate` of `patches` is gone in the end.
+
+    "constant": as many in every layer; "decreasing": falling by equal steps to nearly none in the last; "stages": at a
+    quarter, half and three quarters of the depth, each time the same share of those that are left, as Liang et al.
+    place them.  Never more than a layer can do: merging at most halves, keeping leaves one patch and the rest.
+    """
+    total = rate * patches
+    if name == "stages":
+        layers = sorted({depth * k // 4 for k in (1, 2, 3)})
+        left = [patches * (1 - rate) ** (sum(at <= layer for at in layers) / len(layers)) for layer in range(depth)]
+        gone = [patches - each for each in left]
+    elif name == "decreasing":
+        gone = [total * (1 - (1 - (layer + 1) / depth) ** 2) for layer in range(depth)]
+    else:
+        gone = [total * (layer + 1) / depth for layer in range(depth)]
+    whole = [0, *(round(each) for each in gone)]
+    return possible(method, [after - before for before, after in itertools.pairwise(whole)], patches)
+
+
+def possible(method: str, counts: Sequence[int], patches: int) -> tuple[int, ...]:
+    """`counts`, each lowered to what can go of the patch tokens that are there."""
+    found = []
+    for count in counts:
+        found.append(max(0, min(count, most(method, patches))))
+        patches -= found[-1]
+    return tuple(found)
+
+
+def most(method: str, patches: int) -> int:
+    """How many of so many patch tokens one layer can do without."""
+    return max(0, patches - 2) if method == "keep" else patches // 2
+
+
+class Reducer:
+    """Reduces the tokens of one forward pass: attention shows it its queries and keys, then the block its tokens.
+
+    Attributes
+        rotary: angles of the tokens there are now.
+        sizes_BN: how many patches each token stands for, or 1 for one in front of them; None while each is itself.
+    """
+
+    def __init__(self, plan: Reduction, counts: Sequence[int], patches: int, rotary: Rotary | None) -> None:
+        self.plan, self.patches, self.rotary = plan, patches, rotary
+        self.sizes_BN: Tensor | None = None
+        self._left = list(counts)
+        self._moves: list[Callable[[], Move] | None] = []
+
+    @property
+    def moves(self) -> list[Move | None]:
+        """Of the layers so far, where the tokens went; None where all stayed.  Made when asked for."""
+        return [make and make() for make in self._moves]
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores of attention to each token, (B, 1, 1, N); None for nothing."""
+        return log_sizes(self.sizes_BN) if self.plan.proportional else None
+
+    def look(self, q: Tensor, k: Tensor, scale: float | None = None) -> None:
+        """Note what attention of this layer says about its tokens, from queries and keys (B, H, N, d).
+
+        `scale` multiplies their products; None: d^-1/2.
+        """
+        if self._left[0]:
+            with torch.autocast(k.device.type, enabled=False):
+                self._look(q, k, scale)
+
+    def reduce(self, x_BND: Tensor) -> Tensor:
+        """The tokens of this layer -> those that go on, (B, N', D)."""
+        count = self._left.pop(0)
+        if not count:
+            self._moves.append(None)
+            return x_BND
+        with torch.autocast(x_BND.device.type, enabled=False):
+            return self._reduce(x_BND, count)
+
+    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        raise NotImplementedError
+
+    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
+        raise NotImplementedError
+
+    def _turn(self, rows_BK: Tensor) -> None:
+        """Leave the angles of these tokens."""
+        if self.rotary is not None:
+            cos, sin = (each[rows_BK] if each.ndim == 2 else take(each[:, 0], rows_BK) for each in self.rotary)
+            self.rotary = cos[:, None], sin[:, None]
+
+    def _moved(self, place_BP: Tensor, share_BP: Tensor) -> Move:
+        """A move of the patch tokens, with the tokens in front of them staying where they are."""
+        prefix = self.plan.prefix
+        first = torch.arange(prefix, device=place_BP.device).expand(len(place_BP), -1)
+        return Move(torch.cat([first, place_BP + prefix], dim=1), F.pad(share_BP, (prefix, 0), value=1.0))
+
+
+class Keeper(Reducer):
+    """Keeps the patches that matter, and fuses the rest into one token, the last."""
+
+    _scores_BP: Tensor
+
+    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        """Attention of what the head reads: its mean over heads and, where that is several tokens, over the patches
+        they stand for."""
+        read, bias = self.plan.read, self.bias()
+        weights_BHRN = attention_weights(_single(q[:, :, read]), _single(k), bias, scale)
+        rows_BRN = weights_BHRN.mean(dim=1)
+        if self.sizes_BN is None:
+            scores_BN = rows_BRN.mean(dim=1)
+        else:
+            scores_BN = (shares(self.sizes_BN[:, read])[:, None] @ rows_BRN)[:, 0]
+        # a patch that nothing looks at has a weight in the rest all the same, so that weights can always be shares
+        self._scores_BP = scores_BN[:, self.plan.prefix :].clamp(min=1e-12)
+
+    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
+        prefix, scores_BP, fused_before = self.plan.prefix, self._scores_BP, self.sizes_BN is not None
+        B, P = scores_BP.shape
+        keep = P - count - 1
+        candidates_BP = scores_BP.detach()[:, : P - fused_before]
+        kept_BK = candidates_BP.topk(keep, dim=1).indices.sort(dim=1).values
+        rest_BP = shares(scores_BP.scatter(1, kept_BK, 0.0))
+        patches_BPD = x_BND[:, prefix:]
+        fused_B1D = rest_BP[:, None].to(x_BND.dtype) @ patches_BPD
+        first = torch.arange(prefix, device=kept_BK.device).expand(B, -1)
+        rows_BK = torch.cat([first, kept_BK + prefix], dim=1)
+
+        def move() -> Move:
+            stays_BP = torch.zeros_like(rest_BP, dtype=torch.int64).scatter(1, kept_BK, 1)
+            place_BP = torch.where(stays_BP > 0, stays_BP.cumsum(dim=1) - 1, keep)
+            return self._moved(place_BP, torch.where(stays_BP > 0, 1.0, rest_BP.detach()))
+
+        self._moves.append(move)
+        self._turn(rows_BK)
+        if self.rotary is not None:
+            cos, sin = self.rotary
+            self.rotary = F.pad(cos, (0, 0, 0, 1), value=1.0), F.pad(sin, (0, 0, 0, 1))
+        ones = torch.ones(prefix + keep, device=x_BND.device)
+        self.sizes_BN = F.pad(ones, (0, 1), value=float(self.patches - keep)).expand(B, -1)
+        return torch.cat([take(x_BND, rows_BK), fused_B1D], dim=1)
+
+
+class Merger(Reducer):
+    """Merges similar tokens."""
+
+    _keys_BPd: Tensor
+
+    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+        keys_BPd = _single(k.detach())[:, :, self.plan.prefix :].mean(dim=1)
+        self._keys_BPd = F.normalize(keys_BPd, dim=-1)
+
+    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
+        prefix, keys_BPd = self.plan.prefix, self._keys_BPd
+        (B, P), device = keys_BPd.shape[:2], x_BND.device
+        sizes_BP = torch.ones(B, P, device=device) if self.sizes_BN is None else self.sizes_BN[:, prefix:]
+        # each token of the first set with its most similar one of the second, the most similar pairs in front
+        nearest_BA = (keys_BPd[:, 0::2] @ keys_BPd[:, 1::2].transpose(1, 2)).max(dim=2)
+        order_BA = nearest_BA.values.argsort(dim=1, descending=True)
+        gone_BR, target_BR = order_BA[:, :count], nearest_BA.indices.gather(1, order_BA[:, :count])
+        # what each of the second set takes in, as a matrix product: sums in a fixed order, whatever the device
+        halves = P // 2
+        taken_BQR = (target_BR[:, None] == torch.arange(halves, device=device)[:, None]).to(x_BND.dtype)
+        mass_BR = sizes_BP.gather(1, 2 * gone_BR)
+        own_BQ = sizes_BP[:, 1::2]
+        sum_BQ = own_BQ + (taken_BQR.to(mass_BR.dtype) @ mass_BR[:, :, None])[:, :, 0]
+        brought_BRD = take(x_BND, prefix + 2 * gone_BR) * mass_BR[:, :, None].to(x_BND.dtype)
+        second_BQD = x_BND[:, prefix + 1 :: 2]
+        merged_BQD = (second_BQD * own_BQ[:, :, None] + taken_BQR @ brought_BRD) / sum_BQ[:, :, None]
+        # those that stay, in the order of the image: the first set without those that went, and the second
+        second = torch.arange(1, P, 2, device=device).expand(B, -1)
+        stay_BK = torch.cat([2 * order_BA[:, count:], second], dim=1).sort(dim=1).values
+        first = torch.arange(prefix, device=device).expand(B, -1)
+        rows_BK = torch.cat([first, stay_BK + prefix], dim=1)
+        # a token of the second set is found behind all those that were there
+        N = x_BND.shape[1]
+        sources_BK = torch.where(stay_BK % 2 == 1, N + stay_BK // 2, stay_BK + prefix)
+        sources_BK = torch.cat([first, sources_BK], dim=1)
+        everything_BN = F.pad(sizes_BP, (prefix, 0), value=1.0)
+        new_sizes_BK = torch.cat([everything_BN, sum_BQ], dim=1).gather(1, sources_BK)
+
+        def move() -> Move:
+            target_BP = torch.arange(P, device=device).expand(B, -1).scatter(1, 2 * gone_BR, 2 * target_BR + 1)
+            stays_BP = torch.ones_like(target_BP).scatter(1, 2 * gone_BR, 0)
+            place_BP = (stays_BP.cumsum(dim=1) - 1).gather(1, target_BP)
+            return self._moved(place_BP, sizes_BP / new_sizes_BK[:, prefix:].gather(1, place_BP))
+
+        self._moves.append(move)
+        self._turn(rows_BK)
+        self.sizes_BN = new_sizes_BK
+        return take(torch.cat([x_BND, merged_BQD.to(x_BND.dtype)], dim=1), sources_BK)
+
+
+def take(x_BND: Tensor, rows_BK: Tensor) -> Tensor:
+    """Of each image the tokens that its rows name: (B, N, D), int64 (B, K) -> (B, K, D).
+
+    As one choice of rows from a matrix (B N, D), which copies whole rows; torch's `gather` and ONNX's GatherElements
+    go number by number.
+    """
+    B, N, D = x_BND.shape
+    starts_B1 = torch.arange(B, device=x_BND.device)[:, None] * N
+    return x_BND.reshape(B * N, D).index_select(0, (rows_BK + starts_B1).flatten()).view(B, rows_BK.shape[1], D)
+
+
+def shares(weights_BN: Tensor) -> Tensor:
+    """Weights as shares of their sum, by row."""
+    return weights_BN / weights_BN.sum(dim=1, keepdim=True)
+
+
+def log_sizes(sizes_BN: Tensor | None) -> Tensor | None:
+    """The logarithms as a bias of scores, (B, 1, 1, N)."""
+    return None if sizes_BN is None else sizes_BN.log()[:, None, None]
+
+
+def _single(x: Tensor) -> Tensor:
+    """In at least single precision: what is compared has to be told apart."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
