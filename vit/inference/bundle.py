@@ -1,7 +1,7 @@
 """A trained model as a folder: weights, configuration, model card, ONNX file.  Any tool of the field can take it up.
 
-`model.safetensors` (timm's names), `config.json` (timm's local-dir format, with the model's description under `vit`),
-`README.md` (the model card) and, unless left out, `model.onnx`.
+`model.safetensors` (timm's names, where timm has the model), `config.json` (timm's local-dir format, with the model's
+description under `vit`), `README.md` (the model card) and, unless left out, `model.onnx`.
 
 Notable: a bundle appears whole or not at all.  It is built in a hidden neighbour and renamed; one that is there
 already stays until its successor is complete; and a folder that holds anything else is never replaced.
@@ -52,12 +52,14 @@ def write_bundle(
 
     from vit.inference.card import model_card
     from vit.inference.export import export_onnx
-    from vit.inference.timm_config import timm_config
+    from vit.inference.timm_config import timm_config, timm_obstacle
+    from vit.pretrained.convert import to_timm
 
     description = Description.from_dict(description.to_dict(), "the model to be written")
-    weights = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()
-    }
+    weights = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in model.state_dict().items()}
+    if timm_obstacle(description.architecture) is None:
+        weights = to_timm(weights, description.architecture)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     with replace_folder(folder) as part:
         try:
             save_file(weights, part / WEIGHTS, metadata={"format": "pt"})

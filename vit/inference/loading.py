@@ -123,13 +123,14 @@ def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[
         return _load_named(found.name, device)
     from vit.inference.torch_backend import resolve_device
     from vit.inference.weights import build, load_checkpoint
+    from vit.pretrained.convert import from_bundle
     from vit.pretrained.reading import load_safetensors
 
     place = resolve_device(device)
     source: Path
     if found.bundle is not None and (found.bundle / WEIGHTS).is_file():
         description, source = read_bundle(found.bundle), found.bundle / WEIGHTS
-        weights = load_safetensors(source)
+        weights = from_bundle(load_safetensors(source), description.architecture)
     elif found.checkpoint is not None:
         source = found.checkpoint
         weights, description = load_checkpoint(source)

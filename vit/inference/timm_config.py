@@ -1,11 +1,16 @@
 """The same model in timm's words, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a bundle.
 
-Notable: what timm's `VisionTransformer` cannot express (rotary positions, plain dot-product attention, post-norm
-blocks) is not approximated: such a bundle names an architecture that timm does not have, in words that say why.
+Notable
+- A configuration is JSON, so it can name no class.  What timm takes as text (activations, norms) is said; what it
+  takes as a class only (gated MLPs, norms of another eps, the distilled and DINOv3's models) comes with one of its
+  registered names that has it, all of whose arguments are then given.
+- What timm cannot express (rotary positions in grid steps, plain dot-product attention, post-norm blocks) is not
+  approximated: such a bundle names an architecture that timm does not have, in words that say why.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vit.inference.description import Description
@@ -18,35 +23,104 @@ _NAMES = {
     1024: "vit_large_patch16_224",
     1280: "vit_huge_patch14_224",
 }
+_BASES: dict[tuple[str, str, float], tuple[str, dict[str, str]]] = {
+    # MLP, norm, eps: a name of timm's that has the MLP's class, and where its norm is another one, the norm as text
+    ("plain", "layer", 1e-6): ("", {}),
+    ("plain", "layer", 1e-5): ("vit_base_patch16_clip_224", {}),
+    ("plain", "rms", 1e-6): ("", {"norm_layer": "rmsnorm"}),
+    ("swiglu", "layer", 1e-6): ("aimv2_large_patch14_224", {"norm_layer": "layernorm"}),
+    ("swiglu", "rms", 1e-6): ("aimv2_large_patch14_224", {"norm_layer": "rmsnorm"}),
+    ("swiglu", "rms", 1e-5): ("aimv2_large_patch14_224", {}),
+    ("swiglu_packed", "layer", 1e-6): ("vit_giant_patch14_dinov2", {}),
+    ("swiglu_packed", "rms", 1e-6): ("vit_giant_patch14_dinov2", {"norm_layer": "rmsnorm"}),
+}
+_DISTILLED = "deit_base_distilled_patch16_224"
+_DINOV3 = "vit_base_patch16_dinov3"
 _POOLS = {"token": "token", "mean": "avg", "attention": "map"}
 _POSITIONS = {"learned": "learn", "sincos": "learn", "none": "none"}
+_DEFAULTS: dict[str, Any] = {
+    # of arguments that a description may lack, as it was written before there were any
+    **{"mlp": "plain", "mlp_ratio": 4.0, "activation": "gelu", "attention": "multi_head", "norm": "pre"},
+    **{"norm_layer": "layer", "norm_eps": 1e-6, "embed_norm": "none", "attention_norm": False, "mlp_norm": False},
+    **{"final_norm": None, "position": "learned", "position_prefix": True, "pool": "token", "pool_prefix": False},
+    **{"class_token": True, "distillation_token": False, "registers": 0, "layer_scale": None, "qk_norm": False},
+    **{"qkv_bias": True, "proj_bias": True, "patch_bias": True, "crop_to_patches": False, "reduction": "none"},
+}
 _KNOWN = {
-    *("image_size", "patch_size", "num_classes", "in_channels", "width", "depth", "heads", "mlp_ratio", "attention"),
-    *("norm", "position", "position_prefix", "pool", "class_token", "registers", "layer_scale", "qk_norm", "qkv_bias"),
+    *("image_size", "patch_size", "num_classes", "in_channels", "width", "depth", "heads", *_DEFAULTS),
     # of no matter to a model that is trained
     *("init", "dropout", "attention_dropout", "drop_path", "patch_dropout"),
+    *("reduction", "reduction_rate", "reduction_schedule", "reduction_proportional"),
 }
 
 
 def timm_obstacle(architecture: dict[str, Any]) -> str | None:
-    """What keeps timm's `VisionTransformer` from being this model, in a few words; None when nothing does."""
-    if architecture.get("attention", "multi_head") == "dot_product":
+    """What keeps timm from having this model, in a few words; None when nothing does."""
+    a = _whole(architecture)
+    if a["attention"] == "dot_product":
         return "attention without parameters"
-    if architecture.get("norm", "pre") != "pre":
+    if a["norm"] != "pre":
         return "post-norm blocks"
-    position = architecture.get("position", "learned")
-    if position not in _POSITIONS:
-        return f"{position} positions"
-    if architecture.get("pool", "token") not in _POOLS:
-        return f"{architecture['pool']} pooling"
+    if a["reduction"] != "none":
+        return "token reduction"
+    if a["position"] == "rotary_box":
+        found = _dinov3_obstacle(a)
+    elif a["position"] not in _POSITIONS:
+        return f"{a['position']} positions"
+    else:
+        found = _plain_obstacle(a)
+    if a["pool"] not in _POOLS:
+        return f"{a['pool']} pooling"
+    if (a["embed_norm"] == "tokens") == a["patch_bias"]:
+        bias = "a bias" if a["patch_bias"] else "no bias"
+        return f"{bias} of the patches with model.embed_norm={a['embed_norm']}"
+    if a["mlp"] != "plain" and a["pool"] == "attention":
+        return "attention pooling with a plain MLP over gated ones"
     # an option that is unknown here and switched on may change what the model computes
-    unknown = [key for key, value in architecture.items() if key not in _KNOWN and value]
-    return f"the option {unknown[0]}" if unknown else None
+    unknown = [key for key, value in a.items() if key not in _KNOWN and value]
+    return found or (f"the option {unknown[0]}" if unknown else None)
+
+
+def _plain_obstacle(a: dict[str, Any]) -> str | None:
+    kind = (a["mlp"], a["norm_layer"], a["norm_eps"])
+    if kind not in _BASES:
+        return f"{a['mlp']} MLPs with {a['norm_layer']} norms of eps {a['norm_eps']:g}"
+    if a["embed_norm"] == "patches" and kind == ("plain", "layer", 1e-5):
+        return "a norm of the patches of eps 1e-05"
+    if a["distillation_token"]:
+        if a["registers"]:
+            return "registers beside a distillation token"
+        if a["position"] == "none" or not a["position_prefix"]:
+            return "a distillation token without a position"
+        if a["final_norm"] == "pooled":
+            return "a norm after pooling beside a distillation token"
+        if _BASES[kind][0]:
+            return f"a distillation token with {a['mlp']} MLPs and norms of eps {a['norm_eps']:g}"
+    return None
+
+
+def _dinov3_obstacle(a: dict[str, Any]) -> str | None:
+    """timm has these in a class of its own, which knows fewer options, and none for keys' biases."""
+    front = a["class_token"] or a["registers"]  # timm's mean leaves them out, its attention pooling does not
+    wrong = {
+        "biases of the keys": a["qkv_bias"],
+        "norms other than LayerNorm of eps 1e-05": (a["norm_layer"], a["norm_eps"]) != ("layer", 1e-5),
+        "no LayerScale": a["layer_scale"] is None,
+        "no bias in the MLPs": not a["proj_bias"],
+        "a norm of the patches": a["embed_norm"] == "patches",
+        f"the activation {a['activation']}": a["activation"] != "gelu",
+        "a distillation token": a["distillation_token"],
+        "a norm inside packed MLPs": a["mlp"] == "swiglu_packed" and a["mlp_norm"],
+        f"pooling with pool_prefix={str(a['pool_prefix']).lower()}": front
+        and {"mean": a["pool_prefix"], "attention": not a["pool_prefix"], "token": False}.get(a["pool"], False),
+    }
+    what = next((name for name, so in wrong.items() if so), None)
+    return what and f"{what} beside DINOv3's positions"
 
 
 def timm_config(description: Description) -> dict[str, Any]:
     """The contents of a timm `config.json`: architecture, model_args, pretrained_cfg, label_names."""
-    a, preprocessing = description.architecture, description.preprocessing
+    a, preprocessing = _whole(description.architecture), description.preprocessing
     obstacle = timm_obstacle(a)
     config: dict[str, Any] = {
         "architecture": _NAMES.get(a["width"], "vit_base_patch16_224"),
@@ -55,25 +129,10 @@ def timm_config(description: Description) -> dict[str, Any]:
         "label_names": list(description.class_names),
     }
     if obstacle is None:
-        config["global_pool"] = _POOLS[a.get("pool", "token")]
-        config["model_args"] = {
-            "img_size": list(a["image_size"]),
-            "patch_size": list(a["patch_size"]),
-            "in_chans": a["in_channels"],
-            "embed_dim": a["width"],
-            "depth": a["depth"],
-            "num_heads": a["heads"],
-            "mlp_ratio": a.get("mlp_ratio", 4.0),
-            "qkv_bias": a.get("qkv_bias", True),
-            "qk_norm": a.get("qk_norm", False),
-            "init_values": a.get("layer_scale"),
-            "class_token": a.get("class_token", True),
-            "reg_tokens": a.get("registers", 0),
-            "pos_embed": _POSITIONS[a.get("position", "learned")],
-            "no_embed_class": not a.get("position_prefix", True),
-            "global_pool": config["global_pool"],
-            "fc_norm": config["global_pool"] == "avg",
-        }
+        config["global_pool"] = _POOLS[a["pool"]]
+        name, own = _dinov3(a) if a["position"] == "rotary_box" else _plain(a)
+        config["architecture"] = name or config["architecture"]
+        config["model_args"] = {**_shared(a), **own}
     else:
         config["architecture"] = f"not in timm (a ViT with {obstacle}): load it with vit"
     config["pretrained_cfg"] = {
@@ -87,6 +146,83 @@ def timm_config(description: Description) -> dict[str, Any]:
         "num_classes": a["num_classes"],
         "pool_size": None,
         "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "classifier": ["head", "head_dist"] if a["distillation_token"] else "head",
     }
     return config
+
+
+def _whole(architecture: dict[str, Any]) -> dict[str, Any]:
+    a = {**_DEFAULTS, **architecture}
+    if a["final_norm"] is None:  # as vit.model.arguments has it
+        a["final_norm"] = "none" if a["norm"] == "post" else "pooled" if a["pool"] == "mean" else "tokens"
+    return a
+
+
+def _shared(a: dict[str, Any]) -> dict[str, Any]:
+    """What timm's classes call by the same names."""
+    return {
+        "img_size": list(a["image_size"]),
+        "patch_size": list(a["patch_size"]),
+        "in_chans": a["in_channels"],
+        "embed_dim": a["width"],
+        "depth": a["depth"],
+        "num_heads": a["heads"],
+        "mlp_ratio": a["mlp_ratio"],
+        "qkv_bias": a["qkv_bias"],
+        "qk_norm": a["qk_norm"],
+        "class_token": a["class_token"],
+        "global_pool": _POOLS[a["pool"]],
+        "no_embed_class": not a["position_prefix"],
+        "dynamic_img_size": False,
+    }
+
+
+def _plain(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's `VisionTransformer`: a registered name, none where any does, and arguments.
+
+    timm leaves out arguments that are null, so nothing here is: a registered name's own would stand.
+    """
+    kind = (a["mlp"], a["norm_layer"], a["norm_eps"])
+    name, norm = _BASES[kind]
+    args: dict[str, Any] = {
+        "act_layer": a["activation"] if a["mlp"] == "plain" else "silu",
+        "scale_attn_norm": a["attention_norm"],
+        "scale_mlp_norm": a["mlp_norm"],
+        "proj_bias": a["proj_bias"],
+        "init_values": 0.0 if a["layer_scale"] is None else a["layer_scale"] or 1e-5,
+        "pos_embed": _POSITIONS[a["position"]],
+        "pre_norm": a["embed_norm"] == "tokens",
+        "final_norm": a["final_norm"] != "none",
+        "fc_norm": a["final_norm"] == "pooled",
+        "pool_include_prefix": a["pool_prefix"],
+        "reg_tokens": a["registers"],
+        **norm,
+    }
+    if a["mlp"] == "swiglu_packed":
+        args["mlp_ratio"] = _ratio(2 * int(a["width"] * a["mlp_ratio"]), a["width"])
+    if a["embed_norm"] != "patches":
+        args["embed_norm_layer"] = ""
+    elif kind != ("swiglu", "rms", 1e-5):  # that name has this norm already
+        args["embed_norm_layer"] = {"layer": "layernorm", "rms": "rmsnorm"}[a["norm_layer"]]
+    return _DISTILLED if a["distillation_token"] else name, args
+
+
+def _dinov3(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """timm's `Eva` as DINOv3 has it; positions and norms come with the registered name."""
+    return _DINOV3, {
+        "scale_attn_inner": a["attention_norm"],
+        "scale_mlp": a["mlp_norm"],
+        "swiglu_mlp": a["mlp"] != "plain",
+        "swiglu_align_to": int(a["mlp"] == "swiglu"),  # its halves stand apart where there is anything to align to
+        "init_values": a["layer_scale"],
+        "use_pre_transformer_norm": a["embed_norm"] == "tokens",
+        "use_post_transformer_norm": a["final_norm"] == "tokens",
+        "use_fc_norm": a["final_norm"] == "pooled",
+        "num_reg_tokens": a["registers"],
+    }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """What times the width is the hidden width, however it is rounded."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

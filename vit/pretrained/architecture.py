@@ -123,6 +123,7 @@ def _dinov3(model: Any) -> dict[str, Any]:
         "position": "rotary_box",
         "qkv_bias": block.attn.q_bias is not None,
         "layer_scale": None if block.gamma_1 is None else float(block.init_values),
+        "pool_prefix": model.attn_pool is not None,
     }
 
 
@@ -130,23 +131,25 @@ def _pool(model: Any) -> dict[str, Any]:
     pools = {"token": "token", "avg": "mean", "map": "attention"}
     if model.global_pool not in pools:
         raise VitError(f"its pooling ({model.global_pool}) is not known here")
-    pool = model.attn_pool
-    if pool is not None and (pool.num_heads != model.blocks[0].attn.num_heads or pool.pool != "token"):
-        raise VitError("its pooling head has another number of heads than its blocks, or another way to end")
-    return {"pool": pools[model.global_pool], "pool_prefix": getattr(model, "pool_include_prefix", False)}
+    pool, block = model.attn_pool, model.blocks[0]
+    if pool is not None:
+        if pool.num_heads != block.attn.num_heads or pool.pool != "token":
+            raise VitError("its pooling head has another number of heads than its blocks, or another way to end")
+        if _activation(pool.mlp) != _mlp(block.mlp, model.embed_dim)["activation"]:
+            raise VitError("its pooling head has another activation than its blocks")
+    prefix = model.global_pool != "token" and getattr(model, "pool_include_prefix", False)
+    return {"pool": pools[model.global_pool], "pool_prefix": prefix}
 
 
 def _mlp(mlp: Any, width: int) -> dict[str, Any]:
     """Kind, hidden width in widths, activation and inner norm of a block's MLP."""
-    from timm.layers.activations import GELU, GELUTanh, QuickGELU
     from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 
     kinds = {Mlp: "plain", GluMlp: "swiglu_packed", SwiGLU: "swiglu"}
-    activations = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
-    kind, act = kinds.get(type(mlp)), type(mlp.act)
+    kind, activation = kinds.get(type(mlp)), _activation(mlp)
     gated = kind in ("swiglu", "swiglu_packed")
-    if kind is None or act not in ((nn.SiLU,) if gated else activations) or getattr(mlp, "gate_last", False):
-        raise VitError(f"its MLP, timm's {type(mlp).__name__} with {act.__name__}, is not known here")
+    if None in (kind, activation) or (activation == "silu") != gated or getattr(mlp, "gate_last", False):
+        raise VitError(f"its MLP, timm's {type(mlp).__name__} with {type(mlp.act).__name__}, is not known here")
     hidden = mlp.fc2.in_features
     ratio = hidden / width
     if int(width * ratio) != hidden:  # rounded down by a last bit
@@ -154,9 +157,16 @@ def _mlp(mlp: Any, width: int) -> dict[str, Any]:
     return {
         "mlp": kind,
         "mlp_ratio": ratio,
-        "activation": "gelu" if gated else activations[act],
+        "activation": "gelu" if gated else activation,
         "mlp_norm": not isinstance(mlp.norm, nn.Identity),
     }
+
+
+def _activation(mlp: Any) -> str | None:
+    from timm.layers.activations import GELU, GELUTanh, QuickGELU
+
+    names: dict[type, str] = {nn.GELU: "gelu", GELU: "gelu", GELUTanh: "gelu_tanh", QuickGELU: "quick_gelu"}
+    return {**names, nn.SiLU: "silu"}.get(type(mlp.act))
 
 
 def _norm(model: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.pretrained import hub
+from vit.pretrained.convert import from_bundle, from_timm
 from vit.pretrained.foreign import in_timms_names, unwrap
 from vit.pretrained.jax import from_jax, read_npz
 from vit.pretrained.labels import class_names
@@ -164,7 +165,7 @@ def read(place: Place, known: Known) -> Weights:
     path, label = _local(place)
     notes: list[str] = []
     if place.own:
-        state = read_own(path)[0]
+        state = from_bundle(read_own(path)[0], known.architecture)
     else:
         content = _content(path)
         if describes_itself(content):
@@ -385,8 +386,6 @@ def _content(path: Path) -> Any:
 
 def _renamed(content: Any, architecture: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """What was read from a file, under this project's names, and remarks."""
-    from vit.pretrained.convert import from_timm
-
     if path.suffix == ".npz":
         state, heads = from_jax(content, str(path))
         if heads not in (None, architecture["heads"]):
