@@ -130,38 +130,42 @@ def load_pretrained(
     Raises `VitError`, and gives no model, when there is no such source, no network for it, a file is damaged or would
     run code, an override contradicts the weights, or the weights do not fit (the rule is in `vit.pretrained.fit`).
     """
-    known = look(source, None if weights is not None else revision)
-    place = known.place if weights is None else place_of(weights, revision)
-    if place is None:
-        raise VitError(f"timm has no weights for {known.name}: name a tag that has, or give weights=FILE")
-    names = None if class_names is None else list(class_names)
-    if names is not None and num_classes not in (None, len(names)):
-        raise VitError(f"num_classes={num_classes} for {len(names)} class names")
-    wanted = len(names) if names is not None else 0 if head == "drop" and num_classes is None else num_classes
-    own_names = known.class_names if weights is None else None
-    head = _decide(head, known, own_names, wanted, names)
-    arguments = _arguments(known, overrides)
-    arguments["num_classes"] = known.architecture["num_classes"] if wanted is None else wanted
-    with torch.device("meta"):  # before the weights are fetched, so that what cannot be is said at once
-        _built(arguments, known.name)
+    own = weights is None
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # building there draws numbers as well
+        known = look(source, revision if own else None)
+        place = known.place if own else place_of(weights or "", revision)
+        if place is None:
+            raise VitError(f"timm has no weights for {known.name}: name a tag that has, or give weights=FILE")
+        names = None if class_names is None else list(class_names)
+        if names is not None and num_classes not in (None, len(names)):
+            raise VitError(f"num_classes={num_classes} for {len(names)} class names")
+        wanted = len(names) if names is not None else 0 if head == "drop" and num_classes is None else num_classes
+        arguments = _arguments(known, overrides)
+        arguments["num_classes"] = known.architecture["num_classes"] if wanted is None else wanted
+        _built(arguments, known.name)  # before the weights are fetched, so that what cannot be is said at once
+    has, own_names = known.architecture["num_classes"], known.class_names
+    if own:
+        decided = _decide(head, wanted, names, has, own_names, known.name)
     found = read(place, known)
     state = found.state
-    if head == "keep" and names is not None and own_names is not None:
+    if not own:
+        has = len(state["head.weight"]) if "head.weight" in state and state["head.weight"].ndim else 0
+        decided = _decide(head, wanted, names, has, None, found.label)
+    if own and decided == "keep" and names is not None and own_names is not None:
         state = _reordered(state, own_names, names)
-    grid = _grid(known, state) if weights is None else None
     # pooling by attention, where the weights do not, starts as any model does; all else is the weights' at once
     fresh = arguments.get("pool") == "attention" != known.architecture.get("pool")
     with contextlib.nullcontext() if fresh else Blank():
         model = _built(arguments, known.name)
     try:
-        report = fit_weights(model, state, head=head, source=found.label, grid=grid)
+        report = fit_weights(model, state, head=decided, source=found.label, grid=_grid(known, state) if own else None)
     except VitError as error:
         raise VitError(f"{known.name}: {error}") from None
     report.notes[:0] = found.notes
     preprocessing = for_channels(known.preprocessing, arguments["in_channels"])
     preprocessing = replace(preprocessing, image_size=pair(model.architecture["image_size"], "data.image_size"))
-    if names is None and report.head == "kept" and weights is None:
-        names = known.class_names
+    if names is None and own and report.head == "kept":
+        names = own_names
     return Loaded(model.eval(), preprocessing, names, report, found.label)
 
 
@@ -171,18 +175,24 @@ def count_parameters(architecture: dict[str, Any]) -> int:
         return sum(parameter.numel() for parameter in VisionTransformer(**architecture).parameters())
 
 
-def _decide(head: str | None, known: Known, own: list[str] | None, wanted: int | None, names: list[str] | None) -> str:
-    """What becomes of the head.  Raises `VitError` when it is to be kept for other classes than it has."""
-    has = known.architecture["num_classes"]
+def _decide(
+    head: str | None, wanted: int | None, names: list[str] | None, has: int, own: list[str] | None, source: str
+) -> str:
+    """What becomes of the head, where the weights have `has` outputs called `own`.
+
+    Raises `VitError` when it is to be kept for other classes than it has.
+    """
     if head is not None and head not in HEADS:
         raise VitError(f"head={head!r}: {nearest(str(head), HEADS)}")
-    same = wanted in (None, has) and (names is None or (own is not None and sorted(own) == sorted(names)))
-    if head == "keep" and not same:
-        other = f"{wanted} classes" if wanted != has else "classes of other names"
-        raise VitError(f"head=keep, but {known.name} has {has} outputs and {other} are asked for: use head=replace")
+    other = None if wanted in (None, has) else f"{wanted} classes"
+    if other is None and names is not None and own is not None and sorted(own) != sorted(names):
+        other = "classes of other names"
+    if head == "keep" and other is not None:
+        raise VitError(f"head=keep, but {source} has {has} outputs and {other} are asked for: use head=replace")
     if head is not None:
         return head
-    return "drop" if wanted == 0 else "keep" if same else "replace"
+    unknown = names is not None and own is None
+    return "drop" if wanted == 0 else "replace" if other is not None or unknown else "keep"
 
 
 def _arguments(known: Known, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _from_known(
     stand_in: Any = SimpleNamespace(
         patch_embed=SimpleNamespace(proj=SimpleNamespace(weight=torch.empty(shape, device="meta"))),
         pos_embed=None,
-        head=nn.Linear(1, 1) if architecture["num_classes"] else nn.Identity(),
+        head=nn.utils.skip_init(nn.Linear, 1, 1) if architecture["num_classes"] else nn.Identity(),
     )
     scaled = any(re.search(r"\.gamma_[12]$", key) for key in state)
     try:

@@ -54,6 +54,11 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
             ) from None
         raise VitError(f"{path} is not a checkpoint, or a damaged one") from None
     except Exception as error:  # torch meets damaged bytes with many kinds
+        if zipped and "TorchScript" in str(error):
+            raise VitError(
+                f"{path} was refused: it is a program (TorchScript), which loading would run; save its state_dict() "
+                "where it is trusted"
+            ) from None
         reason = str(error).partition("\n")[0].partition(". ")[0][:120]
         told = f": {reason}" if " " in reason else ""  # some say but a number
         raise VitError(f"{path} is truncated or not a checkpoint{told}") from None

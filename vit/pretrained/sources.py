@@ -61,7 +61,7 @@ _CFG = (
 )
 """What is taken of a stranger's `pretrained_cfg`."""
 _MOST = {"depth": 1024, "num_classes": 10_000_000}
-"""The largest numbers in a stranger's `model_args`; of others, 65,536."""
+"""The largest numbers in a stranger's account of an architecture; of others, 65,536."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Known:
         place: where they are; None where timm has an architecture but no weights.
         trusted: whether timm itself says so, or a configuration that somebody wrote.
         license: of the weights, where timm says it.
+        own: the whole account that a model of this project gives of itself (`vit.inference.description`), None for
+            others.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Known:
     place: Place | None
     trusted: bool = False
     license: str | None = None
+    own: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,10 +205,9 @@ def _scheme(source: str) -> tuple[str | None, str]:
 
 
 def _exists(source: str) -> bool:
-    try:
-        return os.path.lexists(source)
-    except ValueError as error:
-        raise VitError(f"cannot read {source!r}: {error}") from None
+    if "\0" in source:
+        raise VitError(f"cannot read {source!r}: no file has a name with a zero byte")
+    return os.path.lexists(source)
 
 
 def _on_hub(name: str, revision: str | None) -> tuple[Place, dict[str, Any] | None]:
@@ -279,11 +281,15 @@ def _described(table: Mapping[str, Any], source: str, place: Place) -> Known:
         raise VitError(f"{source} does not say its architecture")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise VitError(f"{source} does not say its class names")
+    for key, value in architecture.items():  # before anything of that size is built
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= _MOST.get(key, 65_536):
+                raise VitError(f"{source}: architecture.{key} is {number}, which no model has")
     try:
         preprocessing = Preprocessing.from_dict(table.get("preprocessing"))
     except VitError as error:
         raise VitError(f"{source}: {error}") from None
-    return Known(source, architecture, preprocessing, names, place)
+    return Known(source, architecture, preprocessing, names, place, own=table)
 
 
 def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
