@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.results import parser, report, spread
-from vit.explain.methods import rollout, trace
+from vit.explain.carry import rollout
+from vit.explain.methods import trace
 from vit.explain.record import record_attention
 from vit.model import VisionTransformer
 

@@ -32,7 +32,7 @@ _ROOMS = {
     "ImageError": "vit.data.decode",
     "VitError": "vit.errors",
     "record_attention": "vit.explain.record",
-    "rollout": "vit.explain.methods",
+    "rollout": "vit.explain.carry",
 }
 
 __all__ = [
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from vit.data.decode import ImageError
     from vit.data.preprocess import Preprocessing
     from vit.errors import VitError
-    from vit.explain.methods import rollout
+    from vit.explain.carry import rollout
     from vit.explain.record import record_attention
     from vit.inference.classifier import Classifier, Result
     from vit.inference.description import Description

@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit.explain.methods import METHODS, explain, rollout, trace
+    from vit.explain.carry import rollout
+    from vit.explain.methods import METHODS, explain, trace
     from vit.explain.record import Record, record_attention
 
 _HOMES = {
@@ -20,7 +21,7 @@ _HOMES = {
     "Record": "record",
     "explain": "methods",
     "record_attention": "record",
-    "rollout": "methods",
+    "rollout": "carry",
     "trace": "methods",
 }
 

@@ -22,16 +22,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, nearest
+from vit.explain.carry import Fusion, back, carry, down, through, to_map
 from vit.explain.record import Record, find, record_attention, resolve_layer, single
-
-Fusion = Literal["mean", "max", "min"]
-FUSIONS: tuple[Fusion, ...] = ("mean", "max", "min")
+from vit.model.reduction import Move
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Trace:
         gradients, readout_gradients: of the score by `weights` and `readout`; None where not asked for.
         legrad: L times (B, N), mean positive gradient of each layer's own score; None where not asked for.
         tokens: (B, N, D), the last layer's.
+        moves: see `Record.moves`; None: all tokens stay.
         prefix_tokens, grid, pool: of the model.
     """
 
@@ -60,6 +60,30 @@ class Trace:
     gradients: list[Tensor] | None = None
     readout_gradients: Tensor | None = None
     legrad: list[Tensor] | None = None
+    moves: Sequence[Move | None] | None = None
+
+    def front(self, layer: int) -> Move | None:
+        """Where tokens went in front of the attention of `layer`, or with the number of layers, after the last."""
+        return None if self.moves is None else self.moves[layer]
+
+    def to_image(self, rows: Tensor, layer: int) -> Tensor:
+        """Rows over the tokens that the attention of `layer` sees (with the number of layers, the head), back to those
+        of the image: (B, ..., N) -> (B, ..., prefix + P)."""
+        for each in range(layer, -1, -1):
+            rows = back(self.front(each), rows)
+        return rows
+
+    def row(self, layer: int) -> Tensor:
+        """What the head reads, by the tokens that come out of the attention of `layer`: (B, N)."""
+        row_BN = self.readout.mean(dim=1)
+        for each in range(len(self.weights), layer, -1):
+            row_BN = back(self.front(each), row_BN)
+        return row_BN
+
+    def looks(self, layer: int) -> Tensor:
+        """The attention in `layer` of what the head reads, by head, to the tokens of the image: (B, H, prefix + P)."""
+        rows_BHN = (self.row(layer)[:, None, None] @ self.weights[layer])[:, :, 0]
+        return self.to_image(rows_BHN, layer)
 
 
 def explain(
@@ -123,6 +147,7 @@ def trace(
             prefix_tokens=record.prefix_tokens,
             grid=record.grid,
             pool=vit.pool,
+            moves=record.moves,
         )
         if gradients:
             _differentiate(out, logits, vit, record, legrad="legrad" in wanted)
@@ -139,8 +164,8 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
     readout = out.readout.detach()
     if legrad:
         out.legrad = []
-        for weights, tokens in zip(out.weights, record.tokens, strict=True):
-            logits = vit.answer(tokens)
+        for weights, tokens, sizes in zip(out.weights, record.tokens, record.sizes, strict=True):
+            logits = vit.answer(tokens, sizes)
             own = record.readout if out.pool == "attention" else weights
             (gradient,) = torch.autograd.grad(logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True)
             positive = single(gradient).clamp(min=0)
@@ -188,43 +213,7 @@ def check_method(method: str) -> None:
         raise VitError(f"no method {method!r}; {nearest(str(method), METHODS)}")
 
 
-# on weights alone
-
-
-def rollout(
-    weights: Sequence[Tensor],
-    prefix_tokens: int,
-    grid: tuple[int, int],
-    readout: Tensor | None = None,
-    *,
-    fusion: Fusion = "mean",
-    discard: float = 0.0,
-) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020, section 3): maps (B, rows, columns), each of sum 1.
-
-    `R = Â_L ... Â_1` with `Â = rownorm(fuse_h(A) + I)`, half for the residual connection; the map is the row of `R`
-    that the head reads, its patches' share made to sum to 1.
-
-    Arguments
-        weights: A_1 to A_L, (B, H, N, N) each.
-        prefix_tokens: class token and registers, in front of the patches.
-        grid: rows and columns of patches.
-        readout: (B, N) or (B, R, N), how the head weighs the last tokens; None: the class token, token 0, or without
-            prefix tokens the mean of the patches.
-        fusion: "mean", "max" or "min" over heads.
-        discard: this share of each image's and layer's fused weights, the smallest, is set to 0; columns of prefix
-            tokens always stay, and rows sum to 1 again afterwards.
-
-    Raises `VitError` when the sizes do not fit each other or an option is out of range.
-    """
-    if not len(weights):
-        raise VitError("rollout: there are no weights")
-    B, N = weights[0].shape[0], weights[0].shape[-1]
-    for shape in (each.shape for each in weights):
-        if len(shape) != 4 or (shape[0], *shape[2:]) != (B, N, N):
-            raise VitError(f"rollout: expected all rows of every layer, (B, H, N, N), not {tuple(shape)}")
-    row = _start(readout, B, N, prefix_tokens, weights[0])
-    return _map(_roll(weights, row, prefix_tokens, fusion, discard), prefix_tokens, grid)
+# on a trace
 
 
 def rollout_by_depth(t: Trace, *, fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
@@ -234,125 +223,57 @@ def rollout_by_depth(t: Trace, *, fusion: Fusion = "mean", discard: float = 0.0)
     """
     start_B1N = t.readout.mean(dim=1, keepdim=True)
     rows_BLN = start_B1N[:, :0]
-    for weights_BHNN in reversed(t.weights):
-        rows_BLN = _down(torch.cat([start_B1N, rows_BLN], dim=1), weights_BHNN, t.prefix_tokens, fusion, discard)
-    return torch.stack([_map(row_BN, t.prefix_tokens, t.grid) for row_BN in rows_BLN.unbind(dim=1)])
-
-
-def _start(readout: Tensor | None, B: int, N: int, prefix: int, like: Tensor) -> Tensor:
-    if readout is None:
-        readout = like.new_zeros(B, N)
-        readout[:, slice(0, 1) if prefix else slice(None)] = 1
-    readout = (readout.mean(dim=1, dtype=like.dtype) if readout.ndim == 3 else readout).to(like)
-    if readout.shape != (B, N):
-        raise VitError(f"readout: expected a weight for each of {N} tokens of {B} images, not {tuple(readout.shape)}")
-    return readout / readout.sum(dim=1, keepdim=True)
-
-
-def _roll(weights: Sequence[Tensor], row_BN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
-    """Carry a row down through all layers: (B, N) -> (B, N), of sum 1."""
-    rows_B1N = row_BN[:, None]
-    for weights_BHNN in reversed(weights):
-        rows_B1N = _down(rows_B1N, weights_BHNN, prefix, fusion, discard)
-    return rows_B1N[:, 0]
-
-
-def _down(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
-    """Rows times `Â = rownorm(fuse_h(A) + I)`: (B, R, N) -> (B, R, N)."""
-    if fusion not in FUSIONS:
-        raise VitError(f"fusion: no {fusion!r}; {nearest(str(fusion), FUSIONS)}")
-    if not 0 <= discard < 1:
-        raise VitError(f"discard: expected a share from 0 to under 1, not {discard!r}")
-    if fusion == "mean" and not discard and rows_BRN.shape[1] == 1:
-        # (mean_h A + I) / 2: its rows sum to 1 as they are, and no mean matrix has to be made
-        return (_through(rows_BRN[:, 0], weights_BHNN)[:, None] + rows_BRN) / 2
-    fused_BNN = _discarded(_fuse(weights_BHNN, fusion), prefix, discard)
-    shares_BRN = rows_BRN / (fused_BNN.sum(dim=2) + 1)[:, None]
-    with torch.autocast(fused_BNN.device.type, enabled=False):
-        return torch.bmm(shares_BRN, fused_BNN) + shares_BRN
-
-
-def _through(row_BN: Tensor, weights_BHNN: Tensor) -> Tensor:
-    """`row @ mean_h A`, without making the mean matrix: (B, N) -> (B, N)."""
-    with torch.autocast(row_BN.device.type, enabled=False):
-        return (row_BN[:, None, None] @ weights_BHNN)[:, :, 0].mean(dim=1)
-
-
-def _fuse(weights_BHNN: Tensor, fusion: str) -> Tensor:
-    if fusion == "mean":
-        return weights_BHNN.mean(dim=1)
-    return weights_BHNN.amax(dim=1) if fusion == "max" else weights_BHNN.amin(dim=1)
-
-
-def _discarded(fused_BNN: Tensor, prefix: int, discard: float) -> Tensor:
-    B, N, _ = fused_BNN.shape
-    count = int(discard * N * (N - prefix))
-    if not count:
-        return fused_BNN
-    patches = fused_BNN[:, :, prefix:].flatten(1)
-    smallest = patches.topk(count, dim=1, largest=False, sorted=False).indices
-    kept = torch.ones_like(patches).scatter_(1, smallest, 0).view(B, N, N - prefix)
-    return torch.cat([fused_BNN[:, :, :prefix], fused_BNN[:, :, prefix:] * kept], dim=2)
-
-
-def _map(row_BN: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """The patches' part of a row as a map of sum 1; where nothing is left of it, every patch the same."""
-    patches_BP = row_BN[:, prefix:].float()
-    if patches_BP.shape[1] != grid[0] * grid[1]:
-        raise VitError(
-            f"{patches_BP.shape[1]} patch tokens do not make a grid of {grid[0]} x {grid[1]}: were patches dropped? "
-            "Record in evaluation mode"
-        )
-    # scaled first: gradients may be so small that their sum is no longer a number to divide by
-    patches_BP = patches_BP / patches_BP.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    total_B1 = patches_BP.sum(dim=1, keepdim=True)
-    even = torch.full_like(patches_BP, 1 / patches_BP.shape[1])
-    return torch.where(total_B1 > 0, patches_BP / total_B1.clamp(min=1e-12), even).unflatten(1, grid)
-
-
-# on a trace
+    for layer in reversed(range(len(t.weights))):
+        start_B1N, rows_BLN = (back(t.front(layer + 1), each) for each in (start_B1N, rows_BLN))
+        rows_BLN = down(torch.cat([start_B1N, rows_BLN], dim=1), t.weights[layer], t.prefix_tokens, fusion, discard)
+    rows_BLN = back(t.front(0), rows_BLN)
+    return torch.stack([to_map(row_BN, t.prefix_tokens, t.grid) for row_BN in rows_BLN.unbind(dim=1)])
 
 
 def _raw(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
+    depth = len(t.weights)
     if t.pool == "attention" and layer is None:
-        return _map(_heads(t.readout, head).mean(dim=1), t.prefix_tokens, t.grid)
-    weights = t.weights[-1 if layer is None else resolve_layer(layer, len(t.weights))]
-    row_BN = t.readout.mean(dim=1)
-    return _map(_through(row_BN, _heads(weights, head)), t.prefix_tokens, t.grid)
+        return to_map(t.to_image(_heads(t.readout, head).mean(dim=1), depth), t.prefix_tokens, t.grid)
+    layer = depth - 1 if layer is None else resolve_layer(layer, depth)
+    row_BN = through(t.row(layer), _heads(t.weights[layer], head))
+    return to_map(t.to_image(row_BN, layer), t.prefix_tokens, t.grid)
 
 
 def _rollout(
     t: Trace, *, layer: int | None = None, head: int | None = None, fusion: str = "mean", discard: float = 0.0, **_: Any
 ) -> Tensor:
     weights, row_BN = _below(t, t.weights, layer, head), _entry(t, layer)
-    return _map(_roll(weights, row_BN, t.prefix_tokens, fusion, discard), t.prefix_tokens, t.grid)
+    return to_map(carry(weights, row_BN, t.moves, t.prefix_tokens, fusion, discard), t.prefix_tokens, t.grid)
 
 
 def _gradient_rollout(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
     row_BN = _entry(t, layer, gradients=True)
-    for weights in reversed(_below(t, _positive(t), layer, head)):
+    for each, weights in reversed(list(enumerate(_below(t, _positive(t), layer, head)))):
         share_BN = row_BN / (weights.mean(dim=1).sum(dim=2) + 1)
-        row_BN = _through(share_BN, weights) + share_BN
-    return _map(row_BN, t.prefix_tokens, t.grid)
+        row_BN = back(t.front(each), through(share_BN, weights) + share_BN)
+    return to_map(row_BN, t.prefix_tokens, t.grid)
 
 
 def _relevance(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
     row_BN = _entry(t, layer, gradients=True)
-    for weights in reversed(_below(t, _positive(t), layer, head)):
-        row_BN = row_BN + _through(row_BN, weights)
-    return _map(row_BN, t.prefix_tokens, t.grid)
+    for each, weights in reversed(list(enumerate(_below(t, _positive(t), layer, head)))):
+        row_BN = back(t.front(each), row_BN + through(row_BN, weights))
+    return to_map(row_BN, t.prefix_tokens, t.grid)
 
 
 def _legrad(t: Trace, *, layer: int | None = None, **_: Any) -> Tensor:
     assert t.legrad is not None
     layers = t.legrad if layer is None else t.legrad[: resolve_layer(layer, len(t.legrad)) + 1]
-    return _map(torch.stack(layers).sum(dim=0), t.prefix_tokens, t.grid)
+    # a pooling head's weights are of the tokens that come out of a layer, its own of those that go in
+    after = int(t.pool == "attention")
+    on_image = [t.to_image(row_BN, each + after) for each, row_BN in enumerate(layers)]
+    return to_map(torch.stack(on_image).sum(dim=0), t.prefix_tokens, t.grid)
 
 
 def _random(t: Trace, *, seed: int = 0, **_: Any) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(t.logits), t.grid[0] * t.grid[1], generator=generator).to(t.logits.device)
-    return _map(draws, 0, t.grid)
+    return to_map(draws, 0, t.grid)
 
 
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -374,15 +295,18 @@ def _positive(t: Trace) -> list[Tensor]:
 
 
 def _entry(t: Trace, layer: int | None, gradients: bool = False) -> Tensor:
-    """The row that a method carries down: (B, N).  From the head, or from `layer` as if the head read there."""
-    readout = t.readout
-    last = layer is None or resolve_layer(layer, len(t.weights)) == len(t.weights) - 1
+    """The row that a method carries down, by the tokens that come out of the attention of `layer` (None: the last), as
+    if the head read there: (B, N)."""
+    readout, depth = t.readout, len(t.weights)
+    layer = depth - 1 if layer is None else resolve_layer(layer, depth)
+    last = layer == depth - 1
     if gradients and t.readout_gradients is not None and last:
         # each patch's share in the score, as for any attention; scaled to sum 1, which changes no map
         readout = (readout * t.readout_gradients).clamp(min=0)
         total = readout.sum(dim=(1, 2), keepdim=True)
         readout = torch.where(total > 0, readout / total.clamp(min=1e-30), t.readout)
-    return readout.mean(dim=1)
+        return back(t.front(depth), readout.mean(dim=1))
+    return t.row(layer)
 
 
 def _below(t: Trace, tensors: list[Tensor], layer: int | None, head: int | None) -> list[Tensor]:

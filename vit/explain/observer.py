@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vit.explain.methods import rollout
+from vit.explain.carry import rollout
 from vit.explain.record import record_attention
 from vit.model import VisionTransformer
 

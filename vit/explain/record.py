@@ -4,6 +4,9 @@
         logits = model(images)
     record.weights  # one tensor (B, H, N, N) a layer
 
+Where tokens are reduced there are fewer of them in later layers, N of each layer; `record.moves` says where they went,
+and `record.weights` carry that along, so that `vit.rollout` gives maps of the image's own grid all the same.
+
 Notable:
 - by default the output still comes from the fused kernel and the weights are computed beside it, so logits are those
   of the model, to the bit, also with dropout; `gradients=True` computes the output from the weights, so that they have
@@ -17,7 +20,9 @@ Notable:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,9 +32,18 @@ from torch.nn import functional as F
 from vit.errors import VitError
 from vit.model.attention import DotProductAttention, MultiHeadAttention, attention_weights, dot_product_attention
 from vit.model.positions import Rotary
+from vit.model.reduction import Move, Reducer, shares
 from vit.model.vision_transformer import VisionTransformer
 
 Rows = Literal["all", "readout"]
+
+
+class Weights(list[Tensor]):
+    """Weights by layer, and `moves`: see `Record.moves`."""
+
+    def __init__(self, weights: Iterable[Tensor], moves: Sequence[Move | None]) -> None:
+        super().__init__(weights)
+        self.moves = list(moves)
 
 
 class Record:
@@ -44,10 +58,12 @@ class Record:
         self.layers, self.prefix_tokens, self.grid = layers, prefix_tokens, grid
         self._weights: dict[int, Tensor] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._sizes: dict[int, Tensor | None] = {}
+        self._reducer: Reducer | None = None
         self._readout: Tensor | None = None
 
     @property
-    def weights(self) -> list[Tensor]:
+    def weights(self) -> Weights:
         """Weights after softmax, one tensor for each recorded layer: (B, H, N, N), rows sum to 1.
 
         In single precision at least, whatever the model runs in; with gradients, in the model's.
@@ -55,7 +71,28 @@ class Record:
         the tokens that are.  Detached, unless recorded with gradients.  Raises `VitError` before the model has run.
         """
         self._check_ran()
-        return [self._weights[layer] for layer in self.layers]
+        return Weights([self._weights[layer] for layer in self.layers], self.moves)
+
+    @property
+    def moves(self) -> list[Move | None]:
+        """Where reduction took tokens, one more than recorded layers: `moves[i]` in front of the i-th one's attention,
+        the last after all of them; None where every token stayed.  Raises `VitError` before the model has run.
+        """
+        self._check_ran()
+        if self._reducer is None:
+            return [None] * (len(self.layers) + 1)
+        by_layer = self._reducer.moves
+        bounds = [0, *self.layers, len(by_layer)]
+        return [_together(by_layer[low:high]) for low, high in itertools.pairwise(bounds)]
+
+    @property
+    def sizes(self) -> list[Tensor | None]:
+        """How many patches each of `tokens` stands for, (B, N) a layer; None where each is one.
+
+        Raises `VitError` before the model has run.
+        """
+        self._check_ran()
+        return [self._sizes[layer] for layer in self.layers]
 
     @property
     def readout(self) -> Tensor:
@@ -109,12 +146,19 @@ def record_attention(
     record = Record(_layers(layers, len(vit.blocks)), vit.num_prefix_tokens, vit.grid)
     with contextlib.ExitStack() as undo:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.callback(vit.blocks[0].register_forward_pre_hook(_keep_reducer(record)).remove)
         for layer in record.layers:
             block: Any = vit.blocks[layer]
             undo.enter_context(_replaced(block.attn, "forward", _Attention(block.attn, record, layer, row, gradients)))
             undo.callback(block.register_forward_hook(_keep_tokens(record, layer, gradients)).remove)
         undo.enter_context(_replaced(vit, "pool_tokens", _Pool(vit, record, gradients)))
         yield record
+
+
+def _together(moves: Sequence[Move | None]) -> Move | None:
+    """Moves one after the other as one."""
+    found = [move for move in moves if move is not None]
+    return functools.reduce(Move.then, found) if found else None
 
 
 def find(model: nn.Module) -> VisionTransformer:
@@ -150,36 +194,55 @@ class _Attention:
         """A recording in which this one is: it sees every pass, too."""
         self.explicit: bool = gradients or (self.around is not None and self.around.explicit)
 
-    def __call__(self, x_BND: Tensor, rotary: Rotary | None = None) -> Tensor:
+    def __call__(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
         attn: Any = self.attn
+        bias, sizes_BN = (None, None) if reducer is None else (reducer.bias(), reducer.sizes_BN)
         if self.explicit:
-            y_BND, weights_BHNN = attn.attend(x_BND, rotary)
-            self.keep(weights_BHNN)
+            y_BND, weights_BHNN = attn.attend(x_BND, rotary, reducer)
+            self.keep(weights_BHNN, sizes_BN)
             return y_BND
         if isinstance(attn, DotProductAttention):
             with _exact(x_BND):
-                self.keep(dot_product_attention(single(x_BND[:, None]))[1])
-            return attn.attend(x_BND)[0]
-        q, k, v = attn.project(x_BND, rotary)
+                self.keep(dot_product_attention(single(x_BND[:, None]), bias=bias)[1], sizes_BN)
+            return attn.attend(x_BND, rotary, reducer)[0]
+        q, k, v = attn.project(x_BND, rotary, reducer)
         with _exact(x_BND):
             # nobody asks for the rest, and what is cut from the front can be cut again
-            first = self.around is None and self.row is not None and self.row.start == 0
-            self.keep(attention_weights(single(q[:, :, self.row] if first else q), single(k)))
-        return attn.mix(q, k, v)
+            first = self.around is None and self.row is not None and self.row.start == 0 and self.row.stop is not None
+            self.keep(attention_weights(single(q[:, :, self.row] if first else q), single(k), bias), sizes_BN)
+        return attn.mix(q, k, v, bias)
 
-    def keep(self, weights_BHNN: Tensor) -> None:
+    def keep(self, weights_BHNN: Tensor, sizes_BN: Tensor | None) -> None:
         if self.around is not None:
-            self.around.keep(weights_BHNN)
+            self.around.keep(weights_BHNN, sizes_BN)
         if self.row is not None:
-            weights_BHNN = weights_BHNN[:, :, self.row].mean(dim=2, keepdim=True)
+            rows_BHRN = weights_BHNN[:, :, self.row]
+            if sizes_BN is None:
+                weights_BHNN = rows_BHRN.mean(dim=2, keepdim=True)
+            else:  # of the patches that the tokens stand for
+                weights_BHNN = shares(sizes_BN[:, self.row])[:, None, None].to(rows_BHRN.dtype) @ rows_BHRN
         self.record._weights[self.layer] = weights_BHNN if self.gradients else single(weights_BHNN.detach())
 
 
 def _keep_tokens(record: Record, layer: int, gradients: bool) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
         record._tokens[layer] = output if gradients else output.detach()
+        reducer = _reducer_of(inputs)
+        record._sizes[layer] = None if reducer is None else reducer.sizes_BN
 
     return hook
+
+
+def _keep_reducer(record: Record) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any) -> None:
+        record._reducer = _reducer_of(inputs)
+
+    return hook
+
+
+def _reducer_of(inputs: Sequence[Any]) -> Reducer | None:
+    """What a block was given beside tokens and angles."""
+    return inputs[2] if len(inputs) > 2 else None
 
 
 class _Pool:
@@ -191,19 +254,22 @@ class _Pool:
         self.around = around if isinstance(around, _Pool) else None
         self.explicit: bool = gradients or (self.around is not None and self.around.explicit)
 
-    def __call__(self, x_BND: Tensor) -> Tensor:
+    def __call__(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
         (B, N, _), first, pool = x_BND.shape, self.vit.read.start, self.vit.attn_pool
         if pool is not None:
             q, k, v = pool.project(pool.latent.expand(B, -1, -1), x_BND[:, first:])
+            bias = self.vit.pool_bias(sizes_BN)
             if self.explicit:
-                readout_BHN = F.pad(attention_weights(q, k)[:, :, 0], (first, 0))
+                readout_BHN = F.pad(attention_weights(q, k, bias)[:, :, 0], (first, 0))
                 self.keep(readout_BHN)
                 return pool.refine(pool.merge(readout_BHN[:, :, None, first:] @ v))
             with _exact(x_BND):
-                self.keep(F.pad(attention_weights(single(q), single(k))[:, :, 0], (first, 0)))
+                self.keep(F.pad(attention_weights(single(q), single(k), bias)[:, :, 0], (first, 0)))
         elif self.vit.pool == "mean":
             like = x_BND if self.explicit else single(x_BND[:0])
             readout_B1N = F.pad(like.new_full((B, 1, N - first), 1 / (N - first)), (first, 0))
+            if sizes_BN is not None:
+                readout_B1N = F.pad(shares(sizes_BN[:, first:]).to(like.dtype)[:, None], (first, 0))
             if self.explicit:
                 self.keep(readout_B1N.requires_grad_())
                 return (readout_B1N @ x_BND)[:, 0]
@@ -211,7 +277,7 @@ class _Pool:
         else:
             tokens_R = torch.arange(self.vit.read.stop, device=x_BND.device)
             self.keep(F.one_hot(tokens_R, N).to(x_BND.dtype).expand(B, -1, -1))
-        return type(self.vit).pool_tokens(self.vit, x_BND)
+        return type(self.vit).pool_tokens(self.vit, x_BND, sizes_BN)
 
     def keep(self, readout: Tensor) -> None:
         if self.around is not None:

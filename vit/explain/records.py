@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vit.explain.carry import FUSIONS
 from vit.explain.diagnostics import sinks
 from vit.explain.faithfulness import perturb
-from vit.explain.methods import FUSIONS, METHODS, Trace, rollout_by_depth, trace
+from vit.explain.methods import METHODS, Trace, rollout_by_depth, trace
 from vit.explain.record import find
 
 SHOWN = ("rollout", "raw", "relevance", "gradient_rollout", "legrad")

@@ -48,26 +48,33 @@ REDUCTION = {
 class Move(NamedTuple):
     """Where tokens went: new token i is the sum of `share_j` times token j over all j with `place_j = i`.
 
-    `place_BN` int64 and `share_BN` are the one entry a column of the matrix (N' x N), whose rows sum to 1.
+    `place_BN` int64 and `share_BN` are the one entry a column of the matrix (N' x N), whose rows sum to 1; `tokens` is
+    N', how many there are afterwards.
     """
 
     place_BN: Tensor
     share_BN: Tensor
+    tokens: int
 
     def then(self, later: Move) -> Move:
         """Both moves as one, this one first."""
-        place_BN, share_BN = (each.gather(1, self.place_BN) for each in later)
-        return Move(place_BN, self.share_BN * share_BN)
+        place_BN, share_BN = (each.gather(1, self.place_BN) for each in (later.place_BN, later.share_BN))
+        return Move(place_BN, self.share_BN * share_BN, later.tokens)
 
     def back(self, rows_BxM: Tensor) -> Tensor:
         """Rows over new tokens times the matrix: the same rows over the tokens before, (B, ..., N') -> (B, ..., N)."""
         between = [1] * (rows_BxM.ndim - 2)
-        place_BxN, share_BxN = (each.view(len(each), *between, -1) for each in self)
+        place_BxN, share_BxN = (each.view(len(each), *between, -1) for each in (self.place_BN, self.share_BN))
         return rows_BxM.gather(-1, place_BxN.expand(*rows_BxM.shape[:-1], -1)) * share_BxN.to(rows_BxM.dtype)
 
-    def matrix(self, tokens: int) -> Tensor:
-        """The matrix itself, (B, tokens, N), `tokens` being how many there are afterwards."""
-        rows = torch.arange(tokens, device=self.place_BN.device)
+    def added(self, values_BN: Tensor) -> Tensor:
+        """The sum of a value over the tokens that went to the same place: (B, N) -> (B, N')."""
+        return values_BN.new_zeros(len(values_BN), self.tokens).scatter_add(1, self.place_BN, values_BN)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself, (B, N', N)."""
+        rows = torch.arange(self.tokens, device=self.place_BN.device)
         return (self.place_BN[:, None] == rows[:, None]) * self.share_BN[:, None]
 
 
@@ -225,11 +232,12 @@ class Reducer:
             cos, sin = (each[rows_BK] if each.ndim == 2 else take(each[:, 0], rows_BK) for each in self.rotary)
             self.rotary = cos[:, None], sin[:, None]
 
-    def _moved(self, place_BP: Tensor, share_BP: Tensor) -> Move:
+    def _moved(self, place_BP: Tensor, share_BP: Tensor, patches: int) -> Move:
         """A move of the patch tokens, with the tokens in front of them staying where they are."""
         prefix = self.plan.prefix
         first = torch.arange(prefix, device=place_BP.device).expand(len(place_BP), -1)
-        return Move(torch.cat([first, place_BP + prefix], dim=1), F.pad(share_BP, (prefix, 0), value=1.0))
+        places_BN = torch.cat([first, place_BP + prefix], dim=1)
+        return Move(places_BN, F.pad(share_BP, (prefix, 0), value=1.0), prefix + patches)
 
 
 class Keeper(Reducer):
@@ -262,10 +270,12 @@ class Keeper(Reducer):
         first = torch.arange(prefix, device=kept_BK.device).expand(B, -1)
         rows_BK = torch.cat([first, kept_BK + prefix], dim=1)
 
+        weights_BP = rest_BP.detach()
+
         def move() -> Move:
-            stays_BP = torch.zeros_like(rest_BP, dtype=torch.int64).scatter(1, kept_BK, 1)
+            stays_BP = torch.zeros_like(weights_BP, dtype=torch.int64).scatter(1, kept_BK, 1)
             place_BP = torch.where(stays_BP > 0, stays_BP.cumsum(dim=1) - 1, keep)
-            return self._moved(place_BP, torch.where(stays_BP > 0, 1.0, rest_BP.detach()))
+            return self._moved(place_BP, torch.where(stays_BP > 0, 1.0, weights_BP), keep + 1)
 
         self._moves.append(move)
         self._turn(rows_BK)
@@ -319,7 +329,7 @@ class Merger(Reducer):
             target_BP = torch.arange(P, device=device).expand(B, -1).scatter(1, 2 * gone_BR, 2 * target_BR + 1)
             stays_BP = torch.ones_like(target_BP).scatter(1, 2 * gone_BR, 0)
             place_BP = (stays_BP.cumsum(dim=1) - 1).gather(1, target_BP)
-            return self._moved(place_BP, sizes_BP / new_sizes_BK[:, prefix:].gather(1, place_BP))
+            return self._moved(place_BP, sizes_BP / new_sizes_BK[:, prefix:].gather(1, place_BP), P - count)
 
         self._moves.append(move)
         self._turn(rows_BK)
