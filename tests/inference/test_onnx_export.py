@@ -27,6 +27,16 @@ OPTIONS = {
     "dot product": {"attention": "dot_product"},
     "post-norm, no positions": {"norm": "post", "position": "none"},
     "not square, one channel": {"image_size": (24, 40), "patch_size": (8, 4), "in_channels": 1},
+    "CLIP": {"embed_norm": "tokens", "patch_bias": False, "norm_eps": 1e-5, "activation": "quick_gelu"},
+    "AIMv2": {
+        **{"norm_layer": "rms", "embed_norm": "patches", "mlp": "swiglu", "pool": "mean", "final_norm": "tokens"},
+        **{"qkv_bias": False, "proj_bias": False},
+    },
+    "BEiT-3 and tanh": {"attention_norm": True, "mlp_norm": True, "pool_prefix": True, "pool": "mean"}
+    | {"class_token": True, "activation": "gelu_tanh"},
+    "DeiT, packed, pixels left over": {"distillation_token": True, "mlp": "swiglu_packed"}
+    | {"image_size": 30, "crop_to_patches": True},
+    "DINOv3": {"position": "rotary_box", "registers": 2, "layer_scale": 0.1, "final_norm": "none"},
 }
 
 

@@ -23,6 +23,7 @@ OPTIONS = {
     "rotary, registers, attention pool": {"position": "rotary", "registers": 2, "pool": "attention"},
     "sincos, mean, QK norm, LayerScale": {"position": "sincos", "pool": "mean", "qk_norm": True, "layer_scale": 0.1},
     "dot product": {"attention": "dot_product"},
+    "DeiT, RMS, gated": {"distillation_token": True, "norm_layer": "rms", "mlp": "swiglu_packed", "patch_bias": False},
     "post-norm, no biases, not square": {"norm": "post", "qkv_bias": False, "image_size": (16, 24)},
 }
 

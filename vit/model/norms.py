@@ -11,9 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+class RmsNorm(nn.RMSNorm):
+    """`x / sqrt(mean of x² + eps) * weight` over the last axis, by torch's kernel.
+
+    Written out while torch's tracer looks on: ONNX has had the whole as one operation since opset 23 only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing():
+            return x * (x.square().mean(dim=-1, keepdim=True) + (self.eps or 0.0)).rsqrt() * self.weight
+        return super().forward(x)
+
+
+NORMS = {"layer": nn.LayerNorm, "rms": RmsNorm}
 
 MakeNorm = Callable[[int], nn.Module]
 """Given a width, the norm of (..., width)."""
