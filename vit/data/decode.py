@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import logging
 import os
@@ -50,6 +51,9 @@ _UPRIGHT = {  # EXIF orientation -> what makes the image upright (EXIF 2.32, tag
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
+_COMMON = {".bmp", ".gif", ".jpeg", ".jpg", ".png"}
+# Formats that Pillow recognises by name only, for programs that bring a decoder of their own
+_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC", "PDF"}
 _NPY_MAGIC = b"\x93NUMPY"
 
 
@@ -71,8 +75,25 @@ class ImageError(VitError):
 def printable(path: object) -> str:
     """`path` as one line of valid Unicode, for messages: odd bytes and control characters are escaped."""
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
+    if text.isascii() and text.isprintable():  # nearly every name, and there may be thousands
+        return text
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+@functools.cache
+def extensions(channels: int = 3) -> frozenset[str]:
+    """The lower-case file name extensions taken for images.  Loads all of Pillow's readers."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    found = {ext for ext, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
+    return frozenset(found if channels in (1, 3) else found | {".npy"})
+
+
+def named_as_image(name: str, channels: int = 3) -> bool:
+    """Whether a file of this name is taken for an image; without loading more of Pillow for the usual names."""
+    extension = os.path.splitext(name)[1].lower()
+    return extension in _COMMON or (extension != "" and extension in extensions(channels))
 
 
 def decode(source: Source, *, channels: int, target: tuple[int, int] | None = None) -> Image.Image | np.ndarray:

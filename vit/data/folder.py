@@ -9,17 +9,14 @@ Notable:
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from vit.data.assemble import assemble, listing
 from vit.data.dataset import SPLITS, FileImages, ImageData
-from vit.data.decode import printable
+from vit.data.decode import extensions, printable
 from vit.data.scan import scan_files
 from vit.errors import VitError
 
@@ -31,18 +28,7 @@ log = logging.getLogger("vit")
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 LAYOUT = "expected one folder a class (ROOT/cat/*.jpg, ROOT/dog/*.jpg), or those inside ROOT/train, ROOT/val, ROOT/test"
 
-# Formats that Pillow recognises by name only, for programs that bring a decoder of their own
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC", "PDF"}
 _SPLIT_OF = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
-
-
-@functools.cache
-def extensions(channels: int = 3) -> frozenset[str]:
-    """The lower-case file name extensions taken for images."""
-    Image.init()
-    known = Image.registered_extensions().items()
-    found = {ext for ext, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
-    return frozenset(found if channels in (1, 3) else found | {".npy"})
 
 
 def folder(config: DataConfig, class_names: list[str] | None) -> ImageData:

@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
-from vit.data.decode import printable
+from vit.data.decode import named_as_image, printable
 from vit.errors import VitError
 from vit.inference.classifier import Pause, Unusable
 
@@ -98,9 +98,6 @@ def _matches(pattern: str, recursive: bool) -> Iterator[Item]:
 
 def _walk(folder: str, recursive: bool, channels: int, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
     """Images under `folder`; `above` are the folders on the way here, so that a link to one of them is no loop."""
-    from vit.data.folder import extensions
-
-    images = extensions(channels)
     try:
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
@@ -119,7 +116,7 @@ def _walk(folder: str, recursive: bool, channels: int, above: tuple[tuple[int, i
         if name.endswith(os.sep):
             if recursive:
                 yield from _walk(path[: -len(os.sep)], recursive, channels, here)
-        elif os.path.splitext(name)[1].lower() in images:
+        elif named_as_image(name, channels):
             yield path
 
 
