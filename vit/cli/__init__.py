@@ -1,4 +1,4 @@
-"""The `vit` command: classify, explain, export, info.
+"""The `vit` command: classify, explain, export, push, info.
 
 Notable: it parses first and imports later, so `--help` and mistakes in the call answer at once, and `vit classify`
 on an ONNX file never imports torch.
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from vit.cli.parser import parse
 
+    # NumPy's OpenBLAS starts a thread for each processor when it is imported, which is half of NumPy's start-up, and no
+    # command multiplies matrices with NumPy
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:

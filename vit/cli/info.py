@@ -59,16 +59,19 @@ def _look(name: str) -> Known:
 
 
 def _whereabouts(known: Known) -> str:
-    from vit.pretrained.sources import whereabouts
+    from vit.pretrained.places import whereabouts
 
     return whereabouts(known.place)
 
 
 def _told(known: Known) -> tuple[Description, int]:
-    """What timm says of a model, and how many parameters it has; its weights stay where they are."""
+    """What is said of a model of that name, and how many parameters it has; its weights stay where they are."""
     from vit.pretrained.create import count_parameters
 
-    description = Description(known.architecture, list(known.class_names or ()), known.preprocessing)
+    if known.own is not None:
+        description = Description.from_dict(known.own, known.name)
+    else:
+        description = Description(known.architecture, list(known.class_names or ()), known.preprocessing)
     return description, count_parameters(known.architecture)
 
 

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     _classify(commands)
     _explain(commands)
     _export(commands)
+    _push(commands)
     _info(commands)
     return parser
 
@@ -140,6 +141,24 @@ def _export(commands: Any) -> None:
         + SOURCE,
     )
     command.set_defaults(run=_later("export"))
+
+
+def _push(commands: Any) -> None:
+    command = commands.add_parser(
+        "push",
+        help="put a bundle on the Hugging Face hub",
+        description="Put a bundle, or the bundle of a run, on the Hugging Face hub, with a model card that states "
+        "data, recipe, figures, calibration, intended use and limits. Takes the token of `hf auth login`, or HF_TOKEN.",
+    )
+    command.add_argument("model", metavar="BUNDLE", help="bundle folder or run folder")
+    command.add_argument("repo", metavar="REPO", help="ORG/NAME on the hub; made if need be")
+    command.add_argument("--private", action="store_true", help="for its owners only")
+    command.add_argument("--revision", metavar="BRANCH", help="a branch (main); made if need be")
+    command.add_argument("--message", help="of the commit")
+    command.add_argument(
+        "--dry-run", action="store_true", help="send nothing: show the files, their sizes and the card; no network"
+    )
+    command.set_defaults(run=_later("push"))
 
 
 def _info(commands: Any) -> None:

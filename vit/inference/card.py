@@ -1,20 +1,29 @@
 """The README.md of a bundle: a model card made from the model's description.
 
-Notable: everything that came from outside (class names, data set names, recipe values) is shown as data, in fenced
-JSON on a line of its own, where no character can end the fence, start markup or hide.
+Notable
+- Everything that came from outside (class names, data set names, recipe values) is shown as data, in fenced JSON on a
+  line of its own, where no character can end the fence, start markup or hide.
+- Where files lay on the machine that trained is nobody's business: of paths only the last name is told.
+- The front matter is what the Hugging Face hub reads (https://huggingface.co/docs/hub/model-cards): library, task,
+  metrics, and the accuracy on the test split as `model-index`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from typing import Any
 
 from vit.data.decode import printable
-from vit.inference.description import Description, plain
+from vit.inference.description import Description, plain, without_folders
 from vit.inference.timm_config import timm_obstacle
 
+_MARK = "<!-- Made by vit ({}); as long as nobody edits it, vit push makes it again. -->"
 _MOST_NAMES = 200
+_OF_TIMM = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*(?:\.\w+)?)", re.ASCII)
+_OF_HUB = re.compile(r"hf[-_]hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@.*)?", re.ASCII)
 _FIGURES = {
     "top1": ("top-1 accuracy", "share"),
     "top5": ("top-5 accuracy", "share"),
@@ -24,23 +33,24 @@ _FIGURES = {
 }
 
 
-def model_card(description: Description, *, parameters: int, onnx: bool) -> str:
+def model_card(description: Description, *, parameters: int, onnx: bool, repo: str | None = None) -> str:
     """Markdown with YAML front matter, as model hubs read it.
 
-    `parameters`: how many numbers the weights are; `onnx`: whether the bundle has a `model.onnx`.
+    `parameters`: how many numbers the weights are; `onnx`: whether the bundle has a `model.onnx`; `repo`: where on the
+    hub it is to be had, None for a folder.
     """
     a = description.architecture
     obstacle = timm_obstacle(a)
     height, width = a["image_size"]
     count = len(description.class_names)
     parts = [
-        _front_matter(obstacle),
+        _front_matter(description, obstacle, repo),
         f"# Vision Transformer, {count} classes",
         f"An image classifier: images of {height} x {width} pixels (height x width), {a['in_channels']} channels, cut "
         f"into patches of {a['patch_size'][0]} x {a['patch_size'][1]}; {a['depth']} blocks of width {a['width']} with "
         f"{a['heads']} heads; {parameters:,} parameters.",
         "## Use",
-        *_use(obstacle, onnx),
+        *_use(obstacle, onnx, repo),
         "## Data",
         *_data(description),
         "## Recipe",
@@ -56,46 +66,93 @@ def model_card(description: Description, *, parameters: int, onnx: bool) -> str:
         "## Classes",
         _classes(description.class_names),
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    return f"{text}\n{_MARK.format(_digest(text))}\n"
 
 
-def _front_matter(obstacle: str | None) -> str:
-    tags = ["image-classification", "vision-transformer"] + (["timm"] if obstacle is None else [])
+def is_generated(text: str) -> bool:
+    """Whether a card is as `model_card`, of this version or another, made it: nobody has changed it since."""
+    body, _, mark = text.removesuffix("\n").rpartition("\n\n")
+    return mark == _MARK.format(_digest(f"{body}\n"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _front_matter(description: Description, obstacle: str | None, repo: str | None) -> str:
+    """YAML.  Every text from outside is quoted as JSON in ASCII, which is YAML as well."""
+    tags = ["image-classification", "vision-transformer", "vit"] + (["timm"] if obstacle is None else [])
     lines = ["---", "pipeline_tag: image-classification", f"library_name: {'timm' if obstacle is None else 'vit'}"]
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    base = _base(description.training.get("pretrained"))
+    if base:
+        lines.append(f"base_model: {base}")
+    test = description.metrics.get("test")
+    top1 = test.get("top1") if isinstance(test, dict) else None
+    lines += ["metrics:", "- accuracy"]
+    if _figure(top1, "share"):
+        data = str(description.data.get("name") or "not named")
+        lines += [
+            "model-index:",
+            f"- name: {json.dumps(repo.split('/')[-1] if repo else 'Vision Transformer')}",
+            "  results:",
+            "  - task: {type: image-classification}",
+            f"    dataset: {{name: {json.dumps(data)}, type: {json.dumps(data)}, split: test}}",
+            f"    metrics: [{{type: accuracy, value: {top1:.6f}}}]",
+        ]
+    return "\n".join([*lines, "---"])
 
 
-def _use(obstacle: str | None, onnx: bool) -> list[str]:
+def _base(pretrained: Any) -> str | None:
+    """The repository of the hub whose weights training began with, if they came from there."""
+    name = pretrained.get("name") if isinstance(pretrained, dict) else None
+    if not isinstance(name, str):
+        return None
+    if found := _OF_TIMM.fullmatch(name):
+        return f"timm/{found[1]}"
+    found = _OF_HUB.fullmatch(name)
+    return found[1] if found else None
+
+
+def _use(obstacle: str | None, onnx: bool, repo: str | None) -> list[str]:
+    model = f"hf-hub:{repo}" if repo else "FOLDER"
+    where = "" if repo else " (`FOLDER` is where this file is)"
     parts = [
-        "With `vit`, from a shell and from Python (`FOLDER` is where this file is):",
-        "```\nvit classify FOLDER photo.jpg\n```\n\n"
-        '```python\nimport vit\n\nresults = vit.load("FOLDER").classify(["photo.jpg"])\n```',
+        f"With `vit`, from a shell and from Python{where}:",
+        f"```\nvit classify {model} photo.jpg\n```\n\n"
+        f'```python\nimport vit\n\nresults = vit.load("{model}").classify(["photo.jpg"])\n```',
     ]
     if obstacle is None:
+        name = model if repo else "local-dir:FOLDER"
         parts += [
             "With timm, which builds the same model from `config.json` and `model.safetensors`:",
-            '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```',
+            f'```python\nimport timm\n\nmodel = timm.create_model("{name}", pretrained=True).eval()\n```',
         ]
     else:
         parts.append(f"timm cannot load this model: its VisionTransformer has no counterpart for {obstacle}.")
     if onnx:
+        fetch = (
+            f'from huggingface_hub import hf_hub_download\n\nfile = hf_hub_download("{repo}", "model.onnx")\n'
+            if repo
+            else '\nfile = "FOLDER/model.onnx"\n'
+        )
         parts += [
             "With ONNX Runtime alone (`images` float32 (B, C, H, W), prepared as below; the class names are in the "
             "file's metadata entry `vit`):",
-            "```python\nimport onnxruntime\n\n"
-            'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+            f"```python\nimport onnxruntime\n{fetch}"
+            "session = onnxruntime.InferenceSession(file)\n"
             '(logits,) = session.run(["logits"], {"image": images})\n```',
         ]
-    else:
+    elif not repo:
         parts.append("There is no `model.onnx` in this folder; `vit export FOLDER model.onnx` writes one.")
     return parts
 
 
 def _data(description: Description) -> list[str]:
-    data = plain(description.data)
+    data = without_folders(description.data)
     if not data.get("name"):
         return ["Not recorded."]
-    # where the data lay on the machine that trained is nobody's business
     shown = {
         key: value for key, value in data.items() if value is not None and key not in ("root", "workers", "download")
     }
@@ -105,7 +162,7 @@ def _data(description: Description) -> list[str]:
 def _recipe(description: Description) -> list[str]:
     if not description.training:
         return ["Not recorded."]
-    return [_fenced(plain(description.training))]
+    return [_fenced(without_folders(description.training))]
 
 
 def _figures(metrics: dict[str, Any]) -> list[str]:

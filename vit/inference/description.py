@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ _SIZES = {
     "heads": (1, 4096),
     "registers": (0, 65_536),
 }
+_FOLDERS = re.compile(r"^([\w.+~-]+=)?[\"']?(?:~|[A-Za-z]:)?[/\\](?:[^/\\]*[/\\])*")
 _PIXELS = (1, 1_000_000)
 _PATCHES = 1_000_000
 
@@ -134,6 +136,16 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays, without importing either
         return plain(value.tolist())
     return str(value)
+
+
+def without_folders(value: Any) -> Any:
+    """`plain(value)` for others to read: of an absolute path, also behind `key=`, only the last name is left."""
+    value = plain(value)
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return _FOLDERS.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _is_int(value: Any) -> bool:

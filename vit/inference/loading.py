@@ -86,12 +86,16 @@ def locate(model: str | os.PathLike[str]) -> Found:
     return Found(path, "checkpoint", checkpoint=path)
 
 
-def load(model: str | os.PathLike[str], *, device: str = "auto", backend: str = "auto") -> Classifier:
+def load(
+    model: str | os.PathLike[str], *, device: str = "auto", backend: str = "auto", wait: bool = True
+) -> Classifier:
     """A classifier from any MODEL.
 
     Arguments
         device: "auto" (a GPU where torch finds one), "cpu", "cuda", "cuda:1", "mps".
         backend: "onnx" (ONNX Runtime, CPU only), "torch", or "auto": ONNX on a CPU where the model has such a file.
+        wait: whether to wait until the model is ready; if not, `Classifier.ready` and the first answer do, and raise
+            what is wrong with its weights.
 
     Both backends give the same results to 1e-4.  Raises `VitError` when the model, the device or the backend cannot
     be had.
@@ -107,7 +111,10 @@ def load(model: str | os.PathLike[str], *, device: str = "auto", backend: str = 
     if found.onnx is not None and (backend == "onnx" or (backend == "auto" and wants_cpu)):
         from vit.inference.onnx_backend import OnnxBackend
 
-        return Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
+        classifier = Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
+        if wait:
+            classifier.ready()
+        return classifier
     from vit.inference.torch_backend import TorchBackend
 
     return Classifier(TorchBackend(*load_torch(model, device=device)))
@@ -178,6 +185,8 @@ def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]
             f"(python train.py experiment=finetune model.name={name} data.root=FOLDER)"
         )
     loaded = load_pretrained(name)
+    if known.own is not None:  # a bundle of this project, with its temperature and history
+        return loaded.model.to(place), Description.from_dict(known.own, name)
     description = Description(
         architecture=loaded.architecture,
         class_names=list(loaded.class_names or ()),

@@ -17,20 +17,21 @@ import dataclasses
 import inspect
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
+from vit.model import VisionTransformer
 from vit.pretrained import hub
 from vit.pretrained.convert import from_bundle, from_timm
 from vit.pretrained.foreign import in_timms_names, unwrap
-from vit.pretrained.jax import from_jax, read_npz
+from vit.pretrained.jax import from_jax
 from vit.pretrained.labels import class_names
 from vit.pretrained.own import (
     CONFIG,
@@ -42,19 +43,14 @@ from vit.pretrained.own import (
     read_config,
     read_own,
 )
+from vit.pretrained.places import ENDINGS, PREFERRED, Place, content, local, weights_in
 from vit.pretrained.preprocessing import from_timm_cfg
-from vit.pretrained.reading import load_safetensors, read_pickled
+from vit.pretrained.reading import read_pickled
 
 EXPECTED = (
     "a name of timm's such as vit_small_patch16_224.augreg_in1k, hf-hub:ORG/NAME, local-dir:FOLDER, a run folder, a "
     "bundle, or a file of weights"
 )
-_PREFERRED = (
-    *(WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors"),
-    *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
-)
-"""Names of files of weights, in timm's order."""
-_ENDINGS = (".safetensors", ".pth", ".bin", ".pt", ".npz")
 _CFG = (
     *("architecture", "tag", "input_size", "fixed_input_size", "num_classes"),
     *("interpolation", "crop_pct", "crop_mode", "mean", "std"),
@@ -62,23 +58,6 @@ _CFG = (
 """What is taken of a stranger's `pretrained_cfg`."""
 _MOST = {"depth": 1024, "num_classes": 10_000_000}
 """The largest numbers in a stranger's account of an architecture; of others, 65,536."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where weights are.
-
-    Attributes
-        kind: "hub" (the first that there is of `files` in a repository), "path" or "url".
-        where: the repository; the file or a bundle's folder; the address.
-        own: whether this project wrote them, so that their names are its own.
-    """
-
-    kind: str
-    where: str
-    files: tuple[str, ...] = ()
-    revision: str | None = None
-    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,7 +132,7 @@ def place_of(source: str | os.PathLike[str], revision: str | None = None) -> Pla
         if not path.exists():
             raise VitError(f"there is no folder {path}")
         own = find_in(path.parent if path.name == WEIGHTS else path)
-        return Place("path", str(own or (_weights_in(path) if path.is_dir() else path)), own=own is not None)
+        return Place("path", str(own or (weights_in(path) if path.is_dir() else path)), own=own is not None)
     place = _registered(source, revision).place
     if place is None:
         raise VitError(f"timm has no weights for {source}: give a name with a tag, or a file of weights")
@@ -165,33 +144,19 @@ def read(place: Place, known: Known) -> Weights:
 
     Raises `VitError` when they cannot be had or read, are refused, or hold no such model.
     """
-    path, label = _local(place)
+    path, label = local(place)
     notes: list[str] = []
     if place.own:
         state = from_bundle(read_own(path)[0], known.architecture)
     else:
-        content = _content(path)
-        if describes_itself(content):
-            state = checkpoint_parts(content, path)[0]
+        found = content(path)
+        if describes_itself(found):
+            state = checkpoint_parts(found, path)[0]
         else:
-            state, notes = _renamed(content, known.architecture, path)
+            state, notes = _renamed(found, known.architecture, path)
     if not known.trusted and place == known.place:
         check_sizes(known.architecture, state, label)
     return Weights(state, label, notes)
-
-
-def whereabouts(place: Place | None) -> str:
-    """Where weights are and whether they are on this machine, in words."""
-    if place is None:
-        return "none: timm has the architecture only"
-    if place.kind == "path":
-        return place.where
-    if place.kind == "url":
-        return f"{place.where}, fetched when they are first used"
-    cached = next(filter(None, (hub.in_cache(place.where, file, place.revision) for file in place.files)), None)
-    pinned = f"@{place.revision}" if place.revision else ""
-    here = f"in the cache, {cached}" if cached else "not in the cache: fetched when they are first used"
-    return f"{place.where}{pinned} on the hub, {here}"
 
 
 def _scheme(source: str) -> tuple[str | None, str]:
@@ -216,7 +181,7 @@ def _on_hub(name: str, revision: str | None) -> tuple[Place, dict[str, Any] | No
     found = hub.fetch(repo, [CONFIG], revision, optional=True)
     config = None if found is None else read_config(found.path)
     own = config is not None and isinstance(config.get("vit"), dict)
-    return Place("hub", repo, (WEIGHTS,) if own else _PREFERRED, revision, own), config
+    return Place("hub", repo, (WEIGHTS,) if own else PREFERRED, revision, own), config
 
 
 def _registered(source: str, revision: str | None) -> Known:
@@ -224,7 +189,7 @@ def _registered(source: str, revision: str | None) -> Known:
     from vit.pretrained.registry import entry
 
     name, revision = hub.split_revision(source, revision)
-    if re.search(r"[/\\]", name.removeprefix("timm/")) or name.endswith((*_ENDINGS, ".ckpt")):
+    if re.search(r"[/\\]", name.removeprefix("timm/")) or name.endswith((*ENDINGS, ".ckpt")):
         raise VitError(f"no weights at {source}: expected {EXPECTED}")
     found = entry(name)
     cfg, a = found.pretrained_cfg, found.architecture
@@ -233,7 +198,7 @@ def _registered(source: str, revision: str | None) -> Known:
         raise VitError(f"{source}: the weights of {found.name} are not on the hub, so they have no revisions")
     place = Place("url", url) if url else None
     if repo:
-        files = (f"{file.rpartition('.')[0]}.safetensors", file) if file else _PREFERRED[:2]
+        files = (f"{file.rpartition('.')[0]}.safetensors", file) if file else PREFERRED[:2]
         place = Place("hub", repo, tuple(dict.fromkeys(files)), revision)
     preprocessing = from_timm_cfg(cfg, image_size=a["image_size"], channels=a["in_channels"], source=name)
     names = class_names({**cfg, "num_classes": a["num_classes"]}, name) if place is not None else None
@@ -248,7 +213,7 @@ def _in_folder(folder: Path, source: str) -> Known:
         raise VitError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
         raise VitError(f"{folder} is not a model: expected {EXPECTED}")
-    return _configured(read_config(folder / CONFIG), source, Place("path", str(_weights_in(folder))))
+    return _configured(read_config(folder / CONFIG), source, Place("path", str(weights_in(folder))))
 
 
 def _in_file(path: Path, source: str) -> Known:
@@ -289,7 +254,18 @@ def _described(table: Mapping[str, Any], source: str, place: Place) -> Known:
         preprocessing = Preprocessing.from_dict(table.get("preprocessing"))
     except VitError as error:
         raise VitError(f"{source}: {error}") from None
-    return Known(source, architecture, preprocessing, names, place, own=table)
+    return Known(source, _completed(architecture, source), preprocessing, names, place, own=table)
+
+
+def _completed(architecture: dict[str, Any], source: str) -> dict[str, Any]:
+    """All arguments of the model: an older one does not say what it could not have."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return VisionTransformer(**architecture).architecture
+    except VitError as error:
+        raise VitError(f"{source}: {error}") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise VitError(f"{source}: its architecture cannot be built: {error}") from None
 
 
 def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
@@ -326,11 +302,11 @@ def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
 def _bounded(arguments: Any, cfg: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A stranger's `model_args`, where they are arguments of a model and ask for nothing that would fill the memory."""
     from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer import VisionTransformer as Plain
 
     if not isinstance(arguments, dict):
         raise VitError(f"{source}: its model_args are no table of names and values")
-    allowed = {name for model in (VisionTransformer, Eva) for name in inspect.signature(model).parameters}
+    allowed = {name for model in (Plain, Eva) for name in inspect.signature(model).parameters}
     sizes = {key: cfg.get(key) for key in ("num_classes", "input_size")}
     for key, value in {**arguments, **sizes}.items():
         if key not in allowed and key not in sizes:
@@ -341,53 +317,6 @@ def _bounded(arguments: Any, cfg: Mapping[str, Any], source: str) -> dict[str, A
             if isinstance(part, int | float) and not 0 <= part <= _MOST.get(key, 65_536):
                 raise VitError(f"{source}: model_args.{key} is {part}, which no model has")
     return {key: value for key, value in arguments.items() if value is not None}
-
-
-def _weights_in(folder: Path) -> Path:
-    """The file of weights in a folder, as timm finds it."""
-    for name in _PREFERRED:
-        if (folder / name).is_file():
-            return folder / name
-    for ending in _ENDINGS:
-        found = sorted(folder.glob(f"*{ending}"))
-        if len(found) > 1:
-            raise VitError(f"{folder} holds several files of weights ({found[0].name}, {found[1].name}): name one")
-        if found:
-            return found[0]
-    raise VitError(f"{folder} holds no file of weights: expected {WEIGHTS}, or one ending in {', '.join(_ENDINGS)}")
-
-
-def _local(place: Place) -> tuple[Path, str]:
-    """The file or folder on this machine, fetched if need be, and what to call it."""
-    if place.kind == "hub":
-        fetched = hub.fetch(place.where, place.files, place.revision)
-        at = f", commit {fetched.commit[:12]}" if fetched.commit else ""
-        return fetched.path, f"{place.where} on the hub ({fetched.path.name}{at})"
-    if place.kind == "url":
-        return _download(place.where), place.where
-    return Path(place.where), place.where
-
-
-def _download(url: str) -> Path:
-    """A file that timm knows by its address, in torch's cache, where timm keeps such files too."""
-    import torch
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except OSError as error:  # urllib's are
-            raise VitError(
-                f"{path.name} is not in {path.parent}, and {url} cannot be fetched ({error}): put the file there"
-            ) from None
-    return path
-
-
-def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    return read_npz(path) if path.suffix == ".npz" else read_pickled(path)
 
 
 def _renamed(content: Any, architecture: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], list[str]]:
