@@ -22,7 +22,7 @@ class RmsNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return x * (x.square().mean(dim=-1, keepdim=True) + (self.eps or 0.0)).rsqrt() * self.weight
         return super().forward(x)
 
