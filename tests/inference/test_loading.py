@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -104,9 +106,54 @@ def test_nothing_of_that_name_lists_what_comes_nearest(small_bundle, tmp_path, m
     with pytest.raises(VitError, match="did you mean 'runs/digits/2026-01-02_10-00-00'"):
         load("runs/digit/2026-01-02_10-00-0")
     with pytest.raises(VitError, match="the newest run here is runs/digits"):
-        load("vit_small_patch16_224")
+        load("nothing_like_it")
     with pytest.raises(VitError, match="the newest run in it is runs/digits"):
         load("runs/digits")
+
+
+def test_a_name_of_timms_that_is_none_lists_names_and_runs(small_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_bundle, tmp_path / "runs" / "digits" / "2026-01-01_10-00-00" / "model")
+    with pytest.raises(VitError, match=r"did you mean 'vit_small_patch16_224'.*the newest run here is runs/digits"):
+        load("vit_smal_patch16_224")
+    with pytest.raises(VitError, match="timm has no weights 'augreg' of vit_small_patch16_224; did you mean"):
+        load("vit_small_patch16_224.augreg")
+    with pytest.raises(VitError, match="vit_base_r50_s16_384 cannot be built here: its patches come from a convol"):
+        load("vit_base_r50_s16_384")
+
+
+def test_a_path_that_exists_wins_over_a_name(small_bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_bundle, tmp_path / "vit_small_patch16_224")
+    assert locate("vit_small_patch16_224").kind == "bundle"
+    assert load("vit_small_patch16_224", device="cpu").description.temperature == 1.5
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch16_clip_224.openai"])
+def test_a_backbone_classifies_nothing_and_is_not_fetched_to_find_out(name, monkeypatch):
+    monkeypatch.setattr("vit.pretrained.hub.fetch", None)
+    with pytest.raises(
+        VitError, match=rf"is a backbone, .*fine-tune it first \(python train\.py .*model\.name={name} "
+    ):
+        load(name, device="cpu")
+    with pytest.raises(VitError, match=r"has no model\.onnx"):
+        load(name, backend="onnx")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hf-hub:someone/model@main", "timm"), ("local-dir:somewhere", "timm")])
+def test_places_that_timm_names(name, kind):
+    assert (locate(name).kind, locate(name).name) == (kind, name)
+
+
+def test_what_does_not_look_like_a_name_costs_no_import_of_timm():
+    code = (
+        "import sys; from vit.inference.loading import locate; from vit.errors import VitError\n"
+        "for name in ('nothing', 'runs/vit_small', 'photo.jpg', 'a_b.ckpt', 'small_bundle', 'patch'):\n"
+        "    try: locate(name)\n    except VitError as error: assert 'expected a run folder' in str(error), error\n"
+        "print(*{'timm', 'torch'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("name", ["", "nul\0byte", "x" * 5000, "new\nline"])

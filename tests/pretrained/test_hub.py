@@ -20,6 +20,7 @@ import torch
 
 from vit.errors import VitError
 from vit.pretrained.hub import fetch, split_revision
+from vit.pretrained.places import Place, local
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -164,3 +165,20 @@ def test_revisions_are_split_off_names():
 def test_impossible_repositories(name):
     with pytest.raises(VitError, match="is no name on the hub"):
         fetch(name, ["config.json"])
+
+
+def test_a_file_by_its_address_is_kept_where_timm_keeps_it(hub, tmp_path, monkeypatch):
+    """Weights that timm knows by an address only (I-JEPA's) go to torch's cache, and are there offline."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = Place("url", f"{hub.url}/timm/{NAME}/resolve/main/model.safetensors")
+    path, label = local(place)
+    assert path == tmp_path / "hub" / "checkpoints" / "model.safetensors"
+    assert path.read_bytes() == (hub.folder / "model.safetensors").read_bytes()
+    assert label == place.where
+    hub.requests.clear()
+    assert local(place)[0] == path
+    assert hub.requests == []
+    for address in (f"{hub.url}/timm/{NAME}/resolve/main/none.pth", "http://127.0.0.1:9/none.pth"):
+        with pytest.raises(VitError, match=r"none\.pth is not in .*/checkpoints, and http.* cannot be fetched"):
+            local(Place("url", address))
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["model.safetensors"]

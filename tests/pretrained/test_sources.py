@@ -17,7 +17,7 @@ from vit.errors import VitError
 from vit.inference.bundle import read_bundle
 from vit.inference.loading import load_torch
 from vit.pretrained.create import load_pretrained, look
-from vit.pretrained.sources import whereabouts
+from vit.pretrained.places import whereabouts
 
 SIZES = {"embed_dim": 48, "num_heads": 3, "depth": 2, "img_size": 64}
 
@@ -232,6 +232,15 @@ def test_own_weights_for_another_architecture_of_the_same_shape(small_bundle, tm
     assert loaded.report.head == "kept"
     assert loaded.class_names is None  # whose classes they are is not known
     assert torch.equal(loaded.model.head.weight, load_file(small_bundle / "model.safetensors")["head.weight"])
+
+
+def test_an_older_model_does_not_say_what_it_could_not_have(small_bundle, tmp_path):
+    folder = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    told = json.loads((folder / "config.json").read_text())["vit"]
+    old = {key: value for key, value in told["architecture"].items() if key not in ("mlp", "activation", "final_norm")}
+    configure(folder, vit={**told, "architecture": old})
+    assert look(folder).architecture == look(small_bundle).architecture
+    assert load_pretrained(folder, activation="gelu").report.head == "kept"
 
 
 def test_a_description_that_lies_takes_no_memory(small_bundle, tmp_path):
