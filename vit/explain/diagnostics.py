@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vit.explain.methods import Trace
+from vit.model.reduction import Move
 
 OUTLIER = 3.0
 """A patch token this many times longer than the image's median patch token is counted as an outlier."""
@@ -19,18 +21,25 @@ OUTLIER = 3.0
 def attention_distance(weights: Sequence[Tensor], prefix_tokens: int, grid: tuple[int, int]) -> Tensor:
     """Mean distance from a patch to the patches it attends to, in patches (Dosovitskiy et al. 2021, figure 7).
 
-    The Euclidean distance on the grid, weighted by the attention between patches (made to sum to 1 over them).
+    The Euclidean distance on the grid, weighted by the attention between patches (made to sum to 1 over them).  A
+    token that stands for several patches (weights of a record carry that along) is where their mean is.
     """
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
+    device = weights[0].device
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=device) for n in grid), indexing="ij")
     places_P2 = torch.stack([rows.flatten(), columns.flatten()], dim=1)
-    apart_PP = torch.cdist(places_P2, places_P2).to(weights[0].device)
+    places_BN2 = F.pad(places_P2, (0, 0, prefix_tokens, 0))[None]
 
-    def one(weights_BHNN: Tensor) -> Tensor:
+    def one(weights_BHNN: Tensor, move: Move | None) -> Tensor:
+        nonlocal places_BN2
+        if move is not None:
+            places_BN2 = move.matrix @ places_BN2
+        apart_B1PP = torch.cdist(places_BN2, places_BN2)[:, None, prefix_tokens:, prefix_tokens:]
         between = weights_BHNN[:, :, prefix_tokens:, prefix_tokens:]
         mass = between.sum(dim=-1)
-        return ((between * apart_PP).sum(dim=-1) / mass.clamp(min=1e-12)).mean(dim=(0, 2))
+        return ((between * apart_B1PP).sum(dim=-1) / mass.clamp(min=1e-12)).mean(dim=(0, 2))
 
-    return torch.stack([one(each) for each in weights])
+    moves = getattr(weights, "moves", [None] * len(weights))
+    return torch.stack([one(each, move) for each, move in zip(weights, moves, strict=False)])
 
 
 def entropy(weights: Sequence[Tensor]) -> Tensor:
@@ -40,10 +49,8 @@ def entropy(weights: Sequence[Tensor]) -> Tensor:
 
 def patch_mass(t: Trace) -> Tensor:
     """Share of the attention of what the head reads that goes to patches, not to class token and registers."""
-    row_BN = t.readout.mean(dim=1)
-    return torch.stack(
-        [(row_BN[:, None, None] @ each)[:, :, 0, t.prefix_tokens :].sum(dim=-1).mean(dim=0) for each in t.weights]
-    )
+    layers = [t.looks(layer)[:, :, t.prefix_tokens :] for layer in range(len(t.weights))]
+    return torch.stack([each.sum(dim=-1).mean(dim=0) for each in layers])
 
 
 def head_importance(t: Trace) -> Tensor:
@@ -63,8 +70,7 @@ def sinks(t: Trace) -> tuple[Tensor, Tensor]:
     Of the last layer's attention to patches, as the head's row sees it, the share of the largest patch; and the share
     of patch tokens that are `OUTLIER` times longer than the image's median one.
     """
-    row_BN = t.readout.mean(dim=1)
-    last_BP = (row_BN[:, None, None] @ t.weights[-1])[:, :, 0].mean(dim=1)[:, t.prefix_tokens :]
+    last_BP = t.looks(len(t.weights) - 1).mean(dim=1)[:, t.prefix_tokens :]
     top_mass = last_BP.amax(dim=1) / last_BP.sum(dim=1).clamp(min=1e-12)
     lengths_BP = t.tokens[:, t.prefix_tokens :].float().norm(dim=-1)
     outliers = (lengths_BP > OUTLIER * lengths_BP.median(dim=1, keepdim=True).values).float().mean(dim=1)

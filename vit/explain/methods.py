@@ -20,6 +20,7 @@ Class-specific methods weigh it by its own gradient like any other attention, ex
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 
 from vit.errors import VitError, nearest
 from vit.explain.carry import Fusion, back, carry, down, through, to_map
-from vit.explain.record import Record, find, record_attention, resolve_layer, single
-from vit.model.reduction import Move
+from vit.explain.record import Record, Weights, find, record_attention, resolve_layer, single
+from vit.model.reduction import Move, together
 
 
 @dataclass
@@ -65,6 +66,13 @@ class Trace:
     def front(self, layer: int) -> Move | None:
         """Where tokens went in front of the attention of `layer`, or with the number of layers, after the last."""
         return None if self.moves is None else self.moves[layer]
+
+    def only(self, layers: Sequence[int]) -> Weights:
+        """The weights of these layers, in order, with where tokens went in front of each."""
+        moves = [None] * (len(self.weights) + 1) if self.moves is None else self.moves
+        bounds = [0, *(layer + 1 for layer in layers), len(moves)]
+        between = [together(moves[low:high]) for low, high in itertools.pairwise(bounds)]
+        return Weights([self.weights[layer] for layer in layers], between)
 
     def to_image(self, rows: Tensor, layer: int) -> Tensor:
         """Rows over the tokens that the attention of `layer` sees (with the number of layers, the head), back to those

@@ -20,7 +20,6 @@ Notable:
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from vit.errors import VitError
 from vit.model.attention import DotProductAttention, MultiHeadAttention, attention_weights, dot_product_attention
 from vit.model.positions import Rotary
-from vit.model.reduction import Move, Reducer, shares
+from vit.model.reduction import Move, Reducer, shares, together
 from vit.model.vision_transformer import VisionTransformer
 
 Rows = Literal["all", "readout"]
@@ -83,7 +82,7 @@ class Record:
             return [None] * (len(self.layers) + 1)
         by_layer = self._reducer.moves
         bounds = [0, *self.layers, len(by_layer)]
-        return [_together(by_layer[low:high]) for low, high in itertools.pairwise(bounds)]
+        return [together(by_layer[low:high]) for low, high in itertools.pairwise(bounds)]
 
     @property
     def sizes(self) -> list[Tensor | None]:
@@ -153,12 +152,6 @@ def record_attention(
             undo.callback(block.register_forward_hook(_keep_tokens(record, layer, gradients)).remove)
         undo.enter_context(_replaced(vit, "pool_tokens", _Pool(vit, record, gradients)))
         yield record
-
-
-def _together(moves: Sequence[Move | None]) -> Move | None:
-    """Moves one after the other as one."""
-    found = [move for move in moves if move is not None]
-    return functools.reduce(Move.then, found) if found else None
 
 
 def find(model: nn.Module) -> VisionTransformer:

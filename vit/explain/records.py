@@ -19,6 +19,7 @@ from vit.explain.diagnostics import sinks
 from vit.explain.faithfulness import perturb
 from vit.explain.methods import METHODS, Trace, rollout_by_depth, trace
 from vit.explain.record import find
+from vit.model.reduction import Move
 
 SHOWN = ("rollout", "raw", "relevance", "gradient_rollout", "legrad")
 """The methods that the tab offers."""
@@ -43,8 +44,18 @@ class Observed:
     predicted: Trace
 
     def pairs(self, i: int, *, per_head: bool) -> dict[str, Any]:
-        """Every token's attention to every other in image `i`: (L, H or 1, N, N)."""
+        """Every token's attention to every other in image `i`: (L, H or 1, N, N).
+
+        Patches that are one token attend alike, and have its attention in the shares that they have in it.
+        """
         layers = [weights[i] if per_head else weights[i].mean(dim=0, keepdim=True) for weights in self.weights]
+        gone: Move | None = None
+        for layer, move in enumerate(self.predicted.moves or ()):
+            if move is not None:
+                only = Move(move.place_BN[i : i + 1], move.share_BN[i : i + 1], move.tokens)
+                gone = only if gone is None else gone.then(only)
+            if gone is not None and layer < len(layers):
+                layers[layer] = gone.back(layers[layer][None])[0][:, gone.place_BN[0]]
         return {"per_head": per_head, "attention": torch.stack(layers).cpu().numpy()}
 
     def maps(self, method: str) -> Tensor:
@@ -138,8 +149,7 @@ def measure(
 
 def _class_rows(t: Trace) -> np.ndarray:
     """The attention of what the head reads to the patches, by layer and head: (B, L, H, P)."""
-    row_BN = t.readout.mean(dim=1)
-    layers = [(row_BN[:, None, None] @ weights)[:, :, 0, t.prefix_tokens :] for weights in t.weights]
+    layers = [t.looks(layer)[:, :, t.prefix_tokens :] for layer in range(len(t.weights))]
     return torch.stack(layers, dim=1).float().cpu().numpy()
 
 

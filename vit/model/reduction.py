@@ -20,6 +20,7 @@ Letters in names are axes: B batch, N tokens, K tokens that stay, D width, H hea
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -117,6 +118,12 @@ def spell(a: Mapping[str, Any]) -> str:
     if isinstance(plan, list | tuple):
         return f"{method}:{'-'.join(map(str, plan))}"
     return f"{method}:{a.get('reduction_rate', RATE):g}:{plan or DEFAULT_SCHEDULE[method]}"
+
+
+def together(moves: Sequence[Move | None]) -> Move | None:
+    """Moves one after the other as one; None for no move at all."""
+    found = [move for move in moves if move is not None]
+    return functools.reduce(Move.then, found) if found else None
 
 
 class Reduction:

@@ -132,7 +132,7 @@ def _curves(t: Trace) -> dict[str, float]:
     """Distance in patches, entropy in nats and share of the mass on patches, of some layers, means over heads."""
     depth = len(t.weights)
     layers = sorted({round(i * (depth - 1) / (_CURVES - 1)) for i in range(_CURVES)})
-    chosen = [t.weights[layer] for layer in layers]
+    chosen = t.only(layers)
     found = {
         "distance": attention_distance(chosen, t.prefix_tokens, t.grid),
         "entropy": entropy(chosen),
