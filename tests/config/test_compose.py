@@ -11,11 +11,13 @@ import yaml
 
 from vit import options
 from vit.data.catalogue import CATALOGUE, DataConfig
+from vit.errors import VitError
 from vit.model import SIZES, VisionTransformer
 from vit.model.arguments import CHOICES
-from vit.training import config as training
+from vit.training import sections
 from vit.training.app import CONF
-from vit.training.config import Config, EvalConfig, ModelConfig, check_model, load, load_eval
+from vit.training.config import Config, EvalConfig, check_model, load, load_eval
+from vit.training.sections import ModelConfig
 
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
@@ -24,14 +26,24 @@ GROUPS = {
 }
 FILES = [(group, name) for group, names in GROUPS.items() for name in names]
 NEEDS_FOLDER = {("data", "folder"), ("data", "imagenet"), ("data", "parquet")}
-NEEDS_FOLDER |= {("experiment", "folder"), ("experiment", "imagenet_small")}
+NEEDS_FOLDER |= {("experiment", name) for name in ("folder", "imagenet_small", "finetune", "linear_probe")}
+NEEDS_WEIGHTS = {("model", "pretrained"), ("experiment", "finetune"), ("experiment", "linear_probe")}
 NEEDS_GPU = {"gpu", "ddp", "fsdp"}
 
 
-def needed(group, name):
+@pytest.fixture
+def needed(small_bundle):
     """What a choice cannot do without."""
-    more = ["data.root=photos"] if (group, name) in NEEDS_FOLDER else []
-    return [*more, "optim=adamw"] if (group, name) == ("trainer", "fsdp") else more
+    return lambda group, name: list(_needed(group, name, small_bundle))
+
+
+def _needed(group, name, weights):
+    if (group, name) in NEEDS_FOLDER:
+        yield "data.root=photos"
+    if (group, name) in NEEDS_WEIGHTS:
+        yield f"model.name={weights}"
+    if (group, name) == ("trainer", "fsdp"):
+        yield "optim=adamw"
 
 
 def test_the_groups_are_those_that_are_promised():
@@ -44,7 +56,7 @@ def test_the_groups_are_those_that_are_promised():
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
-def test_every_choice_composes_to_a_checked_configuration(group, name, compose):
+def test_every_choice_composes_to_a_checked_configuration(group, name, compose, needed):
     values = compose(f"{group}={name}", *needed(group, name))
     config = load(values)
     if group == "trainer" and name in NEEDS_GPU:
@@ -59,7 +71,11 @@ def test_every_choice_composes_to_a_checked_configuration(group, name, compose):
 
 @pytest.mark.parametrize("debug", GROUPS["debug"])
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
-def test_every_debug_run_of_every_experiment_composes(experiment, debug, compose):
+def test_every_debug_run_of_every_experiment_composes(experiment, debug, compose, needed):
+    if debug == "tiny" and ("experiment", experiment) in NEEDS_WEIGHTS:
+        with pytest.raises(VitError, match=r"^model\.\w+=.*: the weights of .* leave model\.\w+ out"):
+            load(compose(f"experiment={experiment}", "debug=tiny", *needed("experiment", experiment)))
+        return
     config = load(compose(f"experiment={experiment}", f"debug={debug}", *needed("experiment", experiment)))
     check_model(config)
     assert config.run.name == "debug"  # where it cannot be taken for a result
@@ -79,18 +95,23 @@ def test_files_and_dataclasses_have_the_same_keys(compose):
     assert sorted(leaves(values)) == sorted(key.name for key in options.keys(EvalConfig))
 
 
+def whole(group, name):
+    """Whether a file may set any key, not only those of its group."""
+    return group in ("experiment", "debug") or (group, name) == ("model", "pretrained")
+
+
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
 def test_every_key_that_a_file_sets_exists(group, name):
     written = yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) or {}
     written.pop("defaults", None)
-    prefix = "" if group in ("experiment", "debug") else f"{group}."
+    prefix = "" if whole(group, name) else f"{group}."
     assert set(leaves(written, prefix)) <= {key.name for key in options.keys(Config)}
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
 def test_every_file_opens_with_the_command_that_uses_it(group, name):
     lines = (CONF / group / f"{name}.yaml").read_text().splitlines()
-    if group in ("experiment", "debug"):
+    if whole(group, name):
         assert lines.pop(0) == "# @package _global_"
     assert re.match(rf"# python train\.py (.* )?{group}={name}( |$)", lines[0])
     assert re.match(r"# \S.{15,}", lines[1])  # and says what it is for
@@ -98,15 +119,16 @@ def test_every_file_opens_with_the_command_that_uses_it(group, name):
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
-def test_the_command_in_a_file_composes(group, name, compose):
+def test_the_command_in_a_file_composes(group, name, compose, small_bundle):
     text = (CONF / group / f"{name}.yaml").read_text()
     command = re.search(r"^# python train\.py (.*)$", text, re.M)
     assert command is not None
-    load(compose(*command.group(1).split()))
+    # the file's own example of a name is on a hub
+    load(compose(*re.sub(r"model\.name=\S+", f"model.name={small_bundle}", command.group(1)).split()))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_a_data_file_and_the_catalogue_agree(name, compose):
+def test_a_data_file_and_the_catalogue_agree(name, compose, needed):
     data = load(compose(f"data={name}", *needed("data", name))).data
     entry = CATALOGUE[name]
     for key in ("image_size", "channels", "patch_size", "batch_size"):
@@ -116,9 +138,9 @@ def test_a_data_file_and_the_catalogue_agree(name, compose):
 def test_the_model_section_is_the_models_own_arguments():
     arguments = inspect.signature(VisionTransformer).parameters
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert fields - {"compile"} == set(arguments) - {"num_classes"}
+    assert fields - set(sections.NO_ARGUMENTS) == set(arguments) - {"num_classes"}
     rules = {key.name: key.rule for key in options.keys(ModelConfig)}
-    assert tuple(SIZES) == training.SIZES
+    assert tuple(SIZES) == sections.SIZES
     for key, allowed in CHOICES.items():
         assert set(rules[key].choices) == set(allowed)
 

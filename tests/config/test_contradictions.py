@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit.errors import VitError
-from vit.training.config import check_model, load, seconds
+from vit.training.config import check_model, load
+from vit.training.sections import seconds
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
     warnings.filterwarnings("ignore", module="lightning", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*module\\(s\\) in eval mode.*")  # the average
     warnings.filterwarnings("ignore", module="lightning", message=".*It is recommended to use `self.log.*sync_dist.*")
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*Total length of `list` across ranks is zero.*")
     if t.threads:
         torch.set_num_threads(t.threads)
@@ -55,9 +56,9 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
             accelerator=t.accelerator,
             devices=t.devices,
             num_nodes=t.num_nodes,
-            strategy=_strategy(t.strategy, cuda),
+            strategy=_strategy(config, cuda),
             precision=precision_for(t.precision, cuda),  # type: ignore[arg-type]
-            max_epochs=-1 if t.max_epochs is None else t.max_epochs,
+            max_epochs=-1 if t.epochs is None else t.epochs,
             check_val_every_n_epoch=t.validate_every,
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
@@ -77,10 +78,13 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
         raise VitError(f"trainer: {error}") from error
 
 
-def _strategy(name: str, cuda: bool) -> str | Strategy:
-    if name == "ddp":
+def _strategy(config: Config, cuda: bool) -> str | Strategy:
+    t, gradual = config.trainer, config.finetune.unfreeze > 0
+    devices = t.devices if isinstance(t.devices, int) else max(1, torch.cuda.device_count()) if cuda else 1
+    if t.strategy == "ddp" or (gradual and t.strategy == "auto" and devices * t.num_nodes > 1):
         options: dict[str, Any] = {} if cuda else {"process_group_backend": "gloo"}
-        return DDPStrategy(gradient_as_bucket_view=True, static_graph=False, **options)
-    if name == "fsdp":
+        # layers that are still frozen have no gradients to exchange, and which those are changes
+        return DDPStrategy(gradient_as_bucket_view=True, static_graph=False, find_unused_parameters=gradual, **options)
+    if t.strategy == "fsdp":
         return FSDPStrategy(state_dict_type="full", use_orig_params=True)
     return "auto"

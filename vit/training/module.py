@@ -8,6 +8,7 @@ such moment and always before a checkpoint is written.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,10 @@ from vit.data.loaders import Batch, EvalLoader, TrainLoader
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.model import VisionTransformer
+from vit.training.distill import Distillation
+from vit.training.freezing import Freezing, learning
+
+log = logging.getLogger("vit")
 
 
 class TrainingFailed(VitError):
@@ -43,6 +48,12 @@ class TrainingModule(L.LightningModule):
         ema_decay: keep an exponential moving average of the weights, None for none.
         patch_dropout_off: last share of training that sees all patches.
         seed: with the step it decides the noise of dropout, so a resumed run draws what an unbroken one would.
+        freezing: which of the model's layers learn, and from when; None: all that can.
+        distillation: the loss with a teacher; None: there is none, and labels are all.
+        lora_scale: of the model's changes by LoRA, where it has such; None: the weights are plain.
+
+    Attributes
+        trained: how many of the model's numbers learn, sooner or later.
     """
 
     sums: Tensor
@@ -62,12 +73,17 @@ class TrainingModule(L.LightningModule):
         ema_decay: float | None,
         patch_dropout_off: float,
         seed: int,
+        freezing: Freezing | None = None,
+        distillation: Distillation | None = None,
+        lora_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.ema = copy.deepcopy(model).requires_grad_(False).eval() if ema_decay else None
         self.augment, self.description = augment, description
         self.seed, self.ema_decay, self.patch_dropout_off = seed, ema_decay, patch_dropout_off
+        self.freezing, self.distillation, self.lora_scale = freezing, distillation, lora_scale
+        self.trained = learning(model)
         self._make_optimizer = optimizer
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
         self._patch_dropout = model.patch_dropout
@@ -113,11 +129,16 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 4099 + self.global_rank)
         late = self.progress >= 1 - self.patch_dropout_off
         self.model.patch_dropout = 0.0 if late else self._patch_dropout
+        if self.freezing is not None and (lowest := self.freezing.update(self.progress)) is not None:
+            log.info("from step %d on learns %s", self.trainer.global_step, self.freezing.named(lowest))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = self.augment(batch.images, batch.labels, batch.index, self.current_epoch, self.progress)
-        logits = self.model(images)
-        loss = F.cross_entropy(logits, targets)
+        if self.distillation is None:
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, targets)
+        else:
+            logits, loss = self.distillation(self.model, images, targets)
         self._count(logits.detach(), targets, loss.detach())
         return loss
 
@@ -207,6 +228,8 @@ class TrainingModule(L.LightningModule):
         self.description.metrics = blocks
         prefix = "model." if self.ema is None else "ema."
         checkpoint["vit"] = self.description.to_dict() | {"weights_prefix": prefix}
+        if self.lora_scale is not None:
+            checkpoint["vit"]["lora"] = self.lora_scale
 
 
 def _limit(limit: int | float, batches: int) -> int | float:

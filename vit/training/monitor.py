@@ -188,15 +188,20 @@ class Monitor(L.Callback):
 
         Numbers in `metrics`, nested or not, become `final/<path>`; anything else in it is passed over.
         """
-        parameters = {key: value for key, value in _flat(self.config.to_dict(), ".").items() if value is not None}
-        parameters = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in parameters.items()}
-        figures = {
-            f"final/{key}": float(value)
-            for key, value in _flat(metrics, "/").items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        }
-        self.events.hyperparameters(parameters, figures, max(0, self._logged))
+        write_outcome(self.events, self.config, metrics, max(0, self._logged))
         self.events.close()
+
+
+def write_outcome(events: EventFile, config: Config, metrics: Mapping[str, Any], step: int) -> None:
+    """The run's row of the HParams tab: its configuration, and the numbers in `metrics` as `final/<path>`."""
+    parameters = {key: value for key, value in _flat(config.to_dict(), ".").items() if value is not None}
+    parameters = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in parameters.items()}
+    figures = {
+        f"final/{key}": float(value)
+        for key, value in _flat(metrics, "/").items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+    events.hyperparameters(parameters, figures, step)
 
 
 def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:

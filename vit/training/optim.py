@@ -3,7 +3,7 @@
 Notable:
 
 - decay is applied to matrices only: never to norms, biases, tokens, position embeddings or LayerScale;
-- layer-wise decay is baked into each group's learning rate, so every schedule applies it;
+- layer-wise decay and the head's own factor are baked into each group's learning rate, so every schedule applies them;
 - `Muon` steps all matrices of one shape as one batch, and in float32 on CPUs, where bfloat16 is emulated and slow.
 """
 
@@ -121,7 +121,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_addcdiv_(params, first, denominator, [-lr / (1 - beta1**t) for t in times])
 
 
-NO_DECAY = ("cls_token", "reg_token", "pos_embed", "latent", "gamma")
+NO_DECAY = ("cls_token", "dist_token", "reg_token", "pos_embed", "latent", "gamma")
+HEADS = ("head.", "head_dist.")
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -131,30 +132,36 @@ def layer_of(name: str, depth: int) -> int:
     """
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return depth + 1 if name.startswith(("norm", "fc_norm", "attn_pool", "head")) else 0
+    return depth + 1 if name.startswith(("norm.", "fc_norm.", "attn_pool.", *HEADS)) else 0
 
 
 def parameter_groups(model: nn.Module, *, kind: str, lr: float, matrix_lr: float, weight_decay: float,
-                     layer_decay: float) -> list[dict[str, Any]]:  # fmt: skip
+                     layer_decay: float, head_lr: float = 1.0) -> list[dict[str, Any]]:  # fmt: skip
     """Sort a `VisionTransformer`'s trainable parameters into optimiser groups.
 
     Parameters of one group share decay, layer and kind of step; with `layer_decay` < 1 the group's learning rate is
-    `lr * layer_decay ** (layers above it)`.  With `kind="muon"`, 2-D weights inside blocks form `muon` groups at
-    `matrix_lr`.  Each group has a readable `name`.
+    `lr * layer_decay ** (layers above it)`, and the classifier's is `lr * head_lr`.  With `kind="muon"`, 2-D weights
+    inside blocks form `muon` groups at `matrix_lr`, LoRA's apart: they are too thin to be orthogonalised.  Each group
+    has a readable `name`.
     """
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = [name for name, _ in model.named_parameters()]
     depth = max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1) + 1
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in NO_DECAY
-        matrix = kind == "muon" and decays and parameter.ndim == 2 and name.startswith("blocks.")
+        matrix = (
+            kind == "muon" and decays and parameter.ndim == 2 and name.startswith("blocks.") and ".lora_" not in name
+        )
         parts = 3 if matrix and ".qkv." in name else 1
         scale = layer_decay ** (depth + 1 - layer_of(name, depth))
         label = ("matrices_qkv" if parts == 3 else "matrices") if matrix else "decay" if decays else "no_decay"
         if layer_decay != 1:
             label += f"_layer{layer_of(name, depth):02d}"
+        if head_lr != 1 and name.startswith(HEADS):
+            label += "_head"
+            scale *= head_lr
         group = groups.setdefault(
             label,
             {"name": label, "params": [], "lr": (matrix_lr if matrix else lr) * scale}
@@ -175,14 +182,22 @@ def build_optimizer(
     momentum: float = 0.95,
     betas: tuple[float, float] = (0.9, 0.999),
     layer_decay: float = 1.0,
+    head_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Make the optimiser `name` = "muon", "adamw" or "sgd" for a `VisionTransformer`.
 
-    `lr` is the learning rate of AdamW or SGD, `matrix_lr` that of Muon's matrices; `weight_decay` is torch's, which is
-    multiplied by the learning rate.  Raises `VitError` for another name.
+    `lr` is the learning rate of AdamW or SGD, `matrix_lr` that of Muon's matrices, `head_lr` a factor on the
+    classifier's; `weight_decay` is torch's, which is multiplied by the learning rate.  Raises `VitError` for another
+    name.
     """
     groups = parameter_groups(
-        model, kind=name, lr=lr, matrix_lr=matrix_lr, weight_decay=weight_decay, layer_decay=layer_decay
+        model,
+        kind=name,
+        lr=lr,
+        matrix_lr=matrix_lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        head_lr=head_lr,
     )
     if name == "muon":
         return Muon(groups, lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay)

@@ -12,20 +12,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
-import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
-import lightning
 import lightning.pytorch as L
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from vit.data.augment import BatchAugment
 from vit.data.catalogue import open_data, preprocessing_for
@@ -36,6 +35,7 @@ from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
 from vit.files import write_json, write_text
 from vit.inference.bundle import write_bundle
+from vit.inference.sample import of_data
 from vit.inference.description import Description
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
@@ -43,15 +43,23 @@ from vit.training import checkpoints, logs
 from vit.training.attention import AttentionLog
 from vit.training.config import Config
 from vit.training.devices import build_trainer
+from vit.training.distill import Distillation, Teacher
+from vit.training.events import EventFile
+from vit.training.folder import closing_lines, finished, rank, recipe, run_folder, versions
+from vit.training.freezing import Freezing, learning
 from vit.training.interrupt import Interrupt
+from vit.training.lora import add_lora, plain_size
 from vit.training.meter import Meter
 from vit.training.module import TrainingModule
-from vit.training.monitor import Monitor
-from vit.training.optim import build_optimizer
+from vit.training.monitor import Monitor, write_outcome
+from vit.training.optim import HEADS, build_optimizer
 from vit.training.pace import Pace
+from vit.training.pretrained import pretrained_model
+from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
-from vit.training.resume import checkpoint_of, folder_of
+from vit.training.resume import checkpoint_of
 from vit.training.schedule import Schedule
+from vit.training.suited import settled
 from vit.training.tune import tune
 
 log = logging.getLogger("vit")
@@ -77,7 +85,7 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
 
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
-    leader = _rank() == 0
+    leader = rank() == 0
     with logs.shown(leader) as early:
         return _train(config, overrides, leader, early)
 
@@ -86,6 +94,7 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
     resume = checkpoint_of(config.resume) if config.resume else None
     data = open_data(config.data)
     preprocessing = preprocessing_for(config.data, data)
+    config = settled(config, data, overrides)
     config.augment.check(len(data.class_names))
     if not len(data.splits["val"]):
         log.warning("there is no validation data: the last checkpoint counts as the best, temperature stays 1")
@@ -98,11 +107,13 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         class_names=data.class_names,
         preprocessing=preprocessing,
         data=data.source,
-        training=_recipe(config, overrides),
+        training=recipe(config, overrides),
     )
+    if config.method == "linear_probe":
+        return _probe(config, data, model, description, early) if leader else None
     module = build_module(config, data, model, description)
 
-    folder = _run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
+    folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
         with Interrupt(leader) as interrupt:
             return _fit_and_finish(config, data, module, folder, resume, interrupt)
@@ -113,9 +124,54 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         return _fit_and_finish(config, data, module, folder, resume, interrupt)
 
 
+def _probe(
+    config: Config, data: ImageData, model: VisionTransformer, description: Description, early: MemoryHandler
+) -> RunResult:
+    """Fit a linear head to the features of `model`, and leave what any run leaves."""
+    folder = run_folder(config, None)
+    with logs.kept(folder / "train.log", early):
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
+        log.info("run folder: %s", folder)
+        events = EventFile(folder) if config.logging.tensorboard else None
+        began = time.monotonic()
+        probe = Probe(config, model, data, description.preprocessing)
+        penalty = probe.fit_head(events)
+        seconds = time.monotonic() - began
+        neighbours = probe.neighbours(events)
+        for name in ("best", "last"):
+            write_checkpoint(folder / "checkpoints" / f"{name}.ckpt", model, description)
+        best = folder / "checkpoints" / "best.ckpt"
+        metrics = {
+            **finish(config, data, best, folder / "model", probe.device, probe.logits),
+            "knn": neighbours,
+            "penalty": penalty,
+            "train_seconds": round(seconds, 3),
+            "images_per_second": round(probe.images_per_second, 1),
+            "parameters": plain_size(model),
+            "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS)),
+            "bad_files": len(data.bad_files),
+            "seed": config.seed,
+            "versions": versions(),
+        }
+        write_json(folder / "metrics.json", metrics)
+        if events is not None:
+            write_outcome(events, config, metrics, 0)
+            events.close()
+        closing_lines(config, folder, metrics)
+    return RunResult(folder, metrics)
+
+
 def build_model(config: Config, data: ImageData) -> VisionTransformer:
-    """The untrained model of `config` for the classes of `data`."""
-    model = VisionTransformer(**config.model.arguments(len(data.class_names)))
+    """The model of `config` for the classes of `data` as it starts: with new weights, or somebody's.
+
+    A run that is resumed gets its weights from its checkpoint.
+    """
+    if config.model.name is not None and not config.resume:
+        model = pretrained_model(config, data)
+    else:
+        model = VisionTransformer(**config.model.arguments(len(data.class_names)))
+    if config.lora.rank is not None:
+        add_lora(model, config.lora)
     if config.model.compile:
         model.compile()
     return model
@@ -134,16 +190,21 @@ def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing)
 
 def optimizer_options(config: Config) -> dict[str, Any]:
     """What `build_optimizer` takes, beside the model."""
-    keys = ("name", "lr", "matrix_lr", "weight_decay", "momentum", "betas", "layer_decay")
+    keys = ("name", "lr", "matrix_lr", "weight_decay", "momentum", "betas", "layer_decay", "head_lr")
     return {key: getattr(config.optim, key) for key in keys}
 
 
-def build_module(
-    config: Config, data: ImageData, model: VisionTransformer, description: Description
-) -> TrainingModule:
+def build_module(config: Config, data: ImageData, model: VisionTransformer, description: Description) -> TrainingModule:
     """Everything that a step of training needs, in one Lightning module."""
     preprocessing, splits = description.preprocessing, data.splits
     validates = len(splits["val"]) > 0
+    freezing = Freezing(model, freeze=config.finetune.freeze, unfreeze=config.finetune.unfreeze)
+    if (count := learning(model)) < (whole := sum(p.numel() for p in model.parameters())):
+        log.info("%s of %s parameters learn", f"{count:,}", f"{whole:,}")
+    d, distillation = config.distill, None
+    if d.teacher is not None:
+        teacher = Teacher(d.teacher, data.class_names, preprocessing)
+        distillation = Distillation(teacher, kind=d.kind, alpha=d.alpha, temperature=d.temperature)
     return TrainingModule(
         model=model,
         augment=build_augment(config, data, preprocessing),
@@ -156,6 +217,9 @@ def build_module(
         ema_decay=config.ema.decay,
         patch_dropout_off=config.trainer.patch_dropout_off,
         seed=config.seed,
+        freezing=freezing,
+        distillation=distillation,
+        lora_scale=config.lora.scale if config.lora.rank is not None else None,
     )
 
 
@@ -198,7 +262,7 @@ def _fit_and_finish(
     meter = Meter(config.logging.every, pace)
     schedule = Schedule(
         schedule={key: value for key, value in asdict(config.schedule).items()},
-        max_epochs=t.max_epochs,
+        max_epochs=t.epochs,
         max_steps=t.max_steps,
         max_time=t.max_seconds,
     )
@@ -224,7 +288,7 @@ def _fit_and_finish(
     if not trainer.is_global_zero:
         return None
 
-    if resume and pace.images == pace.earlier and interrupt.signal is None and _finished(folder):
+    if resume and pace.images == pace.earlier and interrupt.signal is None and finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
     best = folder / "checkpoints" / "best.ckpt"
     if not best.is_file():
@@ -234,10 +298,11 @@ def _fit_and_finish(
         "images_per_second": round(pace.images_per_second, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "parameters": plain_size(module.model),
+        "trained_parameters": module.trained,
         "bad_files": len(data.bad_files),
         "seed": config.seed,
-        "versions": _versions(),
+        "versions": versions(),
     }
     if interrupt.signal is None:
         with contextlib.suppress(KeyboardInterrupt):
@@ -248,17 +313,22 @@ def _fit_and_finish(
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
-    _closing_lines(config, folder, metrics)
+    closing_lines(config, folder, metrics)
     return RunResult(folder, metrics, 130 if interrupt.signal is not None else 0)
 
 
 def finish(
-    config: Config, data: ImageData, checkpoint: Path, bundle: Path, device: torch.device
+    config: Config,
+    data: ImageData,
+    checkpoint: Path,
+    bundle: Path,
+    device: torch.device,
+    known: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Calibrate the chosen checkpoint on validation data, test it once, and write the bundle.
 
-    Returns the "test" and "val" blocks of `metrics.json`.  The checkpoint's own description gets the temperature and
-    the figures too.
+    `known` gives its logits and the labels of a split, where they need not be computed.  Returns the "test" and "val"
+    blocks of `metrics.json`.  The checkpoint's own description gets the temperature and the figures too.
     """
     weights, description = load_checkpoint(checkpoint)
     model = build(description, weights, checkpoint).to(device)
@@ -267,7 +337,10 @@ def finish(
         split = data.splits[name]
         if not len(split):
             continue
-        logits, labels = collect_logits(model, split, description.preprocessing, config.data, device=device)
+        if known is not None:
+            logits, labels = known(name)
+        else:
+            logits, labels = collect_logits(model, split, description.preprocessing, config.data, device=device)
         if name == "val":
             description.temperature = fit_temperature(logits, labels)
         blocks[name] = scalars(evaluate_logits(logits, labels, data.class_names, description.temperature))
@@ -275,96 +348,7 @@ def finish(
     if raw:
         blocks["val"]["raw"] = raw
     description.metrics = blocks
-    write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx)
+    images = of_data(data, description.preprocessing).images
+    write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx, images=images)
     checkpoints.describe(checkpoint, description)
     return {"test": blocks.get("test", {}), **blocks}
-
-
-def _finished(folder: Path) -> bool:
-    """Whether a run got as far as its figures on the test split."""
-    try:
-        return "test" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-
-
-def _rank() -> int:
-    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(key, "").isdigit():
-            return int(os.environ[key])
-    return 0
-
-
-def _run_folder(config: Config, resume: Path | None) -> Path:
-    """Make `root/name/<date>_<time>`, or go on in the folder of the run that is resumed."""
-    if resume is not None and (folder := folder_of(resume)) is not None:
-        return folder
-    parent = Path(config.run.root) / config.run.name
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        folder = parent / (stamp if attempt == 1 else f"{stamp}_{attempt}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise VitError(f"run.root={config.run.root}: cannot make {folder}: {error.strerror}") from error
-    raise VitError(f"run.root={config.run.root}: a thousand runs began this second under {parent}")
-
-
-def _recipe(config: Config, overrides: list[str]) -> dict[str, Any]:
-    keep = ("augment", "optim", "schedule", "ema")
-    recipe = {key: asdict(getattr(config, key)) for key in keep}
-    t = config.trainer
-    budget = {"max_epochs": t.max_epochs, "max_steps": t.max_steps, "max_time": t.max_time}
-    return {
-        "overrides": list(overrides),
-        "seed": config.seed,
-        "batch_size": config.data.batch_size,
-        "budget": {key: value for key, value in budget.items() if value is not None},
-        **recipe,
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    import vit
-
-    return {
-        "vit": vit.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "lightning": str(lightning.__version__),
-    }
-
-
-def _closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
-    """The last lines printed: the figures, and what to type next."""
-
-    def figures(block: dict[str, Any]) -> str:
-        parts = []
-        for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
-            value = block.get(key)
-            if value is not None:
-                parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
-        return "  ".join(parts)
-
-    lines = []
-    if metrics.get("interrupted"):
-        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'])}")
-    else:
-        for name in ("val", "test"):
-            if metrics.get(name):
-                lines.append(f"{name:<5} {figures(metrics[name])}")
-    seconds, pace = metrics["train_seconds"], metrics["images_per_second"]
-    lines.append(f"trained in {seconds:.0f} s at {pace:,.0f} images/s; everything is in {folder}")
-    if metrics.get("interrupted"):
-        lines.append(f"go on      python train.py resume={folder}")
-    lines += [
-        f"evaluate   python eval.py checkpoint={folder}",
-        f"classify   vit classify {folder} IMAGE...",
-        f"look       tensorboard --logdir {config.run.root}",
-    ]
-    log.info("%s", "\n".join(lines), extra={"file_only": True})
-    print("\n" + "\n".join(lines), flush=True)

@@ -1,0 +1,138 @@
+"""Learning from a teacher: any trained model, whose answers to the very images that the student sees are its targets.
+
+Notable:
+- the teacher gets the augmented, mixed images in its own size and normalisation, on the student's device;
+- classes are matched by name; a teacher that does not know one of the data's classes is refused;
+- a student with a distillation token learns the labels with its class head and the teacher with the token's own head
+  (Touvron et al. 2021, "DeiT", section 4); one without learns a mixture of both with its one head (Hinton et al. 2015);
+- the teacher is no part of the training module: it is in no checkpoint, and no process exchanges it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit.data.assemble import listing
+from vit.data.preprocess import Preprocessing
+from vit.errors import VitError
+from vit.model import VisionTransformer
+
+_LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601, which is how Pillow makes grey of colour."""
+
+
+class Teacher:
+    """A trained model, asked about the classes of the data.
+
+    Args:
+        source: any MODEL (see `vit.inference.loading`).
+        class_names: of the data; the answers are in their order.
+        preprocessing: how the images that it will be shown are normalised.
+
+    Raises `VitError` when it cannot be loaded, does not know a class, or takes another kind of image.
+    """
+
+    def __init__(self, source: str, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
+        from vit.inference.loading import load_torch
+
+        self.model, description = load_torch(source, device="cpu")
+        self.model.requires_grad_(False)
+        self.classes = len(description.class_names)
+        self._columns = _columns(source, description.class_names, class_names)
+        self._theirs, self._ours = description.preprocessing, preprocessing
+        if self._theirs.channels != self._ours.channels and {self._theirs.channels, self._ours.channels} != {1, 3}:
+            raise VitError(
+                f"distill.teacher={source}: takes images of {self._theirs.channels} channels, the data has "
+                f"data.channels={self._ours.channels}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        """Normalised images of the student -> logits (B, K) for the classes of the data."""
+        if next(self.model.parameters()).device != images_BCHW.device:
+            self.model.to(images_BCHW.device)
+            self._columns = self._columns.to(images_BCHW.device)
+        return self.model(self.seen(images_BCHW)).float()[:, self._columns]
+
+    def seen(self, images_BCHW: Tensor) -> Tensor:
+        """The same images as the teacher takes them: its channels, size, mean and deviation."""
+        ours, theirs = self._ours, self._theirs
+        if dataclasses.replace(theirs, interpolation=ours.interpolation, crop_pct=ours.crop_pct,
+                               crop_mode=ours.crop_mode) == ours:  # fmt: skip
+            return images_BCHW
+        x = images_BCHW.float() * _of(ours.std, images_BCHW) + _of(ours.mean, images_BCHW)
+        if theirs.channels < ours.channels:
+            x = (x * _of(_LUMA, x)).sum(dim=1, keepdim=True)
+        x = x.expand(-1, theirs.channels, -1, -1)
+        if theirs.image_size != ours.image_size:
+            x = F.interpolate(x, size=theirs.image_size, mode="bicubic", antialias=True, align_corners=False)
+        return (x - _of(theirs.mean, x)) / _of(theirs.std, x)
+
+
+class Distillation:
+    """The loss of a student with a teacher.
+
+    Args:
+        teacher: normalised images of the student -> logits (B, K).
+        kind: "soft", the teacher's probabilities, or "hard", the class it finds likeliest.
+        alpha: the teacher's share of the loss; the labels have the rest.
+        temperature: softens the probabilities of both, for "soft".
+    """
+
+    def __init__(self, teacher: Teacher, *, kind: str, alpha: float, temperature: float) -> None:
+        self.teacher, self.kind, self.alpha, self.temperature = teacher, kind, alpha, temperature
+
+    def __call__(self, model: VisionTransformer, images_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits (B, K), and the loss against targets (B,) or (B, K) and the teacher."""
+        answers = self.teacher(images_BCHW)
+        if model.head_dist is None:
+            logits = from_labels = from_teacher = model(images_BCHW)
+        else:
+            from_labels, from_teacher = both_answers(model, images_BCHW)
+            logits = (from_labels + from_teacher) / 2
+        loss = (1 - self.alpha) * F.cross_entropy(from_labels, targets)
+        return logits, loss + self.alpha * imitation(from_teacher, answers, self.kind, self.temperature)
+
+
+def imitation(student_BK: Tensor, teacher_BK: Tensor, kind: str, temperature: float) -> Tensor:
+    """How far a student's logits are from its teacher's, a mean over images.
+
+    "soft": T² KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size whatever T is (Hinton et
+    al. 2015, section 2).  "hard": the cross-entropy with the teacher's likeliest class (Touvron et al. 2021, equation
+    3).
+    """
+    if kind == "hard":
+        return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
+    student, teacher = ((each.float() if each.dtype != torch.float64 else each) for each in (student_BK, teacher_BK))
+    ours, theirs = (F.log_softmax(each / temperature, dim=1) for each in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def both_answers(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, K) of the class head and of the distillation token's head, whose mean is what the model returns."""
+    x_BND, sizes_BN = model.encode(images_BCHW)
+    return model.both_heads(model.fc_norm(model.pool_tokens(model.norm(x_BND), sizes_BN)))
+
+
+def _columns(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+    """Which of the teacher's outputs stands for each class of the data."""
+    if list(theirs) == list(ours):
+        return torch.arange(len(ours))
+    if missing := [name for name in ours if name not in set(theirs)]:
+        raise VitError(
+            f"distill.teacher={source}: does not know {listing(missing)}; a teacher has to know every class of the "
+            f"data, by name, and this one knows {listing(list(theirs), 5)}"
+        )
+    if twice := [name for name in dict.fromkeys(ours) if theirs.count(name) > 1 or ours.count(name) > 1]:
+        raise VitError(f"distill.teacher={source}: has several classes called {listing(twice)}, and names match them")
+    place = {name: k for k, name in enumerate(theirs)}
+    return torch.tensor([place[name] for name in ours])
+
+
+def _of(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]

@@ -1,0 +1,182 @@
+"""Starting from somebody's weights: `model=pretrained model.name=...`.
+
+One rule: what the configuration leaves open (null) is as the weights have it; what it says is as it says.
+
+- `conf/model/pretrained.yaml` leaves the architecture open, and how images are prepared: it wins over the data set's
+  own size and statistics.  What is typed, or written in an experiment, wins over it.
+- An architecture cannot be told otherwise than the weights have it; the size of images and patches, channels, the
+  pooling and a distillation token can, and weights are resampled, or start afresh, where they have to.
+- The blanks are filled in before anything else is done, so a run's `config.yaml`, its checkpoints and its bundle say
+  what was used, and a resumed run asks for no weights again.
+
+torch and timm are imported by the functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from vit import options
+from vit.errors import VitError
+from vit.training.sections import NO_ARGUMENTS, ModelConfig
+
+if TYPE_CHECKING:
+    from vit.data.dataset import ImageData
+    from vit.model import VisionTransformer
+    from vit.training.config import Config
+
+log = logging.getLogger("vit")
+
+EXAMPLES = "a name of timm's such as vit_small_patch16_224.augreg_in1k, a run folder or a bundle"
+
+PREPARED = ("image_size", "channels", "patch_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Keys of `data` that are as the weights have them where they are null."""
+
+FOLLOWING = {"image_size": "image_size", "patch_size": "patch_size", "in_channels": "channels"}
+"""Keys of `model` that follow one of `data`."""
+
+
+def left_open(values: Mapping[str, Any]) -> bool:
+    """Whether the values of a configuration leave anything to pretrained weights.
+
+    Raises `VitError` when they do and there is no `model.name`.
+    """
+    model, data = values.get("model"), values.get("data")
+    if not isinstance(model, Mapping) or not isinstance(data, Mapping):
+        return False
+    blank = [key for key in _blanks() if key in model and model[key] is None]
+    if model.get("name") is None:
+        if "size" in blank and "depth" in blank and "mlp" in blank:
+            raise VitError(f"model.name: whose weights to start from has to be said: {EXAMPLES}")
+        return False
+    return "mlp" in blank or any(data.get(key, "") is None for key in PREPARED if key not in ("mean", "std"))
+
+
+def placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with something possible where they leave a blank, so that the others can be checked."""
+    rules = {key.name: key for key in options.keys(ModelConfig)}
+    model = {key: _possible(rules[key]) if value is None and key in rules else value
+             for key, value in values["model"].items()}  # fmt: skip
+    data = dict(values["data"])
+    for key, stand_in in zip(PREPARED, (0, 0, 0, None, None, "bicubic", 1.0, "center"), strict=True):
+        data[key] = stand_in if data.get(key) is None or key in ("mean", "std") else data[key]
+    return {**values, "model": model, "data": data}
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration with its blanks filled in as the weights of `model.name` have it.
+
+    Raises `VitError` when there are no such weights, or something contradicts them.
+    """
+    model, data = dict(values["model"]), dict(values["data"])
+    name = str(model["name"])
+    if model.get("size") is not None:
+        raise VitError(another_model(name, model["size"]))
+    from vit.pretrained.create import MAY_DIFFER
+
+    a, preprocessing = _look(name, model["revision"])
+    if model["pool"] not in (None, a["pool"]):
+        a["final_norm"] = None  # where the pooling suggests
+    for key in _blanks():
+        if key in FOLLOWING or key == "size" or key not in model:
+            continue
+        if model[key] is None:
+            model[key] = a[key]
+        elif key not in MAY_DIFFER and model[key] != a[key]:
+            raise VitError(
+                f"model.{key}={options.show(model[key])}: the weights of {name} have {options.show(a[key])}, and their "
+                f"architecture stays as it is: leave model.{key} out, or choose other weights"
+            )
+    theirs = {**preprocessing, "patch_size": _one(a["patch_size"]), "image_size": _one(preprocessing["image_size"])}
+    for key in PREPARED:
+        if key in ("mean", "std") and data["channels"] is not None and data["channels"] != preprocessing["channels"]:
+            theirs[key] = [sum(theirs[key]) / len(theirs[key])] * data["channels"]
+    for key in PREPARED:
+        if data[key] is None:
+            data[key] = theirs[key]
+    for key, followed in FOLLOWING.items():
+        if model[key] is None:
+            model[key] = data[followed]
+    _check_size(name, model)
+    return {**values, "model": model, "data": data}
+
+
+def another_model(name: str, size: str) -> str:
+    """The line for weights and a size of a model beside each other."""
+    return (
+        f"model.name={name}: its weights are of their own size, and model.size={size} is another model: "
+        f"write model=pretrained model.name={name}, without a size"
+    )
+
+
+def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
+    """The model of `config` with the weights of `model.name`, and a head for the classes of `data`; logs the report.
+
+    The head is the weights' own where `model.head` allows it and its classes are the data's, in any order; else a new
+    one.  Raises `VitError` when the weights do not fit, or `model.head=keep` and the classes are others.
+    """
+    from vit.pretrained.create import MAY_DIFFER, load_pretrained
+
+    m = config.model
+    given = {key: value for key, value in m.arguments(len(data.class_names)).items() if key in MAY_DIFFER}
+    del given["num_classes"]
+    loaded = load_pretrained(
+        str(m.name),
+        weights=m.weights,
+        class_names=data.class_names,
+        head=None if m.head == "auto" else m.head,
+        revision=m.revision,
+        **given,
+    )
+    log.info("%s", loaded.report.table())
+    return loaded.model
+
+
+def _blanks() -> list[str]:
+    """Keys of `model` that may be left to the weights."""
+    return [key.name for key in options.keys(ModelConfig) if key.name not in NO_ARGUMENTS]
+
+
+def _possible(key: options.Key) -> Any:
+    if type(None) in get_args(key.type):
+        return None
+    if key.rule.choices:
+        return key.rule.choices[0]
+    return False if key.type is bool else 1
+
+
+def _look(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Architecture and preprocessing of somebody's weights, as plain types."""
+    import torch
+
+    from vit.model import VisionTransformer
+    from vit.pretrained.create import look
+
+    known = look(name, revision)
+    with torch.device("meta"):  # an older model does not say what it could not have
+        architecture = VisionTransformer(**known.architecture).architecture
+    preprocessing = known.preprocessing.to_dict()
+    return architecture, {key: list(each) if isinstance(each, tuple) else each for key, each in preprocessing.items()}
+
+
+def _one(pair: Any) -> Any:
+    """A square as one number."""
+    sides: Sequence[Any] = list(pair)
+    return sides[0] if sides[0] == sides[1] else list(sides)
+
+
+def _check_size(name: str, model: Mapping[str, Any]) -> None:
+    """Images that do not divide into the weights' patches: say which sizes do."""
+    if model["crop_to_patches"]:
+        return
+    sizes, patches = ([value, value] if isinstance(value, int) else list(value)
+                      for value in (model["image_size"], model["patch_size"]))  # fmt: skip
+    for size, patch in zip(sizes, patches, strict=True):
+        if size % patch:
+            fits = [str(fit) for fit in (size // patch * patch, -(-size // patch) * patch) if fit]
+            raise VitError(
+                f"data.image_size={size}: the weights of {name} take patches of {patch} pixels, which do not divide "
+                f"it: set data.image_size={' or '.join(fits)}, or another data.patch_size"
+            )

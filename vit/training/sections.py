@@ -1,0 +1,258 @@
+"""The parts of a training run's configuration: what each key is for and what it takes.
+
+`vit.training.config.Config` is made of them; their defaults are in `conf/`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from vit.errors import VitError
+from vit.options import setting
+
+NO_ARGUMENTS = ("name", "weights", "revision", "head", "compile")
+"""Keys of `model` that say where the model comes from, not what it is."""
+
+SIZES = ("nano", "tiny", "small", "base", "large", "huge")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The Vision Transformer: every keyword of `vit.model.VisionTransformer` but the number of classes."""
+
+    name: str | None = setting(
+        "model=pretrained: whose weights: a name of timm's, perhaps with a tag, hf-hub:, local-dir:, a run, a bundle"
+    )
+    weights: str | None = setting("model=pretrained: a file of weights for it; null: those that go with the name")
+    revision: str | None = setting("model=pretrained: of a name on the hub; null: the newest")
+    head: str = setting(
+        "model=pretrained: keep its head (its classes have to be the data's) or replace it; auto: keep it if it fits",
+        choices=("auto", "keep", "replace"),
+    )
+    size: str | None = setting("sets width, depth and heads together; null: these say", choices=SIZES)
+    width: int | None = setting("numbers a token has; null: the size's", least=1)
+    depth: int | None = setting("blocks; null: the size's", least=1)
+    heads: int | None = setting("attention heads, a divisor of the width; null: the size's", least=1)
+    image_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.image_size", least=1)
+    patch_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.patch_size", least=1)
+    in_channels: int = setting("of the images; follows data.channels", least=1)
+    mlp: str = setting(
+        "the block's MLP: plain, or gated (packed: both halves in one matrix)",
+        choices=("plain", "swiglu", "swiglu_packed"),
+    )
+    mlp_ratio: float = setting("width of the MLP's hidden layer, in widths", over=0)
+    activation: str = setting("of a plain MLP", choices=("gelu", "gelu_tanh", "quick_gelu"))
+    attention: str = setting(
+        "scaled_dot_product has one head, dot_product no parameters",
+        choices=("multi_head", "scaled_dot_product", "dot_product"),
+    )
+    norm: str = setting("norm before each branch, or after each sum (Vaswani et al.)", choices=("pre", "post"))
+    norm_layer: str = setting("LayerNorm, or RMSNorm without mean and offset", choices=("layer", "rms"))
+    norm_eps: float = setting("added under the root of every norm", over=0)
+    embed_norm: str = setting(
+        "one more norm, of the patches' tokens or of all tokens before the first block",
+        choices=("none", "patches", "tokens"),
+    )
+    attention_norm: bool = setting("norm of the heads' outputs before they are mixed")
+    mlp_norm: bool = setting("norm of the MLP's hidden layer")
+    final_norm: str | None = setting(
+        "the last norm: of the tokens, or of what was pooled; null: what pool suggests",
+        choices=("tokens", "pooled", "none"),
+    )
+    position: str = setting(
+        "how a token knows its place (rotary_box: in shares of the image)",
+        choices=("learned", "sincos", "rotary", "rotary_box", "none"),
+    )
+    position_prefix: bool = setting("positions for the class token and registers too, as timm has them")
+    pool: str = setting(
+        "what the head reads: the class token, the mean, or a learned query's attention to the patches",
+        choices=("token", "mean", "attention"),
+    )
+    pool_prefix: bool = setting("mean and attention pooling read the tokens in front of the patches, too")
+    class_token: bool | None = setting("whether there is one; null: only where pool reads it")
+    distillation_token: bool = setting("a second class token with a head of its own, for a teacher's answers")
+    registers: int = setting("extra learned tokens that no head reads", least=0)
+    layer_scale: float | None = setting("start of each branch's learned scale; null: none")
+    qk_norm: bool | None = setting("normalise queries and keys; null: where there are any")
+    qkv_bias: bool = setting("biases in the maps to queries, keys and values")
+    proj_bias: bool = setting("biases in the map out of attention and in the MLP")
+    patch_bias: bool = setting("bias in the map from pixels to tokens")
+    crop_to_patches: bool = setting("leave out pixels at the right and bottom that fill no patch")
+    dropout: float = setting("share of activations dropped", least=0, under=1)
+    attention_dropout: float = setting("share of attention weights dropped", least=0, under=1)
+    drop_path: float = setting("stochastic depth: share of branches skipped in the last block", least=0, under=1)
+    patch_dropout: float = setting("share of patches left out in training", least=0, under=1)
+    init: str = setting("how weights start", choices=("trunc_normal", "xavier", "mimetic"))
+    compile: bool = setting("torch.compile: slow to start, faster after")
+
+    def arguments(self, num_classes: int) -> dict[str, Any]:
+        """Keyword arguments of `VisionTransformer`."""
+        given = {key: value for key, value in vars(self).items() if key not in NO_ARGUMENTS}
+        if self.size is None:
+            del given["size"]
+        return given | {"num_classes": num_classes}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How gradients become steps."""
+
+    name: str = setting("muon steps block matrices, AdamW the rest", choices=("muon", "adamw", "sgd"))
+    lr: float = setting("peak learning rate (muon: of what is no block matrix)", over=0)
+    matrix_lr: float = setting("muon: peak learning rate of the block matrices", over=0)
+    weight_decay: float = setting("decay of matrices, times the learning rate a step", least=0)
+    momentum: float = setting("of muon and sgd", least=0, under=1)
+    betas: tuple[float, float] = setting("of AdamW, also beside muon", least=0, under=1)
+    layer_decay: float = setting("learning rate of each layer relative to the one above it", over=0, most=1)
+    head_lr: float = setting("learning rate of the head, in those of the layer under it", over=0)
+    clip: float | None = setting("largest norm of the gradient; null: off", over=0)
+    accumulate: int = setting("batches to a step", least=1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over training, as a share of its peak."""
+
+    name: str = setting("the shape", choices=("cosine", "linear", "wsd", "constant"))
+    warmup: float = setting("share of training in which it rises", least=0, most=1)
+    cooldown: float = setting("wsd: share of training in which it falls", least=0, most=1)
+    final: float = setting("share of the peak at the end", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what, and how exactly."""
+
+    name: str = setting("of the file in conf/trainer")
+    accelerator: str = setting("the hardware", choices=("auto", "cpu", "gpu"))
+    devices: int | str = setting("on each machine; auto: every GPU, or one CPU process", choices=("auto",), least=1)
+    num_nodes: int = setting("machines", least=1)
+    strategy: str = setting("how several devices share the work", choices=("auto", "ddp", "fsdp"))
+    precision: str = setting("auto: bf16 on GPUs that have it, else 32", choices=("auto", "32", "bf16", "16"))
+    max_epochs: int | str | None = setting(
+        "passes over the training images; auto: by their number, to fine-tune; null: no limit",
+        choices=("auto",),
+        least=1,
+    )
+    max_steps: int | None = setting("steps of the optimiser; null: no limit", least=1)
+    max_time: float | str | None = setting("seconds or HH:MM:SS; the schedule ends where the time ends", over=0)
+    validate_every: int = setting("epochs between validations", least=1)
+    deterministic: bool = setting("refuse operations that differ from run to run")
+    threads: int | None = setting("of torch on the CPU; null: torch's choice", least=1)
+    limit_train_batches: int | float | None = setting("batches an epoch, or a share below 1; null: all", over=0)
+    limit_val_batches: int | float | None = setting("batches a validation, or a share below 1; null: all", over=0)
+    patience: int | None = setting("stop after this many validations without a better one; null: never", least=1)
+    patch_dropout_off: float = setting("last share of training that sees all patches", least=0, most=1)
+
+    @property
+    def epochs(self) -> int | None:
+        """`max_epochs` as a number; "auto" has been settled by the time that training asks (`vit.training.suited`)."""
+        assert not isinstance(self.max_epochs, str)
+        return self.max_epochs
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return seconds(self.max_time, "trainer.max_time")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """The linear probe: a head on features of a frozen model, and their nearest neighbours."""
+
+    cache: str | None = setting("folder where features are kept; null: .cache under run.root")
+    temperature: float = setting("of the neighbours' votes, exp(similarity / temperature)", over=0)
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """A moving average of the weights, kept beside them."""
+
+    decay: float | None = setting("of the average, such as 0.999; null: off", over=0, under=1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and written while training runs."""
+
+    tensorboard: bool = setting("write TensorBoard event files")
+    every: int = setting("steps between scalars", least=1)
+    images: int = setting("images in a grid; 0: none", least=0)
+    attention: int = setting("images whose attention is shown as it forms; 0: none", least=0)
+    progress: bool = setting("a progress bar in the terminal")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written when training is over."""
+
+    onnx: bool = setting("model.onnx in the bundle: classification without torch")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go: `<root>/<name>/<date>_<time>/`."""
+
+    root: str = setting("folder of all runs")
+    name: str = setting("of the folder under root; follows data.name")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Which layers of a pretrained model learn, and from when."""
+
+    freeze: int | str = setting(
+        "lowest blocks that never learn, nor the embedding under them; all: only the head learns; 0: everything learns",
+        choices=("all",),
+        least=0,
+    )
+    unfreeze: float = setting(
+        "the others come free one by one from the top over this share of training; 0: at once", least=0, most=1
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Thin changes to the matrices of a pretrained model in place of the matrices (Hu et al. 2022); needs peft."""
+
+    rank: int | None = setting("of the changes, such as 8; null: the matrices themselves learn", least=1)
+    alpha: float | None = setting("changes are scaled by alpha / rank; null: twice the rank", over=0)
+    dropout: float = setting("share of a change's inputs dropped", least=0, under=1)
+    targets: tuple[str, ...] = setting(
+        "matrices of every block that get one: of qkv, proj (attention), fc1, fc2 (MLP)",
+        choices=("qkv", "proj", "fc1", "fc2"),
+    )
+
+    @property
+    def scale(self) -> float:
+        """What a change B A is multiplied by."""
+        return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A trained model to learn from, beside the labels."""
+
+    teacher: str | None = setting("any MODEL that knows the data's classes; null: no teacher")
+    kind: str = setting(
+        "its probabilities (Hinton et al. 2015), or the class it finds likeliest (Touvron et al. 2021)",
+        choices=("soft", "hard"),
+    )
+    alpha: float = setting("its share of the loss; the labels have the rest", least=0, most=1)
+    temperature: float = setting("softens its probabilities and the student's, for soft", over=0)
+
+
+def seconds(value: float | str | None, key: str) -> float | None:
+    """Seconds of a number or of "[[HH:]MM:]SS"; `key` is named in the `VitError` for anything else."""
+    if value is None or isinstance(value, int | float):
+        return value
+    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", value):
+        raise VitError(f"{key}: expected seconds or HH:MM:SS, such as 420 or 00:07:00, got {value!r}")
+    total = 0.0
+    for part in value.split(":"):
+        total = total * 60 + float(part)
+    if total <= 0:
+        raise VitError(f"{key}: expected a time above 0, got {value!r}")
+    return total
