@@ -58,8 +58,12 @@ def to_compare(description: Description, sources: Sequence[str] | None = None) -
     """
     if sources is not None:
         return from_sources(sources, description.preprocessing, COMPARED)
-    data = open_own(description)
-    return from_split(data, _first(data, "test", "val", "train"), description.preprocessing, COMPARED)
+    return of_data(open_own(description), description.preprocessing)
+
+
+def of_data(data: ImageData, preprocessing: Preprocessing) -> Sample:
+    """Images to compare an exported file with torch on, of data that is open already."""
+    return from_split(data, _first(data, "test", "val", "train"), preprocessing, COMPARED)
 
 
 def to_quantise(description: Description, sources: Sequence[str] | None = None) -> tuple[Sample, Sample]:
