@@ -289,7 +289,7 @@ class Keeper(Reducer):
         if self.rotary is not None:
             cos, sin = self.rotary
             self.rotary = F.pad(cos, (0, 0, 0, 1), value=1.0), F.pad(sin, (0, 0, 0, 1))
-        ones = torch.ones(prefix + keep, device=x_BND.device)
+        ones = torch.ones(prefix + keep, dtype=scores_BP.dtype, device=x_BND.device)
         self.sizes_BN = F.pad(ones, (0, 1), value=float(self.patches - keep)).expand(B, -1)
         return torch.cat([take(x_BND, rows_BK), fused_B1D], dim=1)
 
@@ -306,7 +306,8 @@ class Merger(Reducer):
     def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
         prefix, keys_BPd = self.plan.prefix, self._keys_BPd
         (B, P), device = keys_BPd.shape[:2], x_BND.device
-        sizes_BP = torch.ones(B, P, device=device) if self.sizes_BN is None else self.sizes_BN[:, prefix:]
+        ones_BP = torch.ones(B, P, dtype=keys_BPd.dtype, device=device)
+        sizes_BP = ones_BP if self.sizes_BN is None else self.sizes_BN[:, prefix:]
         # each token of the first set with its most similar one of the second, the most similar pairs in front
         nearest_BA = (keys_BPd[:, 0::2] @ keys_BPd[:, 1::2].transpose(1, 2)).max(dim=2)
         order_BA = nearest_BA.values.argsort(dim=1, descending=True)
