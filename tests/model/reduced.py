@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -29,12 +29,14 @@ class Token:
 
 @dataclass
 class Pass:
-    """What a forward pass left: by layer the attention (H, N, N) and the matrix (N', N) that says where tokens went."""
+    """What a forward pass left: by layer the attention (H, N, N), the matrix (N', N) that says where tokens went, and
+    those that came out."""
 
     logits: Array = field(default_factory=lambda: np.zeros(0))
     weights: list[Array] = field(default_factory=list)
     matrices: list[Array] = field(default_factory=list)
     readout: Array = field(default_factory=lambda: np.zeros(0))
+    tokens: list[list[Token]] = field(default_factory=list)
 
 
 def turned(x_d: Array, place: tuple[int, int] | None, parts: ModuleType, grid: tuple[int, int], box: bool) -> Array:
@@ -46,9 +48,20 @@ def turned(x_d: Array, place: tuple[int, int] | None, parts: ModuleType, grid: t
 
 
 def run(
-    image: Array, state: Mapping[str, Array], a: Mapping[str, Any], counts: Sequence[int], parts: ModuleType
+    image: Array,
+    state: Mapping[str, Array],
+    a: Mapping[str, Any],
+    counts: Sequence[int],
+    parts: ModuleType,
+    *,
+    given: Sequence[Array | None] | None = None,
+    readout: Array | None = None,
 ) -> Pass:
-    """One image through the model; `counts` are the tokens fewer after each layer."""
+    """One image through the model; `counts` are the tokens fewer after each layer.
+
+    `given`, by layer, stands in the place of the attention that mixes tokens, not of that which says what to keep;
+    None: as computed.  `readout` likewise.
+    """
     grid = tuple(side // patch for side, patch in zip(a["image_size"], a["patch_size"], strict=True))
     prefix, eps, heads, done = parts.prefix_of(a), a["norm_eps"], a["heads"], Pass()
     proportional = a["reduction_proportional"]
@@ -66,7 +79,8 @@ def run(
         if a["attention"] == "dot_product":
             keys = inner[None]
             weights = np.stack([parts.softmax(row + bias) for row in inner @ inner.T])[None]
-            y = weights[0] @ inner
+            mixing = weights if given is None or given[layer] is None else given[layer]
+            y = mixing[0] @ inner
         else:
             q, k, v = (np.split(each, heads, axis=1) for each in
                        np.split(parts.linear(inner, state, f"{name}.attn.qkv"), 3, axis=1))  # fmt: skip
@@ -79,7 +93,8 @@ def run(
             scores = [q[h] @ k[h].T / math.sqrt(q[h].shape[1]) + bias for h in range(heads)]
             weights = np.stack([np.stack([parts.softmax(row) for row in each]) for each in scores])
             keys = np.stack(k)
-            y = np.concatenate([weights[h] @ v[h] for h in range(heads)], axis=1)
+            mixing = weights if given is None or given[layer] is None else given[layer]
+            y = np.concatenate([mixing[h] @ v[h] for h in range(heads)], axis=1)
             y = parts.linear(parts.norm(y, state, f"{name}.attn.norm", eps), state, f"{name}.attn.proj")
         x = x + scale[0] * y
         if not pre:
@@ -100,7 +115,8 @@ def run(
             x = parts.norm(x, state, f"{name}.norm2", eps)
         for token, vector in zip(tokens, x, strict=True):
             token.x = vector
-    done.logits, done.readout = answer(tokens, state, a, read, proportional, parts)
+        done.tokens.append([replace(token) for token in tokens])
+    done.logits, done.readout = answer(tokens, state, a, read, proportional, parts, readout)
     return done
 
 
@@ -146,7 +162,7 @@ def merge(tokens: list[Token], keys: Array, count: int, prefix: int) -> tuple[li
 
 def answer(
     tokens: list[Token], state: Mapping[str, Array], a: Mapping[str, Any], read: slice, proportional: bool,
-    parts: ModuleType,
+    parts: ModuleType, given: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Logits, and the weights of what the head reads (R, N)."""
     eps, heads = a["norm_eps"], a["heads"]
@@ -158,6 +174,7 @@ def answer(
         pooled = x[0]
     elif a["pool"] == "mean":
         readout[0, read] = sizes[read] / sizes[read].sum()
+        readout = readout if given is None else given
         pooled = readout[0] @ x
     else:
         latent = state["attn_pool.latent"][0]
@@ -167,6 +184,7 @@ def answer(
         bias = np.log(sizes[read]) if proportional else 0.0
         for h in range(heads):
             readout[h, read] = parts.softmax((q[h] @ k[h].T)[0] / math.sqrt(q[h].shape[1]) + bias)
+        readout = readout if given is None else given
         y = parts.linear(np.concatenate([readout[h, read] @ v[h] for h in range(heads)])[None], state, "attn_pool.proj")
         inner = parts.norm(y, state, "attn_pool.norm", eps)
         pooled = (y + parts.mlp(inner, state, "attn_pool.mlp", a["activation"], eps=eps))[0]

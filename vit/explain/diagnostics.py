@@ -24,15 +24,14 @@ def attention_distance(weights: Sequence[Tensor], prefix_tokens: int, grid: tupl
     The Euclidean distance on the grid, weighted by the attention between patches (made to sum to 1 over them).  A
     token that stands for several patches (weights of a record carry that along) is where their mean is.
     """
-    device = weights[0].device
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=device) for n in grid), indexing="ij")
-    places_P2 = torch.stack([rows.flatten(), columns.flatten()], dim=1)
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    places_P2 = torch.stack([rows.flatten(), columns.flatten()], dim=1).to(weights[0])
     places_BN2 = F.pad(places_P2, (0, 0, prefix_tokens, 0))[None]
 
     def one(weights_BHNN: Tensor, move: Move | None) -> Tensor:
         nonlocal places_BN2
         if move is not None:
-            places_BN2 = move.matrix @ places_BN2
+            places_BN2 = move.matrix.to(places_BN2) @ places_BN2
         apart_B1PP = torch.cdist(places_BN2, places_BN2)[:, None, prefix_tokens:, prefix_tokens:]
         between = weights_BHNN[:, :, prefix_tokens:, prefix_tokens:]
         mass = between.sum(dim=-1)
