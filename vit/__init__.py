@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "create_model": "vit.pretrained.create",
+    "load_pretrained": "vit.pretrained.create",
     "VisionTransformer": "vit.model",
     "load": "vit.inference.loading",
     "load_torch": "vit.inference.loading",
@@ -45,6 +46,7 @@ __all__ = [
     "VitError",
     "create_model",
     "load",
+    "load_pretrained",
     "load_torch",
     "record_attention",
     "rollout",
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from vit.inference.description import Description
     from vit.inference.loading import load, load_torch
     from vit.model import VisionTransformer
-    from vit.pretrained.create import create_model
+    from vit.pretrained.create import create_model, load_pretrained
 
 
 def __getattr__(name: str) -> Any:
