@@ -95,6 +95,21 @@ def test_curves_and_areas_are_those_of_the_definition(setting, batch_size):
     assert max(model.batches) <= batch_size
 
 
+def test_pixels_that_fill_no_patch_change_nothing():
+    """A model that leaves some out is perturbed like the same model on the image without them."""
+    torch.manual_seed(0)
+    options = dict(patch_size=4, num_classes=3, width=16, depth=2, heads=2)
+    whole = VisionTransformer(image_size=(11, 14), crop_to_patches=True, **options).eval()
+    cut = VisionTransformer(image_size=(8, 12), **options).eval()
+    cut.load_state_dict(whole.state_dict())
+    assert whole.covered == (8, 12)
+    images, maps, target = torch.randn(3, 3, 11, 14), torch.rand(3, 2, 3), torch.tensor([0, 1, 2])
+    found = perturb(whole, images, maps, target, steps=6)
+    expected = perturb(cut, images[:, :, :8, :12], maps, target, steps=6)
+    torch.testing.assert_close(found.most, expected.most)
+    torch.testing.assert_close(found.least, expected.least)
+
+
 def test_the_true_relevance_beats_noise_and_its_opposite_loses_to_it():
     generator = torch.Generator().manual_seed(0)
     weights = torch.zeros(2, 6)

@@ -89,7 +89,7 @@ class _Work:
             else:
                 label = self._class_names[mapped.index]
                 written = self._folder.save(
-                    name, pixels, mapped, array=self._arrays, label=label, method=self._mapper.method
+                    name, self._mapper.seen(pixels), mapped, array=self._arrays, label=label, method=self._mapper.method
                 )
                 shown.append((name, pixels))
                 self._tell(name, label, mapped.probability, written)

@@ -66,7 +66,7 @@ class Viewer:
         for (path, pixels), (observed, i) in zip(
             taken, self._mapper.observations([pixels for _, pixels in taken], faithful=faithful), strict=True
         ):
-            png = _png(pixels)
+            png = _png(self._mapper.seen(pixels))
             probe = packed({"v": 1, "step": 0, **observed.probes[i]})
             self._images.append({"name": printable(path), "label": None, "png": png})
             self._steps.append(observed.steps[i])

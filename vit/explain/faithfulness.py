@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit.explain.methods import explain
 from vit.explain.record import find
@@ -121,6 +122,10 @@ def _scores(
 ) -> tuple[Tensor, Tensor]:
     """Probability of the target and whether it is predicted, for M = S B maskings of the B images: two tensors (M,)."""
     B, height, width = len(images), *images.shape[2:]
+    patch = next(
+        (module.patch_size for module in model.modules() if isinstance(module, VisionTransformer)),
+        (height // grid[0], width // grid[1]),
+    )
     training = [module for module in model.modules() if module.training]
     model.eval()
     probabilities, hits = [], []
@@ -128,7 +133,8 @@ def _scores(
         for start in range(0, len(keep_MP), batch_size):
             which = torch.arange(start, min(start + batch_size, len(keep_MP)), device=images.device) % B
             mask = keep_MP[start : start + batch_size].unflatten(1, tuple(grid))[:, None].to(images.dtype)
-            mask = mask.repeat_interleave(height // grid[0], 2).repeat_interleave(width // grid[1], 3)
+            mask = mask.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+            mask = F.pad(mask, (0, width - mask.shape[3], 0, height - mask.shape[2]))  # what no patch covers
             logits = model(images[which] * mask).float()
             own = target[which]
             probabilities.append((logits / temperature).softmax(dim=1).gather(1, own[:, None])[:, 0])

@@ -69,6 +69,7 @@ class Mapper:
         vit = find(model)
         if layer is not None:
             resolve_layer(layer, len(vit.blocks))
+        self._covered = vit.covered
         tokens = vit.num_prefix_tokens + vit.grid[0] * vit.grid[1]
         heads = sum(getattr(block.attn, "heads", 1) for block in vit.blocks)
         self._bytes = 4 * heads * tokens**2
@@ -82,6 +83,10 @@ class Mapper:
         """
         copies = 6 if self.method in CLASS_SPECIFIC else 1
         return [mapped for part in self._parts(images, copies) for mapped in self._maps(self._tensor(part))]
+
+    def seen(self, image: np.ndarray) -> np.ndarray:
+        """What lies in patches, of a prepared image (H, W, C): a map says nothing about pixels left over."""
+        return image[: self._covered[0], : self._covered[1]]
 
     def observations(
         self, images: Sequence[np.ndarray], *, faithful: Sequence[str] = ()

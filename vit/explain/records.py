@@ -66,7 +66,7 @@ class Observed:
 def run_info(model: nn.Module, class_names: list[str], name: str) -> dict[str, Any]:
     """What the tab needs to know of a model, without probes."""
     vit = find(model)
-    grid, patch, image = vit.grid, vit.patch_size, vit.image_size
+    grid, patch, image = vit.grid, vit.patch_size, vit.covered
     first: Any = vit.blocks[0]
     return {
         "name": name,

@@ -155,6 +155,12 @@ class VisionTransformer(nn.Module):
         """Rows and columns of patches."""
         return self.patch_embed.grid
 
+    @property
+    def covered(self) -> tuple[int, int]:
+        """Height and width of what lies in patches, in pixels: less than the image only with `crop_to_patches`."""
+        (rows, columns), (height, width) = self.grid, self.patch_size
+        return rows * height, columns * width
+
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.answer(*self.encode(images_BCHW))
 

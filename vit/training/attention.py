@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import lightning.pytorch as L
@@ -144,7 +145,8 @@ class AttentionLog(L.Callback):
             log.info("attention of every patch to every other is large: it is kept of %s", kept)
         images = probes.images.to(module.device)
         self._images = normalise(images, self.preprocessing.mean, self.preprocessing.std)
-        self._probes = probes
+        height, width = info["image"]  # what maps say something about
+        self._probes = probes = replace(probes, images=probes.images[:, :, :height, :width])
         return tensor(RUN, encode({**info, "probes": probes.described()}))
 
     def _log(self, step: int, module: Any, *, shows: bool, pairs: bool, last: bool = False) -> None:
