@@ -1,7 +1,7 @@
 """Which room may import what, read from the source, and what light entry points load, seen in fresh processes.
 
-Imports go downwards only: cli -> training -> evaluation -> inference, explain -> data, pretrained -> model.  A new
-room or a new dependency needs a line in `ROOMS`: that is a decision, and this is where it is written down.
+Imports go downwards only: cli -> training -> evaluation -> inference, explain -> pretrained -> data -> model.  A
+new room or a new dependency needs a line in `ROOMS`: that is a decision, and this is where it is written down.
 """
 
 from __future__ import annotations
@@ -219,7 +219,8 @@ def light_entries() -> list[tuple[str, set[str]]]:
         "vit.training.app": HEAVY - {"hydra", "omegaconf"},
     }
     entries |= {"vit.model": HEAVY - {"torch"} | {"PIL", "rich"}, "vit.evaluation.metrics": HEAVY}
-    entries |= {"vit.pretrained": HEAVY - {"torch"}}
+    entries |= {"vit.pretrained": NOTHING, "vit.pretrained.hub": NOTHING}
+    entries |= {"vit.pretrained.labels": HEAVY, "vit.pretrained.preprocessing": HEAVY}
     # TensorBoard loads these: its start must not wait for torch, nor need it
     entries |= {name: HEAVY - {"tensorboard"} | {"PIL"} for name in MODULES if name.startswith("vit.dashboard")}
     return [(name, without) for name, without in entries.items() if name in MODULES]
