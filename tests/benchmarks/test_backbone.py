@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,19 @@ import torch
 from vit.model import VisionTransformer
 from vit.pretrained.create import load_pretrained
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks import backbone
-
 NAME = "vit_small_patch14_dinov2"
+
+
+def _program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("backbone", Path(__file__).parents[2] / "benchmarks" / "backbone.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+backbone = _program()
 
 
 @pytest.fixture(scope="module")
