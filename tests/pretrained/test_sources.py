@@ -90,6 +90,17 @@ def test_names_of_classes_come_with_the_weights(folder):
     assert look(folder).class_names is None  # a thousand outputs alone do not make it ImageNet
 
 
+def test_an_older_folder_is_not_nested(folder):
+    config = json.loads((folder / "config.json").read_text())
+    names = [f"class {i}" for i in range(1000)]
+    old = {**config["pretrained_cfg"], "architecture": config["architecture"], "labels": names}
+    (folder / "config.json").write_text(json.dumps({**old, "model_args": config["model_args"]}))
+    known = look(folder)
+    assert known.class_names == names
+    assert known.preprocessing.crop_pct == 0.9
+    assert load_pretrained(folder).report.head == "kept"
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

@@ -291,8 +291,8 @@ def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
         architecture = read_architecture(build(name, pretrained_cfg=cfg, **arguments))
     except VitError as error:
         raise VitError(f"{source} cannot be built here: {error}") from None
-    for key in ("label_names", "label_descriptions"):
-        cfg[key] = config.get(key, given.get(key))
+    cfg["label_names"] = config.get("label_names", given.get("label_names", given.get("labels")))
+    cfg["label_descriptions"] = config.get("label_descriptions", given.get("label_descriptions"))
     cfg["num_classes"] = architecture["num_classes"]
     size, channels = architecture["image_size"], architecture["in_channels"]
     preprocessing = from_timm_cfg(cfg, image_size=size, channels=channels, source=source)
