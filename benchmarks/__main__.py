@@ -7,6 +7,7 @@
     step        a step of training, beside timm, transformers and vit-pytorch
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
+    export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
 Each prints a table and writes it, with machine and versions, as JSON; --record also appends it to RESULTS.md.
@@ -27,10 +28,11 @@ NAMES = {
     "step": ("training_step", "main"),
     "logging": ("logging_cost", "main"),
     "recording": ("recording", "main"),
+    "export": ("export", "main"),
     "peers": ("peers", "main"),
 }
 BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "step")
-ALL = (*BESIDE_PEERS, "logging", "recording")
+ALL = (*BESIDE_PEERS, "logging", "recording", "export")
 
 
 def main(arguments: list[str]) -> int:

@@ -40,6 +40,23 @@ def test_recording(tmp_path: Path) -> None:
     )
 
 
+def test_export(tmp_path: Path) -> None:
+    small = ["--size", "nano", "--image-size", "32", "--batches", "1,2", "--rounds", "2", "--seconds", "10"]
+    done = call("export", *small, "--json", str(tmp_path / "e.json"))
+    assert done.returncode == 0, done.stderr
+    for name in ("torch, float32", "ONNX, float32", "ONNX, with rollout", "ONNX, int8"):
+        assert re.search(rf"^\| {name} +\| \d.*\|$", done.stdout, re.MULTILINE)
+    figures = json.loads((tmp_path / "e.json").read_text())["figures"]
+    assert {batch: {form: len(each) for form, each in own.items()} for batch, own in figures["speed"].items()} == (
+        dict.fromkeys("12", dict.fromkeys(("torch", "onnx", "rollout", "int8"), 2))
+    )
+    accuracy = figures["accuracy"]
+    assert (accuracy["images"], accuracy["data"]) == (359, "digits")
+    assert accuracy["torch"][1] == 1
+    assert accuracy["onnx"] == accuracy["torch"]
+    assert accuracy["int8"][1] >= 0.9
+
+
 @pytest.mark.slow
 def test_logging(tmp_path: Path) -> None:
     small = ["--set", "data.max_images=128", "--set", "trainer.max_epochs=3", "--set", "trainer.threads=1"]

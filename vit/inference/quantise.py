@@ -68,7 +68,7 @@ def quantise(
 
     with atomic_write(path) as part, tempfile.TemporaryDirectory() as folder:
         integers = Path(folder) / "int8.onnx"
-        _quantise(os.fspath(source), str(integers), calibration.images)
+        to_integers(os.fspath(source), str(integers), calibration.images)
         before, after = (_outputs(file, measured.images) for file in (source, integers))
         figures = _figures(before, after, measured, calibration)
         if not figures["agreement"] >= FLOOR:
@@ -97,7 +97,8 @@ def linear_layers(message: Any) -> list[str]:
     ]
 
 
-def _quantise(source: str, target: str, images: np.ndarray) -> None:
+def to_integers(source: str, target: str, images: np.ndarray) -> None:
+    """Write the float32 file `source` to `target` in integers, fitted to `images`; what that costs is not measured."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
