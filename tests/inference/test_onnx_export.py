@@ -178,8 +178,10 @@ def test_metadata_of_another_model(tmp_path):
     export_onnx(tmp_path / "x.onnx", *make())
     _, other = make(image_size=48)
     rewrite(tmp_path / "x.onnx", lambda message: setattr(message.metadata_props[0], "value", other.to_json()))
-    with pytest.raises(VitError, match="not the one that its description tells of"):
-        OnnxBackend(tmp_path / "x.onnx")
+    backend = OnnxBackend(tmp_path / "x.onnx")
+    for use in (backend.ready, lambda: backend.logits(np.zeros((1, 3, 48, 48), np.float32))):
+        with pytest.raises(VitError, match="not the one that its description tells of"):
+            use()
 
 
 def test_metadata_that_is_damaged(tmp_path):

@@ -22,7 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises `VitError` when the model, the sources or the output are wrong.
     """
-    classifier = load(arguments.model, device=arguments.device, backend=arguments.backend)
+    # paths on standard input may be long in coming, and a wrong model should be reported before
+    wait = "-" in arguments.sources
+    classifier = load(arguments.model, device=arguments.device, backend=arguments.backend, wait=wait)
     ending = os.path.splitext(arguments.output or "")[1].lower()
     lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
     channels = classifier.description.preprocessing.channels

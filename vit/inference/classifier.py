@@ -41,6 +41,9 @@ class Backend(Protocol):
     device: str
     description: Description
 
+    def ready(self) -> None:
+        """Wait for what is prepared in the background.  Raises `VitError` when it failed; `logits` does so as well."""
+
     def logits(self, images: np.ndarray) -> np.ndarray: ...
 
 
@@ -117,6 +120,13 @@ class Classifier:
             return np.empty((0, len(self.description.class_names)), np.float32)
         return self._backend.logits(images)
 
+    def ready(self) -> None:
+        """Wait until the model is loaded, where `vit.inference.loading.load` did not.
+
+        Raises `VitError` when it cannot be.
+        """
+        self._backend.ready()
+
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Normalised images float32 (B, C, H, W) -> probabilities float64 (B, K), softmax(logits / temperature)."""
         return softmax(self.logits(images), self.description.temperature)
@@ -179,7 +189,8 @@ class Classifier:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def answer(self, rows: Sequence[Prepared], top_k: int = 5) -> list[Result]:
-        """Classify what `prepared` gave."""
+        """Classify what `prepared` gave.  Raises `VitError` when the model cannot be loaded, whatever the rows are."""
+        self.ready()
         images = [pixels for _, pixels in rows if not isinstance(pixels, str)]
         logits = iter(self.logits(self.description.preprocessing.normalise(np.stack(images))) if images else ())
         return [

@@ -37,6 +37,7 @@ from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
 from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, ROLLOUT, open_session
+from vit.inference.onnx_graph import simplify
 from vit.inference.onnx_weights import TABLE_KEY, index
 from vit.inference.sample import COMPARED
 
@@ -87,6 +88,7 @@ def export_onnx(
     images = images_to_check(description, images)
     with atomic_write(path) as part, torch.inference_mode(False):
         message = _trace(shown, torch.from_numpy(images[:2]))
+        simplify(message)
         state = {key: value.numpy() for key, value in twin.state_dict().items()}
         describe(message, {METADATA_KEY: description.to_json(), TABLE_KEY: index(message, state)})
         part.write_bytes(message.SerializeToString())

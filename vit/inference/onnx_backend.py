@@ -1,13 +1,17 @@
 """Logits from an ONNX file through ONNX Runtime, on the CPU.  No torch.
 
-Notable: threads follow the processors this process may use (affinity and container quota), not those of the machine,
-and do not spin when idle, so that decoding threads beside them are not starved.
+Notable
+- Threads follow the processors this process may use (affinity and container quota), not those of the machine, and do
+  not spin when idle, so that decoding threads beside them are not starved.
+- The first answer does not wait for what it can do without: the weights stay in the file, mapped
+  (`vit.inference.onnx_file`), and the session is built by a thread while the first images are decoded.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,21 @@ import numpy as np
 
 from vit.errors import VitError
 from vit.inference.description import Description
+from vit.inference.onnx_file import read_outline
 from vit.inference.processors import available
 
 INPUT, OUTPUT, ROLLOUT, METADATA_KEY = "image", "logits", "rollout", "vit"
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of the file.  Raises `VitError` when there is none or it is no ONNX model."""
-    import onnxruntime
+    path = _checked(path)
+    outline = _outline(path)
+    return _session(path, outline[0] if outline else None)
 
+
+def _checked(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         if path.is_dir():
@@ -33,19 +43,42 @@ def open_session(path: str | os.PathLike[str]) -> Any:
                 raise VitError(f"{path} is empty")
     except OSError as error:
         raise VitError(f"cannot read {path}: {error.strerror or error}") from None
+    return path
+
+
+def _outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
+    """`read_outline`, or None for the runtime to read the whole file, and to say what is wrong with it."""
+    try:
+        str(path.absolute()).encode()  # the library takes names in UTF-8 only
+        return read_outline(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _session(path: Path, outline: bytes | None) -> Any:
+    """The session of the file, by its outline where there is one that the runtime takes."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available()
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its complaints become the exception below
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = ["CPUExecutionProvider"]
+    if outline is not None:
+        options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.absolute().parent))
+        try:
+            return onnxruntime.InferenceSession(outline, options, providers=providers)
+        except Exception:  # an older runtime, or a file with a fault, which it will name
+            pass
     try:
         name = str(path)
         name.encode()
         model: str | bytes = name
-    except UnicodeEncodeError:  # the library takes names in UTF-8 only
+    except UnicodeEncodeError:
         model = path.read_bytes()
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # the library's exceptions share no base class
         reason = str(error).splitlines()[0][:160]
         raise VitError(f"{path} is damaged or not an ONNX model: {reason}") from None
@@ -68,23 +101,48 @@ def session_description(session: Any, path: str | os.PathLike[str]) -> Descripti
 
 
 class OnnxBackend:
-    """Runs a session: float32 (B, C, H, W) -> logits float32 (B, K)."""
+    """Runs a session: float32 (B, C, H, W) -> logits float32 (B, K).
+
+    The session is built in the background; whatever is wrong with it is raised, as `VitError`, by `ready`.
+    """
 
     name = "onnx"
     device = "cpu"
 
     def __init__(self, path: str | os.PathLike[str], description: Description | None = None) -> None:
-        self._session = open_session(path)
-        own = session_description(self._session, path)
+        self._path = _checked(path)
+        outline = _outline(self._path)
+        if outline is None:  # the runtime may be able to read what `read_outline` is not
+            session = _session(self._path, None)
+            metadata = session.get_modelmeta().custom_metadata_map
+            self._opened: Future[Any] = Future()
+            self._opened.set_result(session)
+        else:
+            message, metadata = outline
+            with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="session")
+            self._opened = with_one_thread.submit(_session, self._path, message)
+            with_one_thread.shutdown(wait=False)
+        own = described(metadata, path)
         self.description = description or own
-        inputs = {node.name: node for node in self._session.get_inputs()}
-        outputs = {node.name: node for node in self._session.get_outputs()}
+        self._session: Any = None
+
+    def ready(self) -> None:
+        """Wait until the session is there.  Raises `VitError` when the file is not the model it should be."""
+        if self._session is None:
+            session = self._opened.result()
+            self._check(session)
+            self._session = session
+
+    def _check(self, session: Any) -> None:
+        inputs = {node.name: node for node in session.get_inputs()}
+        outputs = {node.name: node for node in session.get_outputs()}
         if set(inputs) != {INPUT} or OUTPUT not in outputs:
-            raise VitError(f"{os.fspath(path)}: expected input {INPUT!r} and output {OUTPUT!r}, not {list(inputs)}")
+            raise VitError(f"{self._path}: expected input {INPUT!r} and output {OUTPUT!r}, not {list(inputs)}")
         architecture = self.description.architecture
         expected = [architecture["in_channels"], *architecture["image_size"]]
         if inputs[INPUT].shape[1:] != expected or outputs[OUTPUT].shape[1:] != [architecture["num_classes"]]:
-            raise VitError(f"{os.fspath(path)}: the model inside is not the one that its description tells of")
+            raise VitError(f"{self._path}: the model inside is not the one that its description tells of")
 
     def logits(self, images: np.ndarray) -> np.ndarray:
+        self.ready()
         return self._session.run([OUTPUT], {INPUT: images})[0]

@@ -23,6 +23,9 @@ class TorchBackend:
         self._device = next(model.parameters()).device
         self.device = str(self._device)
 
+    def ready(self) -> None:
+        """Nothing to wait for."""
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             try:
