@@ -6,6 +6,7 @@ import pytest
 import timm
 from timm.data import ImageNetInfo
 
+from vit.data import imagenet
 from vit.errors import VitError
 from vit.pretrained.labels import class_names, imagenet_names
 
@@ -21,6 +22,11 @@ def test_imagenets_names_are_timms_and_all_differ(count, subset):
     for name, words, synset in zip(names, info.label_descriptions(), info.label_names(), strict=True):
         assert name in (words, f"{words} ({synset})")
     assert imagenet_names(count + 1) is None
+
+
+def test_they_are_the_names_that_the_data_set_has():
+    """So `eval.py checkpoint=NAME data=imagenet` matches classes by name."""
+    assert imagenet_names(1000) == imagenet._readable(imagenet._standard())
 
 
 @pytest.mark.parametrize(
