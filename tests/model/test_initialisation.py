@@ -17,9 +17,16 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
+MORE = dict(
+    pool="token", distillation_token=True, norm_layer="rms", embed_norm="tokens", attention_norm=True, mlp_norm=True,
+    mlp="swiglu_packed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, MORE], ids=["", "more"])
 @pytest.mark.parametrize("init", SCHEMES)
-def test_every_scheme_sets_what_does_not_depend_on_it(init):
-    model = VisionTransformer(**OPTIONS, init=init)
+def test_every_scheme_sets_what_does_not_depend_on_it(init, more):
+    model = VisionTransformer(**{**OPTIONS, **more}, init=init)
     for name, parameter in model.named_parameters():
         last = name.rsplit(".", 1)[-1]
         if "norm" in name:
@@ -28,11 +35,19 @@ def test_every_scheme_sets_what_does_not_depend_on_it(init):
             assert not parameter.any(), name
         elif last == "gamma":
             assert (parameter == 1e-4).all(), name
-        elif name in ("cls_token", "reg_token"):
+        elif name in ("cls_token", "dist_token", "reg_token"):
             assert 0 < parameter.abs().max() < 1e-5, name
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.15)
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    for head in (model.head, model.head_dist) if more else (model.head,):
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.15)
     assert model.patch_embed.proj.weight.std().item() == pytest.approx((3 * 16) ** -0.5, rel=0.15)
+
+
+def test_a_model_without_memory_is_not_drawn():
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        VisionTransformer(**OPTIONS, init="mimetic")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_first_loss_is_that_of_guessing():
@@ -56,6 +71,9 @@ def test_xavier_takes_query_key_and_value_as_three_matrices():
     parts = [*model.blocks[0].attn.qkv.weight.chunk(3), *model.attn_pool.kv.weight.chunk(2), model.attn_pool.q.weight]
     for part in parts:
         assert bound * 0.99 < part.abs().max().item() <= bound
+    packed = VisionTransformer(**{**OPTIONS, **MORE}, init="xavier").blocks[0].mlp.fc1.weight
+    for part in packed.chunk(2):
+        assert math.sqrt(6 / (128 + 512)) * 0.99 < part.abs().max().item() <= math.sqrt(6 / (128 + 512))
     hidden = model.blocks[0].mlp.fc1.weight
     assert hidden.abs().max().item() <= math.sqrt(6 / (128 + 512))
 
