@@ -14,6 +14,7 @@ a DINOv2 ViT-S/14 with a linear classifier (V, 300 images of CIFAR-10); agreemen
 | as here: linear layers, float outputs, 7-bit weights, least and greatest value | 99.7% | 98.9% | 94.0% |
 | 8-bit weights | 99.7% | 99.3% | 95.3% |
 | 8-bit weights, on a processor whose sums saturate | 98.6% | 98.0% | |
+| products of attention as well | | | 81.3% |
 | 8-bit weights, products of attention as well | 99.2% | 98.9% | |
 | 8-bit weights, attention, outputs and patch embedding as well | 99.2% | 98.5% | |
 | 8-bit weights, one scale a matrix | 99.2% | | |
@@ -26,6 +27,7 @@ a DINOv2 ViT-S/14 with a linear classifier (V, 300 images of CIFAR-10); agreemen
   it (2 * 255 * 64 = 32,640), so what is measured here holds everywhere; that costs 0.3 to 0.4% in the logits.
 - The range of activations is not clipped: a few large ones carry much of what a pretrained ViT computes.
 - Leaving the second layer of the MLP in float gained nothing on V (92.3%).
+- ViT-Ti/16 at 224 takes half the time of the float32 file: 15 and 28 ms an image on one core with VNNI.
 """
 
 from __future__ import annotations
