@@ -24,7 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # paths on standard input may be long in coming, and a wrong model should be reported before
     wait = "-" in arguments.sources
-    classifier = load(arguments.model, device=arguments.device, backend=arguments.backend, wait=wait)
+    classifier = load(
+        arguments.model, device=arguments.device, backend=arguments.backend, wait=wait, reduction=arguments.reduction
+    )
     ending = os.path.splitext(arguments.output or "")[1].lower()
     lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
@@ -57,7 +59,7 @@ def _explainer(arguments: argparse.Namespace) -> Callable[[Sequence[Prepared]], 
     from vit.cli.maps import Folder
 
     folder = Folder(arguments.explain)
-    model, description = load_torch(arguments.model, device=arguments.device)
+    model, description = load_torch(arguments.model, device=arguments.device, reduction=arguments.reduction)
     from vit.explain.maps import Mapper
 
     mapper = Mapper(model, description.preprocessing)

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Folder(arguments.output)
     if arguments.index:
         folder.own(folder.path / NAME, is_page)  # before the work
-    model, description = load_torch(arguments.model, device=arguments.device)
+    model, description = load_torch(arguments.model, device=arguments.device, reduction=arguments.reduction)
     from vit.explain.maps import Mapper
     from vit.inference.torch_backend import TorchBackend
 

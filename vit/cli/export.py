@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     output, ending = arguments.output, os.path.splitext(arguments.output)[1].lower()
     _check(arguments, ending)
-    model, description = load_torch(arguments.model, device="cpu")
+    model, description = load_torch(arguments.model, device="cpu", reduction=arguments.reduction)
     images = Images(description, arguments.calibration, integers=arguments.int8)
     given: dict[str, Any] = {"images": images.compared and images.compared.images}
     if arguments.with_rollout:

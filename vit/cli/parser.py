@@ -65,6 +65,7 @@ def _classify(commands: Any) -> None:
     )
     command.add_argument("--output", metavar="FILE", help="write results there, whole or not at all")
     command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images computed at once (32)")
+    _reduction(command, "needs torch; `vit export --reduction` puts it into an ONNX file")
     command.add_argument(
         "--explain", metavar="DIR", help="also write an attention rollout over each image there (needs torch)"
     )
@@ -110,6 +111,7 @@ def _explain(commands: Any) -> None:
         "--index", type=_number, default=32, metavar="N", help="images in index.html at most (32); 0 writes none"
     )
     command.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images computed at once (8)")
+    _reduction(command, "maps are of the image's own patches all the same")
     _device(command)
     _recursive(command)
     command.set_defaults(run=_later("explain"))
@@ -140,6 +142,7 @@ def _export(commands: Any) -> None:
         help="images to fit integers to and to compare on, instead of the data that the model was trained on: "
         + SOURCE,
     )
+    _reduction(command, "the file computes so, and says so of itself")
     command.set_defaults(run=_later("export"))
 
 
@@ -170,6 +173,14 @@ def _info(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("--format", choices=("table", "json"), default="table", help="table (default) or json")
     command.set_defaults(run=_later("info"))
+
+
+def _reduction(command: argparse.ArgumentParser, note: str) -> None:
+    command.add_argument(
+        "--reduction",
+        metavar="LINE",
+        help=f"fewer tokens: keep or merge with a share, such as merge:0.5, or none (as the model has it); {note}",
+    )
 
 
 def _device(command: argparse.ArgumentParser) -> None:

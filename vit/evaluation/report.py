@@ -53,6 +53,7 @@ def evaluate(
     output: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     device: str = "auto",
+    reduction: str | None = None,
     faithfulness: int = 0,
 ) -> dict[str, Any]:
     """Evaluate `model` on a split and write what came of it.
@@ -65,6 +66,7 @@ def evaluate(
         output: folder of the results; None: `default_output(model)`.
         batch_size: images at a time; None: the data's `eval_batch_size`.
         device: "auto", "cpu", "cuda", "cuda:1".
+        reduction: fewer tokens, as one line such as "merge:0.5"; None: as the model has it.
         faithfulness: measure attention maps on this many images of the split, as "faithfulness" (see
             `vit.evaluation.faithful`); 0: not.
 
@@ -77,11 +79,13 @@ def evaluate(
         VitError: a model or data that cannot be used, classes that do not match, a split without images, an image
             that can no longer be read, a folder that cannot be written.
     """
+    from vit.model.reduction import spell
+
     if split not in SPLITS:
         raise VitError(f"split={split!r}: {nearest(str(split), SPLITS)}")
     if batch_size is not None and batch_size < 1:
         raise VitError(f"batch_size={batch_size}: expected at least 1")
-    scorer, description, where = _load(model, device)
+    scorer, description, where = _load(model, device, reduction)
     config = data_config(description, data)
     opened = open_data(config, description.class_names)
     chosen = opened.splits[split]
@@ -107,7 +111,7 @@ def evaluate(
         from vit.inference.loading import load_torch
 
         # of an ONNX file the weights, since its graph does not give its attention away
-        network = load_torch(model, device=device)[0] if isinstance(scorer, Classifier) else scorer
+        network = load_torch(model, device=device, reduction=reduction)[0] if isinstance(scorer, Classifier) else scorer
         measured = measure_faithfulness(
             network, chosen, description.preprocessing, images=faithfulness, temperature=temperature
         )
@@ -125,7 +129,9 @@ def evaluate(
         "model": os.fspath(model),
         "data": opened.source,
         "bad_files": len(opened.bad_files),
-        "at_training": at_training(description, config, split),
+        # what training measured was measured with the reduction that the model has
+        "at_training": at_training(description, config, split) if reduction is None else None,
+        **({} if reduction is None else {"reduction": spell(description.architecture)}),
         "reliability": {"uncalibrated": before.rows(), "calibrated": after.rows()},
         **({} if measured is None else {"faithfulness": measured}),
         "seconds": round(seconds, 3),
@@ -204,16 +210,19 @@ def write_confusion(path: str | os.PathLike[str], confusion: np.ndarray, class_n
     write_text(path, text.getvalue())
 
 
-def _load(model: str | os.PathLike[str], device: str) -> tuple[nn.Module | Classifier, Description, Any]:
+def _load(
+    model: str | os.PathLike[str], device: str, reduction: str | None
+) -> tuple[nn.Module | Classifier, Description, Any]:
     """What gives logits, what it says of itself, and the device that it is on."""
     from vit.inference.bundle import WEIGHTS
     from vit.inference.loading import load, load_torch, locate
 
     found = locate(model)
-    if found.kind == "onnx" or (found.bundle is not None and not (found.bundle / WEIGHTS).is_file()):
+    without_weights = found.kind == "onnx" or (found.bundle is not None and not (found.bundle / WEIGHTS).is_file())
+    if without_weights and reduction is None:
         classifier = load(model, device=device, backend="onnx")
         return classifier, classifier.description, "cpu"
-    network, description = load_torch(model, device=device)
+    network, description = load_torch(model, device=device, reduction=reduction)
     return network, description, next(network.parameters()).device
 
 

@@ -9,6 +9,7 @@ Notable
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -87,7 +88,12 @@ def locate(model: str | os.PathLike[str]) -> Found:
 
 
 def load(
-    model: str | os.PathLike[str], *, device: str = "auto", backend: str = "auto", wait: bool = True
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    wait: bool = True,
+    reduction: str | None = None,
 ) -> Classifier:
     """A classifier from any MODEL.
 
@@ -96,6 +102,8 @@ def load(
         backend: "onnx" (ONNX Runtime, CPU only), "torch", or "auto": ONNX on a CPU where the model has such a file.
         wait: whether to wait until the model is ready; if not, `Classifier.ready` and the first answer do, and raise
             what is wrong with its weights.
+        reduction: fewer tokens, as one line, such as "merge:0.5" (see `vit.model.reduction.parse`), by torch; None: as
+            the model has it.
 
     Both backends give the same results to 1e-4.  Raises `VitError` when the model, the device or the backend cannot
     be had.
@@ -104,11 +112,16 @@ def load(
         raise VitError(f"no backend {backend!r}; {nearest(backend, BACKENDS)}")
     if backend == "onnx" and device not in ("auto", "cpu"):
         raise VitError(f"the onnx backend runs on the CPU, not on {device!r}: use device cpu, or backend torch")
+    if backend == "onnx" and reduction is not None:
+        raise VitError(
+            f"an ONNX file computes what it was exported to: `vit export MODEL X.onnx --reduction {reduction}` writes "
+            "one; or use backend torch"
+        )
     found = locate(model)
     if backend == "onnx" and found.onnx is None:
         raise VitError(f"{printable(found.path)} has no {ONNX}: `vit export` writes one; or use backend torch")
     wants_cpu = device == "cpu" or (device == "auto" and (found.kind == "onnx" or not _gpu_here()))
-    if found.onnx is not None and (backend == "onnx" or (backend == "auto" and wants_cpu)):
+    if reduction is None and found.onnx is not None and (backend == "onnx" or (backend == "auto" and wants_cpu)):
         from vit.inference.onnx_backend import OnnxBackend
 
         classifier = Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
@@ -117,14 +130,31 @@ def load(
         return classifier
     from vit.inference.torch_backend import TorchBackend
 
-    return Classifier(TorchBackend(*load_torch(model, device=device)))
+    return Classifier(TorchBackend(*load_torch(model, device=device, reduction=reduction)))
 
 
-def load_torch(model: str | os.PathLike[str], *, device: str = "auto") -> tuple[VisionTransformer, Description]:
+def load_torch(
+    model: str | os.PathLike[str], *, device: str = "auto", reduction: str | None = None
+) -> tuple[VisionTransformer, Description]:
     """The torch module of any MODEL, in evaluation mode on `device`, and its description.
 
-    Raises `VitError` when the model cannot be read or the device is not there.
+    `reduction` is as for `load`.  Raises `VitError` when the model cannot be read, the reduction cannot be, or the
+    device is not there.
     """
+    if reduction is None:
+        return _load_torch(model, device)
+    from vit.model.reduction import parse, spell
+
+    options = parse(reduction)
+    network, description = _load_torch(model, device)
+    network.reduce(**options)
+    # figures are those of the model as it was
+    same = spell(network.architecture) == spell(description.architecture)
+    metrics = description.metrics if same else {}
+    return network, dataclasses.replace(description, architecture=dict(network.architecture), metrics=metrics)
+
+
+def _load_torch(model: str | os.PathLike[str], device: str) -> tuple[VisionTransformer, Description]:
     found = locate(model)
     if found.name is not None:
         return _load_named(found.name, device)

@@ -21,7 +21,7 @@ import numpy as np
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
-from vit.inference.export import check, expected, float_twin, images_to_check, quiet
+from vit.inference.export import check, expected, float_twin, images_to_check, quiet, steady
 
 if TYPE_CHECKING:
     from vit.inference.export import Observer
@@ -47,7 +47,7 @@ def export_program(
 
     twin = float_twin(model)
     shown = twin if observer is None else observer(twin)
-    images = images_to_check(description, images)
+    images = steady(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
         try:
             free = ({0: torch.export.Dim("batch", min=1)},)

@@ -64,13 +64,14 @@ class Move(NamedTuple):
 
     def back(self, rows_BxM: Tensor) -> Tensor:
         """Rows over new tokens times the matrix: the same rows over the tokens before, (B, ..., N') -> (B, ..., N)."""
-        between = [1] * (rows_BxM.ndim - 2)
-        place_BxN, share_BxN = (each.view(len(each), *between, -1) for each in (self.place_BN, self.share_BN))
+        place_BxN, share_BxN = self.place_BN, self.share_BN
+        for _ in range(rows_BxM.ndim - 2):
+            place_BxN, share_BxN = place_BxN[:, None], share_BxN[:, None]
         return rows_BxM.gather(-1, place_BxN.expand(*rows_BxM.shape[:-1], -1)) * share_BxN.to(rows_BxM.dtype)
 
     def added(self, values_BN: Tensor) -> Tensor:
         """The sum of a value over the tokens that went to the same place: (B, N) -> (B, N')."""
-        return values_BN.new_zeros(len(values_BN), self.tokens).scatter_add(1, self.place_BN, values_BN)
+        return values_BN.new_zeros(values_BN.shape[0], self.tokens).scatter_add(1, self.place_BN, values_BN)
 
     @property
     def matrix(self) -> Tensor:
@@ -146,7 +147,7 @@ class Reduction:
 
     def begin(self, tokens: int, rotary: Rotary | None) -> Reducer:
         """What reduces the tokens of one forward pass, `tokens` of them at the start."""
-        patches, counts = tokens - self.prefix, self.counts
+        patches, counts = int(tokens) - self.prefix, self.counts  # a tracer has numbers of its own kind
         if patches != self.patches:  # patch dropout: the same shares of fewer patches
             counts = possible(self.method, [round(each * patches / self.patches) for each in counts], patches)
         return (Keeper if self.method == "keep" else Merger)(self, counts, patches, rotary)
@@ -197,7 +198,7 @@ class Reducer:
     def __init__(self, plan: Reduction, counts: Sequence[int], patches: int, rotary: Rotary | None) -> None:
         self.plan, self.patches, self.rotary = plan, patches, rotary
         self.sizes_BN: Tensor | None = None
-        self._left = list(counts)
+        self._left, self._now = list(counts), patches
         self._moves: list[Callable[[], Move] | None] = []
 
     @property
@@ -225,12 +226,14 @@ class Reducer:
             self._moves.append(None)
             return x_BND
         with torch.autocast(x_BND.device.type, enabled=False):
-            return self._reduce(x_BND, count)
+            x_BND = self._reduce(x_BND, self._now, count)
+        self._now -= count
+        return x_BND
 
     def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
         raise NotImplementedError
 
-    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
+    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
         raise NotImplementedError
 
     def _turn(self, rows_BK: Tensor) -> None:
@@ -242,7 +245,7 @@ class Reducer:
     def _moved(self, place_BP: Tensor, share_BP: Tensor, patches: int) -> Move:
         """A move of the patch tokens, with the tokens in front of them staying where they are."""
         prefix = self.plan.prefix
-        first = torch.arange(prefix, device=place_BP.device).expand(len(place_BP), -1)
+        first = torch.arange(prefix, device=place_BP.device).expand(place_BP.shape[0], -1)
         places_BN = torch.cat([first, place_BP + prefix], dim=1)
         return Move(places_BN, F.pad(share_BP, (prefix, 0), value=1.0), prefix + patches)
 
@@ -265,11 +268,12 @@ class Keeper(Reducer):
         # a patch that nothing looks at has a weight in the rest all the same, so that weights can always be shares
         self._scores_BP = scores_BN[:, self.plan.prefix :].clamp(min=1e-12)
 
-    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
-        prefix, scores_BP, fused_before = self.plan.prefix, self._scores_BP, self.sizes_BN is not None
-        B, P = scores_BP.shape
+    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
+        prefix, scores_BP, B = self.plan.prefix, self._scores_BP, x_BND.shape[0]
         keep = P - count - 1
-        candidates_BP = scores_BP.detach()[:, : P - fused_before]
+        candidates_BP = scores_BP.detach()
+        if self.sizes_BN is not None:  # the last is the rest already
+            candidates_BP = candidates_BP[:, :-1]
         kept_BK = candidates_BP.topk(keep, dim=1).indices.sort(dim=1).values
         rest_BP = shares(scores_BP.scatter(1, kept_BK, 0.0))
         patches_BPD = x_BND[:, prefix:]
@@ -303,9 +307,8 @@ class Merger(Reducer):
         keys_BPd = _single(k.detach())[:, :, self.plan.prefix :].mean(dim=1)
         self._keys_BPd = F.normalize(keys_BPd, dim=-1)
 
-    def _reduce(self, x_BND: Tensor, count: int) -> Tensor:
-        prefix, keys_BPd = self.plan.prefix, self._keys_BPd
-        (B, P), device = keys_BPd.shape[:2], x_BND.device
+    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
+        prefix, keys_BPd, device, B = self.plan.prefix, self._keys_BPd, x_BND.device, x_BND.shape[0]
         ones_BP = torch.ones(B, P, dtype=keys_BPd.dtype, device=device)
         sizes_BP = ones_BP if self.sizes_BN is None else self.sizes_BN[:, prefix:]
         # each token of the first set with its most similar one of the second, the most similar pairs in front
@@ -327,8 +330,7 @@ class Merger(Reducer):
         first = torch.arange(prefix, device=device).expand(B, -1)
         rows_BK = torch.cat([first, stay_BK + prefix], dim=1)
         # a token of the second set is found behind all those that were there
-        N = x_BND.shape[1]
-        sources_BK = torch.where(stay_BK % 2 == 1, N + stay_BK // 2, stay_BK + prefix)
+        sources_BK = torch.where(stay_BK % 2 == 1, prefix + P + stay_BK // 2, stay_BK + prefix)
         sources_BK = torch.cat([first, sources_BK], dim=1)
         everything_BN = F.pad(sizes_BP, (prefix, 0), value=1.0)
         new_sizes_BK = torch.cat([everything_BN, sum_BQ], dim=1).gather(1, sources_BK)

@@ -38,6 +38,7 @@ __all__ = ["Known", "Loaded", "count_parameters", "create_model", "load_pretrain
 MAY_DIFFER = frozenset(
     {"image_size", "patch_size", "in_channels", "num_classes", "pool", "final_norm", "distillation_token"}
     | {"crop_to_patches", "dropout", "attention_dropout", "drop_path", "patch_dropout", "init"}
+    | {"reduction", "reduction_rate", "reduction_schedule", "reduction_proportional"}
 )
 """Arguments of `vit.VisionTransformer` that may be another than the weights'."""
 

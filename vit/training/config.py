@@ -84,6 +84,7 @@ class EvalConfig:
     output: str | None = option(None, "folder for the results; null: evaluation/ in the run folder")
     batch_size: int | None = option(None, "images at a time; null: data.eval_batch_size", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
+    reduction: str | None = option(None, "fewer tokens, such as merge:0.5; null: as the model has it")
     faithfulness: bool = option(False, "measure how far to believe attention maps, too")
     faithfulness_images: int = option(256, "on how many images", least=2)
 

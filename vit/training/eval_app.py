@@ -34,6 +34,7 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
         output=config.output,
         batch_size=config.batch_size,
         device=config.device,
+        reduction=config.reduction,
         faithfulness=config.faithfulness_images if config.faithfulness else 0,
     )
     print_summary(metrics)

@@ -144,7 +144,7 @@ def _possible(key: options.Key) -> Any:
         return None
     if key.rule.choices:
         return key.rule.choices[0]
-    return False if key.type is bool else 1
+    return False if key.type is bool else 1 if key.rule.least is None else int(key.rule.least)
 
 
 def _look(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

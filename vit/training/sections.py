@@ -84,6 +84,19 @@ class ModelConfig:
     attention_dropout: float = setting("share of attention weights dropped", least=0, under=1)
     drop_path: float = setting("stochastic depth: share of branches skipped in the last block", least=0, under=1)
     patch_dropout: float = setting("share of patches left out in training", least=0, under=1)
+    reduction: str = setting(
+        "fewer tokens from layer to layer: keep the patches that the head attends to, or merge those that are alike",
+        choices=("none", "keep", "merge"),
+    )
+    reduction_rate: float = setting("share of the patches that are gone in the end", least=0, under=1)
+    reduction_schedule: str | tuple[int, ...] | None = setting(
+        "where they go, or how many in each layer; null: what suits the method",
+        choices=("constant", "decreasing", "stages"),
+        least=0,
+    )
+    reduction_proportional: bool | None = setting(
+        "attend to a token by the number of patches it stands for; null: where they merge"
+    )
     init: str = setting("how weights start", choices=("trunc_normal", "xavier", "mimetic"))
     compile: bool = setting("torch.compile: slow to start, faster after")
 
