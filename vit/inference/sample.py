@@ -7,6 +7,7 @@ data sets do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -106,7 +107,13 @@ def open_own(description: Description) -> ImageData:
     if not description.data.get("name"):
         raise VitError("the model does not say which data it was trained on")
     known = {key: value for key, value in description.data.items() if value is not None}
-    return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
+    log = logging.getLogger("vit")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what is missing in the data was said when it was trained on
+    try:
+        return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
+    finally:
+        log.setLevel(level)
 
 
 def from_split(data: ImageData, name: str, preprocessing: Preprocessing, count: int, skip: int = 0) -> Sample:
