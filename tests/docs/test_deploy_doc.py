@@ -158,7 +158,7 @@ def triton(exported) -> Iterator[str]:
 def model_config(text: str) -> Any:
     """A `config.pbtxt`, read as protobuf's text format.
 
-    The part of `ModelConfig` that the page uses; names, numbers and kinds are from
+    The part of `ModelConfig` that the page uses; names and kinds are from
     https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
