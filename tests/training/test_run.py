@@ -77,6 +77,15 @@ def test_best_is_chosen_by_validation(run):
     assert best["vit"]["metrics"]["val"]["loss_uncalibrated"] <= last["vit"]["metrics"]["val"]["loss"] + 1e-6
 
 
+def test_the_last_checkpoint_is_the_latest_also_where_validation_gets_worse(run):
+    result = run("trainer.max_epochs=3", "optim=sgd", "optim.lr=1e-9", "data.max_images=64")
+    steps = {
+        name: torch.load(result.folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("best", "last")
+    }
+    assert steps == {"best": 1, "last": 3}
+
+
 def test_one_seed_gives_one_model_and_another_seed_another(run):
     first, second, third = (run("trainer.max_epochs=1", f"seed={seed}").folder for seed in (3, 3, 4))
     a, b, c = (weights(folder) for folder in (first, second, third))

@@ -41,17 +41,14 @@ class WholeFiles(TorchCheckpointIO):
         save(path, checkpoint)
 
 
-def checkpoint_callback(folder: Path, monitor: str | None) -> ModelCheckpoint:
-    """Keep `best.ckpt` by `monitor` and `last.ckpt`; without validation data both are the latest."""
+def checkpoint_callbacks(folder: Path, monitor: str | None) -> list[ModelCheckpoint]:
+    """Keep `best.ckpt` by `monitor`, and `last.ckpt`; without validation data both are the latest.
+
+    The last one is kept by a callback of its own: `save_last` beside a monitor leaves it as old as the best.
+    """
     mode = "min" if monitor and monitor.endswith("loss") else "max"
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_top_k=1,
-        save_last=True,
-        save_on_train_epoch_end=monitor is None,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+    shared: dict[str, Any] = dict(dirpath=folder, auto_insert_metric_name=False, enable_version_counter=False)
+    if monitor is None:
+        return [ModelCheckpoint(filename="best", save_last=True, save_on_train_epoch_end=True, **shared)]
+    best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, save_on_train_epoch_end=False, **shared)
+    return [best, ModelCheckpoint(filename="last", save_on_train_epoch_end=False, **shared)]

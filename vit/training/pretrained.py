@@ -131,7 +131,7 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
         **given,
     )
     log.info("%s", loaded.report.table())
-    return loaded.model
+    return loaded.model.train()  # Lightning leaves a module in the mode that it comes in
 
 
 def _blanks() -> list[str]:

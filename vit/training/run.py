@@ -35,8 +35,8 @@ from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
 from vit.files import write_json, write_text
 from vit.inference.bundle import write_bundle
-from vit.inference.sample import of_data
 from vit.inference.description import Description
+from vit.inference.sample import of_data
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
 from vit.training import checkpoints, logs
@@ -267,7 +267,6 @@ def _fit_and_finish(
         max_time=t.max_seconds,
     )
     monitor = config.monitor if len(data.splits["val"]) else None
-    keeper = checkpoints.checkpoint_callback(folder / "checkpoints", monitor)
     callbacks: list[L.Callback] = [schedule, pace, interrupt, meter]
     if config.logging.progress:
         callbacks.append(Progress(schedule, meter))
@@ -279,7 +278,7 @@ def _fit_and_finish(
     if t.patience is not None and monitor:
         mode = "min" if monitor.endswith("loss") else "max"
         callbacks.append(L.callbacks.EarlyStopping(monitor, patience=t.patience, mode=mode))
-    callbacks.append(keeper)
+    callbacks += checkpoints.checkpoint_callbacks(folder / "checkpoints", monitor)
     trainer = build_trainer(config, folder, callbacks)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True)
