@@ -117,6 +117,8 @@ def _sections(
     front = [a.get("class_token", True), a.get("distillation_token", False)]
     tokens = grid[0] * grid[1] + sum(map(bool, front)) + int(a.get("registers", 0))
     shown = {"image_size", "patch_size", "in_channels", "num_classes", "width", "depth", "heads"}
+    if a.get("reduction", "none") == "none":
+        shown |= {"reduction", "reduction_rate", "reduction_schedule", "reduction_proportional"}
     options = {key: value for key, value in a.items() if key not in shown and value not in (None, False, 0, 0.0, "")}
     sections = [
         (

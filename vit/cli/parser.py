@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _export(commands)
     _push(commands)
     _info(commands)
+    _tune_reduction(commands)
     return parser
 
 
@@ -175,6 +176,40 @@ def _info(commands: Any) -> None:
     command.set_defaults(run=_later("info"))
 
 
+def _tune_reduction(commands: Any) -> None:
+    command = commands.add_parser(
+        "tune-reduction",
+        help="find which tokens a model can do without, under a budget",
+        description="Find the schedule of token reduction that keeps most validation images right at a given share of "
+        "the cost. Prints accuracy against cost, and writes a bundle that has the best of them.",
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument(
+        "--budget", type=_share, required=True, metavar="SHARE", help="of the cost without reduction, such as 0.5"
+    )
+    command.add_argument(
+        "--measure",
+        choices=("flops", "latency"),
+        default="flops",
+        help="what cost is: operations, counted (default), or seconds, measured on this machine",
+    )
+    command.add_argument("--output", metavar="DIR", help="write the model with the best schedule there, as a bundle")
+    command.add_argument(
+        "--data",
+        metavar="KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="other validation images than those of the data that it was trained on, such as name=folder root=photos",
+    )
+    command.add_argument("--images", type=_count, default=1000, metavar="N", help="to judge by, at most (1000)")
+    command.add_argument(
+        "--trials", type=_number, default=32, metavar="N", help="schedules beyond those with names (32)"
+    )
+    command.add_argument("--seed", type=_number, default=0, metavar="N", help="of the search (0)")
+    _device(command)
+    command.set_defaults(run=_later("tune_reduction"))
+
+
 def _reduction(command: argparse.ArgumentParser, note: str) -> None:
     command.add_argument(
         "--reduction",
@@ -200,6 +235,16 @@ def _count(text: str, least: int = 1) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
         raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, not {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share over 0 and under 1, not {text!r}")
+    return value
 
 
 def _number(text: str) -> int:
