@@ -276,3 +276,33 @@ def test_muon_takes_a_closure_and_leaves_parameters_without_gradient_alone():
 def test_an_unknown_optimiser_gets_the_ones_there_are():
     with pytest.raises(VitError, match=r"optim\.name: .*'adamw'"):
         build_optimizer(model_for(), name="adam", lr=1e-3)
+
+
+def test_the_heads_own_rate_multiplies_that_of_its_layer_and_no_others():
+    model = VisionTransformer(
+        image_size=8, patch_size=4, num_classes=3, width=16, depth=2, heads=2, distillation_token=True
+    )
+    options = {"kind": "adamw", "lr": 0.1, "matrix_lr": 1.0, "weight_decay": 0.5}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer_decay in (1.0, 0.5):
+        plain, own = (
+            {names[p]: group["lr"] for group in parameter_groups(model, **options, layer_decay=layer_decay, head_lr=rate)
+             for p in group["params"]}
+            for rate in (1.0, 10.0)
+        )  # fmt: skip
+        assert own.keys() == plain.keys() == set(names.values())
+        for name, rate in own.items():
+            factor = 10 if name.startswith(("head.", "head_dist.")) else 1
+            assert rate == pytest.approx(factor * plain[name]), name
+    labels = [group["name"] for group in parameter_groups(model, **options, layer_decay=1.0, head_lr=10.0)]
+    assert len(set(labels)) == len(labels) == 4
+
+
+def test_layers_are_counted_from_the_whole_model_when_only_its_head_learns():
+    model = VisionTransformer(image_size=8, patch_size=4, num_classes=3, width=16, depth=4, heads=2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("head.", "blocks.3.")))
+    groups = parameter_groups(model, kind="adamw", lr=1.0, matrix_lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    assert {group["name"]: group["lr"] for group in groups} == {
+        "decay_layer05": 1.0, "no_decay_layer05": 1.0, "decay_layer04": 0.5, "no_decay_layer04": 0.5
+    }  # fmt: skip
