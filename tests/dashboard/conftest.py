@@ -155,7 +155,7 @@ def open_tab(chrome: Any, tools: ModuleType) -> Iterator[Any]:
         options.setdefault("viewport", {"width": 1280, "height": 1100})
         contexts.append(chrome.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         tab = Tab(page, None)
         tabs.append(tab)
         page.on("console", lambda message: tab.errors.extend(_error(message)))

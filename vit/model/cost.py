@@ -46,7 +46,7 @@ def products(architecture: Mapping[str, Any]) -> list[int]:
         if count and a["reduction"] == "keep":
             looking = 1 + distilled if pool == "token" else N if a.get("pool_prefix") else P
             attention += looking * N * D + P * D
-            attention += looking * N if P < patches else 0  # a mean over what the tokens that look stand for
+            attention += looking * N if patches > P else 0  # a mean over what the tokens that look stand for
         elif count:
             head = D if plain else D // a["heads"]
             attention += (P - P // 2) * (P // 2) * head + (P // 2) * count * (D + 1)
@@ -54,7 +54,7 @@ def products(architecture: Mapping[str, Any]) -> list[int]:
         found.append(attention + matrices * hidden * (prefix + P) * D)
     heads = D * a["num_classes"] * (1 + distilled)
     read = P + (prefix if a.get("pool_prefix") else 0)
-    if pool == "mean" and P < patches:
+    if pool == "mean" and patches > P:
         heads += read * D
     if pool == "attention":
         heads += 2 * D**2 + 2 * read * D**2 + 2 * read * D + 2 * hidden * D
