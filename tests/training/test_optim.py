@@ -285,11 +285,8 @@ def test_the_heads_own_rate_multiplies_that_of_its_layer_and_no_others():
     options = {"kind": "adamw", "lr": 0.1, "matrix_lr": 1.0, "weight_decay": 0.5}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for layer_decay in (1.0, 0.5):
-        plain, own = (
-            {names[p]: group["lr"] for group in parameter_groups(model, **options, layer_decay=layer_decay, head_lr=rate)
-             for p in group["params"]}
-            for rate in (1.0, 10.0)
-        )  # fmt: skip
+        plain, own = (parameter_groups(model, **options, layer_decay=layer_decay, head_lr=rate) for rate in (1.0, 10.0))
+        plain, own = ({names[p]: group["lr"] for group in groups for p in group["params"]} for groups in (plain, own))
         assert own.keys() == plain.keys() == set(names.values())
         for name, rate in own.items():
             factor = 10 if name.startswith(("head.", "head_dist.")) else 1
