@@ -133,14 +133,16 @@ class Hub:
         commit = self._commit(f"{owner}/{name}", revision, [json.loads(line) for line in body.splitlines()])
         return 200, {"commitUrl": f"{self.url}/{owner}/{name}/commit/{commit}", "commitOid": commit}
 
-    def _create(self, name: str, organization: str, visibility: str = "", **_: Any) -> tuple[int, dict[str, Any]]:
+    def _create(
+        self, name: str, organization: str, visibility: str = "", private: bool = False, **_: Any
+    ) -> tuple[int, dict[str, Any]]:
         full = f"{organization}/{name}"
         if organization != "me":
             return 403, {"error": f"You don't have the rights to create a model under the namespace {organization!r}"}
         if full in self.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.url}/{full}"}
         self.repositories[full] = {}
-        if visibility == "private":
+        if private or visibility == "private":  # what the client said before 2.0, and what it says since
             self.private.add(full)
         return 200, {"url": f"{self.url}/{full}"}
 
