@@ -142,7 +142,7 @@ class Hub:
         if full in self.repositories:
             return 409, {"error": "You already created this model repo", "url": f"{self.url}/{full}"}
         self.repositories[full] = {}
-        if private or visibility == "private":  # what the client said before 2.0, and what it says since
+        if private or visibility == "private":  # as client 1.0 says it, and 2.4
             self.private.add(full)
         return 200, {"url": f"{self.url}/{full}"}
 
