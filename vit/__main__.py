@@ -1,8 +1,6 @@
 """`python -m vit` is the command `vit`."""
 
-import sys
-
-from vit.cli import main
+from vit.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

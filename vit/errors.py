@@ -7,7 +7,7 @@ that line and leave with status 2; a traceback is for faults of the program itse
 
 from __future__ import annotations
 
-import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -27,6 +27,8 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     Returns `"did you mean 'a' or 'b'?"`, or `"choose from a, b, c"` when nothing is close and the list is short,
     or the first few with a count when it is long.
     """
+    import difflib
+
     names = list(dict.fromkeys(str(choice) for choice in choices))
     folded = {name.lower(): name for name in names}
     close = [folded[name] for name in difflib.get_close_matches(word.lower(), list(folded), count, 0.6)]
@@ -37,3 +39,12 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     if len(names) <= 16:
         return "choose from " + ", ".join(names)
     return f"choose from {', '.join(names[:8])}, ... ({len(names)} in all)"
+
+
+def printable(path: object) -> str:
+    """`path` as one line of valid Unicode, for messages: odd bytes and control characters are escaped."""
+    text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
+    if text.isascii() and text.isprintable():  # nearly every name, and there may be thousands
+        return text
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

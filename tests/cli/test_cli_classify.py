@@ -264,6 +264,23 @@ def test_a_wrong_call_is_one_line_and_status_2(small_bundle, tmp_path, arguments
     assert b"Traceback" not in done.stderr
 
 
+def test_a_damaged_model_is_reported_before_any_row(small_bundle, tmp_path):
+    """Though it is found out while the first inputs, here not one of which can be used, are looked at."""
+    import onnx
+
+    message = onnx.load(small_bundle / "model.onnx")
+    message.graph.node[3].op_type = "NoSuchOperator"
+    onnx.save(message, tmp_path / "x.onnx")
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    for stdin, source in ((b"", tmp_path / "broken.jpg"), (os.fsencode(tmp_path / "broken.jpg"), "-")):
+        done = vit("classify", tmp_path / "x.onnx", source, "--output", tmp_path / "rows.csv", stdin=stdin)
+        assert done.returncode == 2
+        assert done.stdout == b""
+        assert done.stderr.count(b"\n") == 1
+        assert b"x.onnx is damaged or not an ONNX model" in done.stderr
+        assert not (tmp_path / "rows.csv").exists()
+
+
 def test_a_traceback_when_asked_for(tmp_path):
     done = vit("info", "nowhere", cwd=tmp_path, VIT_TRACEBACK="1")
     assert b"Traceback" in done.stderr

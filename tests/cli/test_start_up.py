@@ -66,3 +66,73 @@ def test_every_public_name_is_there():
         [sys.executable, "-c", "import vit; vit.nothing"], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert "module 'vit' has no attribute 'nothing'" in done.stderr
+
+
+def modules_of(*arguments: object) -> set[str]:
+    """All modules in memory after a command, by their full names."""
+    tail = "\nprint('MODULES', *sys.modules, file=sys.stderr)"
+    # a measured run would load the tool that measures
+    plain = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("COV")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{COMMAND}{tail}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=plain,
+        check=True,
+    )
+    return set(done.stderr.split("MODULES ")[-1].split())
+
+
+def test_one_photograph_loads_nothing_that_it_does_not_need(small_bundle, photographs):
+    """Neither what opens data sets, nor Pillow's rarer readers, nor the package that writes ONNX files."""
+    for source in (photographs[0], photographs[0].parent):
+        names = modules_of("classify", small_bundle, source, "--device", "cpu")
+        ours = {name for name in names if name.startswith("vit.")}
+        assert ours <= {
+            *("vit.cli", "vit.cli.classify", "vit.cli.output", "vit.cli.parser", "vit.data", "vit.data.decode"),
+            *("vit.data.preprocess", "vit.errors", "vit.files", "vit.inference", "vit.inference.bundle"),
+            *("vit.inference.classifier", "vit.inference.description", "vit.inference.loading"),
+            *("vit.inference.onnx_backend", "vit.inference.onnx_file", "vit.inference.processors"),
+            "vit.inference.sources",
+        }
+        assert "PIL.JpegImagePlugin" in names
+        assert "PIL.TiffImagePlugin" not in names
+        assert not names & {"PIL.PdfImagePlugin", "difflib", "hashlib", "sqlite3", "asyncio", "multiprocessing"}
+
+
+def test_what_describes_a_model_is_read_without_pillow(small_bundle):
+    """So that Pillow is loaded by a thread, while the session is built."""
+    code = "from vit.inference.bundle import read_bundle; read_bundle(sys.argv[1])\nimport vit.inference.loading"
+    assert "PIL" not in imported(code, small_bundle)
+
+
+def test_numpy_starts_no_threads(small_bundle, photographs):
+    """OpenBLAS's, which cost more than the rest of NumPy's start-up; unless somebody asks for them."""
+    code = f"{COMMAND}\nimport os\nprint('MODULES', os.environ['OPENBLAS_NUM_THREADS'], file=sys.stderr)"
+    for wanted, given in (("1", {}), ("3", {"OPENBLAS_NUM_THREADS": "3"})):
+        plain = {key: value for key, value in ENVIRONMENT.items() if key != "OPENBLAS_NUM_THREADS"}
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{code}", "classify", small_bundle, photographs[0]],
+            capture_output=True,
+            text=True,
+            env={**plain, **given},
+            check=True,
+        )
+        assert done.stderr.split("MODULES ")[-1].strip() == wanted
+
+
+def test_the_process_leaves_with_everything_written(small_bundle, photographs, tmp_path):
+    """It ends at once; what others have registered for the end is still done, and the status is the command's."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'registered')\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
+
+    def vit(*arguments):
+        command = [sys.executable, "-m", "vit", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = vit("classify", small_bundle, photographs[0], "--format", "csv")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "registered"
+    assert done.stdout.count("\n") == 3
+    assert (vit("--version").returncode, vit("nothing").returncode) == (0, 2)
+    assert vit("classify", small_bundle, photographs[0], tmp_path / "none.jpg").returncode == 1

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile
 
-from vit.data.decode import ImageError, decode, measure, printable
+from vit.data.decode import ImageError, decode, extensions, measure, named_as_image, printable
 from vit.errors import VitError
 
 
@@ -532,3 +532,14 @@ def test_many_threads_at_once(picture, encoded):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(len(sources))))
+
+
+def test_names_of_images_are_those_of_pillows_readers():
+    """The usual ones are known without loading them all."""
+    for channels in (1, 3, 5):
+        known = extensions(channels)
+        assert {".jpg", ".png", ".webp", ".tiff"} <= known
+        assert not {".txt", ".pdf", ".json", ""} & known
+        for ending in (*known, ".txt", ".pdf", ".npy", ".jpg.txt", ""):
+            assert named_as_image(f"a{ending.upper()}", channels) == (ending in known), ending
+    assert (".npy" in extensions(3), ".npy" in extensions(5)) == (False, True)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import onnx
 import pytest
 import torch
 
@@ -214,3 +215,23 @@ def test_processors_are_at_least_one_and_at_most_what_may_be_used():
     assert 1 <= processors.available() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):
         assert processors.available() <= len(os.sched_getaffinity(0))
+
+
+def test_a_model_may_be_waited_for_later(small_bundle, photographs, tmp_path):
+    """What is wrong with its weights is raised then, and always before an answer, of whatever input."""
+    classifier = load(small_bundle, device="cpu", wait=False)
+    assert classifier.classify(photographs[:1])[0].error is None
+    bundle = tmp_path / "bundle"
+    shutil.copytree(small_bundle, bundle)
+    whole = (bundle / "model.onnx").read_bytes()
+    message = onnx.load_model_from_string(whole)
+    message.graph.node[3].op_type = "NoSuchOperator"
+    (bundle / "model.onnx").write_bytes(message.SerializeToString())
+    with pytest.raises(VitError, match=r"model\.onnx is damaged or not an ONNX model"):
+        load(bundle, device="cpu")
+    classifier = load(bundle, device="cpu", wait=False)
+    for _ in range(2):
+        with pytest.raises(VitError, match=r"model\.onnx is damaged or not an ONNX model"):
+            classifier.ready()
+    with pytest.raises(VitError, match="damaged"):
+        classifier.classify([tmp_path / "none.jpg"])

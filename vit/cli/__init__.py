@@ -8,12 +8,35 @@ Exit status: 0 all went well; 1 some inputs could not be used; 2 the call itself
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from vit.errors import VitError
+from vit.errors import VitError, printable
+
+
+def command() -> NoReturn:
+    """The process called `vit`: `main`, and then the end at once.
+
+    Importing libraries makes much and little garbage, so it is looked for more rarely; and taking an interpreter with
+    NumPy and ONNX Runtime in it apart, object by object, takes a tenth of a second that nobody has any use for.
+    """
+    import atexit
+    import gc
+
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        status = main()
+    except SystemExit as leaving:  # --help and --version
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitError as error:
         if os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
             raise
-        from vit.data.decode import printable
-
         # one line whatever file names it quotes, and no control character for the terminal to obey
         print(f"vit: {printable(error)}", file=sys.stderr)
         return 2

@@ -20,8 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Protocol
 
-from vit.data.decode import printable
-from vit.errors import VitError
+from vit.errors import VitError, printable
 from vit.files import atomic_write
 from vit.inference.classifier import Result
 

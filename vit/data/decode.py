@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vit.errors import VitError
+from vit.errors import printable as printable  # for those who read images and speak of their files
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -70,15 +71,6 @@ class ImageError(VitError):
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str | None]]:
         return type(self), (self.reason, self.name)
-
-
-def printable(path: object) -> str:
-    """`path` as one line of valid Unicode, for messages: odd bytes and control characters are escaped."""
-    text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
-    if text.isascii() and text.isprintable():  # nearly every name, and there may be thousands
-        return text
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Notable:
 - `resize` stays in uint8, so a data set can be held at a quarter of the size and normalised on the device.
 - Plain JSON types in and out: this object travels inside every saved model.
 
-NumPy and Pillow only.
+NumPy and Pillow only, and Pillow when there is an image: what a model says of itself is read without.
 """
 
 from __future__ import annotations
@@ -14,21 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from vit.data.decode import decode
 from vit.errors import VitError, nearest
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-INTERPOLATIONS = tuple(_FILTERS)
+if TYPE_CHECKING:
+    from PIL import Image
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+"""Pillow's filters (`PIL.Image.Resampling`)."""
 CROP_MODES = ("center", "squash", "border")
 
 # An image this much longer than wide is cut before it is enlarged: a 1 x 30,000 strip must not become 224 x 6,720,000.
@@ -81,7 +77,7 @@ class Preprocessing:
                 raise VitError(f"std: expected numbers above 0, got {list(values)!r}")
             set_(self, key, tuple(float(value) for value in values))
         if self.interpolation not in INTERPOLATIONS:
-            raise VitError(f"interpolation={self.interpolation!r}: {nearest(str(self.interpolation), _FILTERS)}")
+            raise VitError(f"interpolation={self.interpolation!r}: {nearest(str(self.interpolation), INTERPOLATIONS)}")
         if self.crop_mode not in CROP_MODES:
             raise VitError(f"crop_mode={self.crop_mode!r}: {nearest(str(self.crop_mode), CROP_MODES)}")
         if not _number(self.crop_pct) or not 0 < self.crop_pct <= 1:
@@ -111,6 +107,10 @@ class Preprocessing:
             and self.keeps((image.shape[0], image.shape[1]))
         ):
             return image
+        from PIL import Image
+
+        from vit.data.decode import decode
+
         pixels = decode(image, channels=self.channels)
         if isinstance(pixels, np.ndarray):
             if self.keeps((pixels.shape[0], pixels.shape[1])):
@@ -187,7 +187,9 @@ class Preprocessing:
     def _scale(self, image: Image.Image, width: int, height: int) -> Image.Image:
         if image.size == (width, height):
             return image
-        return image.resize((width, height), _FILTERS[self.interpolation])
+        from PIL.Image import Resampling
+
+        return image.resize((width, height), Resampling[self.interpolation.upper()])
 
 
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -200,6 +202,8 @@ def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
 def _pad(image: Image.Image, width: int, height: int, fill: tuple[int, ...]) -> Image.Image:
     left, top = max(width - image.width, 0) // 2, max(height - image.height, 0) // 2
     if image.width < width or image.height < height:
+        from PIL import Image
+
         canvas = Image.new(
             image.mode, (max(width, image.width), max(height, image.height)), fill if len(fill) > 1 else fill[0]
         )

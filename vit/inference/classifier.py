@@ -18,17 +18,18 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from vit.data.decode import ImageError, decode
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.processors import available
 
-Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or why there are none
 
 NO_NUMBER = "the model gives no number for this image (its weights hold NaN or infinities)"
@@ -137,6 +138,8 @@ class Classifier:
         A single path, image or array may be given without a list.  An image that cannot be used gives a result with
         `error`.  Raises `VitError` when `top_k` or `batch_size` is not a whole number above 0.
         """
+        from PIL import Image
+
         if isinstance(inputs, str | os.PathLike | bytes | Image.Image) or (
             isinstance(inputs, np.ndarray) and inputs.ndim < 4
         ):
@@ -202,6 +205,9 @@ class Classifier:
         """The model's input before normalisation, uint8 (H, W, C), or why there is none."""
         if isinstance(item, Unusable):
             return item.reason
+        # here, so that a thread loads Pillow while the session is built
+        from vit.data.decode import ImageError, decode
+
         preprocessing = self.description.preprocessing
         try:
             image = decode(item, channels=preprocessing.channels, target=preprocessing.resize_target)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vit.data.decode import printable
-from vit.errors import VitError, nearest
+from vit.errors import VitError, nearest, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
 from vit.inference.processors import gpu_possible

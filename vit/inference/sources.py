@@ -15,8 +15,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 
-from vit.data.decode import named_as_image, printable
-from vit.errors import VitError
+from vit.errors import VitError, printable
 from vit.inference.classifier import Pause, Unusable
 
 Item = str | Unusable | Pause
@@ -98,6 +97,8 @@ def _matches(pattern: str, recursive: bool) -> Iterator[Item]:
 
 def _walk(folder: str, recursive: bool, channels: int, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
     """Images under `folder`; `above` are the folders on the way here, so that a link to one of them is no loop."""
+    from vit.data.decode import named_as_image
+
     try:
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in above:
