@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from vit.data.decode import decode
 from vit.errors import VitError
 from vit.inference.classifier import Classifier, Pause, Unusable, softmax
 from vit.inference.loading import load, load_torch
+from vit.inference.processors import available
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,61 @@ def test_a_result_does_not_depend_on_batch_or_neighbours(onnx, torch_, photograp
             assert abs(one.probability - other.probability) < 1e-6
 
 
+def test_many_at_once_answer_as_one_does(small_bundle, onnx, photographs):
+    """In order, whichever thread is done first; and no more threads than processors compute."""
+    many = load(small_bundle, device="cpu", backend="onnx", many=True)
+    computing, most, lock = 0, 0, threading.Lock()
+    real = many._backend.logits
+
+    def logits(images):
+        nonlocal computing, most
+        with lock:
+            computing += 1
+            most = max(most, computing)
+        time.sleep(0.02 * (len(images) % 2))  # so that later ones overtake
+        out = real(images)
+        with lock:
+            computing -= 1
+        return out
+
+    many._backend.logits = logits
+    inputs = [photographs[i * i % 12] for i in range(60)]
+    for batch_size in (None, 1, 3):
+        results = list(many.stream(inputs, batch_size=batch_size))
+        assert [result.path for result in results] == [str(path) for path in inputs]
+        for one, other in zip(results, onnx.classify(inputs), strict=True):
+            assert one.index == other.index
+            assert abs(one.probability - other.probability) < 1e-6
+    assert most == many._backend.at_once == available()
+
+
+def test_rows_come_with_their_pixels(onnx, torch_, photographs, tmp_path):
+    for classifier in (onnx, torch_):
+        (tmp_path / "empty.jpg").touch()
+        batches = list(classifier.answered([*photographs, tmp_path / "empty.jpg"]))
+        assert sum(len(rows) for rows, _ in batches) == 13
+        for rows, results in batches:
+            for (path, pixels), result in zip(rows, results, strict=True):
+                assert path == result.path
+                if isinstance(pixels, str):
+                    assert (Path(path).name, pixels, result.error) == ("empty.jpg", "empty file", "empty file")
+                else:
+                    resize = classifier.description.preprocessing.resize
+                    np.testing.assert_array_equal(pixels, resize(decode(path, channels=3)))
+
+
+def test_a_stream_that_is_left_stops_its_threads(onnx, photographs):
+    before = threading.active_count()
+    stream = onnx.stream(itertools.cycle(photographs))
+    next(stream)
+    stream.close()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
 def test_images_may_be_paths_bytes_pillow_images_and_arrays(onnx, photographs):
     image = Image.open(photographs[3])
     inputs = [photographs[3], str(photographs[3]), photographs[3].read_bytes(), image, np.asarray(image)]
@@ -142,7 +201,7 @@ def test_a_model_that_gives_no_numbers_says_so(onnx, photographs, monkeypatch):
     assert second.error is None
 
 
-def test_memory_is_bounded_whatever_the_stream(onnx, photographs):
+def test_memory_is_bounded_whatever_the_stream(onnx, torch_, photographs):
     taken = 0
 
     def endless():
@@ -151,11 +210,12 @@ def test_memory_is_bounded_whatever_the_stream(onnx, photographs):
             taken += 1
             yield photographs[taken % 12]
 
-    stream = onnx.stream(endless(), batch_size=4)
-    for given_ in range(1, 200):
-        next(stream)
-        assert taken - given_ <= 8  # two batches
-    stream.close()
+    for classifier, most in ((torch_, 8), (onnx, 4 * (2 * available() + 1))):  # two batches; two a thread and one more
+        taken, stream = 0, classifier.stream(endless(), batch_size=4)
+        for given_ in range(1, 200):
+            next(stream)
+            assert taken - given_ <= most
+        stream.close()
 
 
 def test_a_pause_answers_what_came(onnx, photographs):

@@ -24,20 +24,20 @@ def run(arguments: argparse.Namespace) -> int:
     """
     # paths on standard input may be long in coming, and a wrong model should be reported before
     wait = "-" in arguments.sources
-    classifier = load(
-        arguments.model, device=arguments.device, backend=arguments.backend, wait=wait, reduction=arguments.reduction
-    )
+    many = not wait and (len(arguments.sources) > 1 or not _is_image(arguments.sources[0]))
+    where = {"device": arguments.device, "backend": arguments.backend, "reduction": arguments.reduction}
+    classifier = load(arguments.model, wait=wait, many=many, **where)
     ending = os.path.splitext(arguments.output or "")[1].lower()
     lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
     sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels)
     explain = _explainer(arguments) if arguments.explain is not None else None
-    batches = classifier.prepared(sources, arguments.batch_size)
+    batches = classifier.answered(sources, arguments.top_k, arguments.batch_size)
     done = failed = 0
     try:
         with open_output(arguments.output) as output, progress(to_terminal=_shows(output)) as advance:
-            for rows in batches:
-                for result in classifier.answer(rows, arguments.top_k):
+            for rows, results in batches:
+                for result in results:
                     output.write(((lines.head() if done == 0 else "") + lines.row(result)).encode())
                     output.flush()
                     done, failed = done + 1, failed + (result.error is not None)
@@ -72,6 +72,10 @@ def _explainer(arguments: argparse.Namespace) -> Callable[[Sequence[Prepared]], 
                 folder.save(path, pixels, mapped)
 
     return explain
+
+
+def _is_image(source: str) -> bool:
+    return os.path.isfile(source) and not source.lower().endswith(".txt")
 
 
 def _shows(output: Any) -> bool:

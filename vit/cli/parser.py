@@ -65,7 +65,9 @@ def _classify(commands: Any) -> None:
         help="table (default), jsonl (one object a line, full precision) or csv; taken from the name of --output",
     )
     command.add_argument("--output", metavar="FILE", help="write results there, whole or not at all")
-    command.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images computed at once (32)")
+    command.add_argument(
+        "--batch-size", type=_count, metavar="N", help="images computed together (a few by each processor, 32 by torch)"
+    )
     _reduction(command, "needs torch; `vit export --reduction` puts it into an ONNX file")
     command.add_argument(
         "--explain", metavar="DIR", help="also write an attention rollout over each image there (needs torch)"

@@ -3,8 +3,12 @@
 Notable
 - One code path for every backend: preprocessing is NumPy and Pillow, softmax is float64 NumPy, so only the logits
   differ, and those by rounding.
-- A bounded window of images is decoded ahead by threads while the model computes; the first batches are small, so
-  that the first answers come early and compute does not wait for a full batch.
+- A backend that computes several small batches at once (ONNX Runtime on a CPU) gets each from a thread that decodes it
+  as well: processors wait neither for each other nor for a decoder, and what is computed stays in their caches.
+  Measured on 2 cores: a ViT-S/16 takes 98 ms of a processor an image so, and 128 ms in batches of 32 (ViT-Ti/16: 28
+  and 36 ms).
+- For one that computes batch after batch, a bounded window of images is decoded ahead by threads; the first batches are
+  small, so that the first answers come early and compute does not wait for a full batch.
 - What cannot be used takes part in no batch, so it cannot shift or change a neighbour's result.
 
 Imports no torch.
@@ -13,6 +17,7 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -32,15 +37,23 @@ if TYPE_CHECKING:
     Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or why there are none
 
+BATCH = 32
+"""Images computed together, at most, unless somebody asks for more."""
+
 NO_NUMBER = "the model gives no number for this image (its weights hold NaN or infinities)"
 
 
 class Backend(Protocol):
-    """What computes logits: float32 (B, C, H, W) -> float32 (B, K)."""
+    """What computes logits: float32 (B, C, H, W) -> float32 (B, K).
+
+    `at_once` is how many threads should call `logits` at the same time, each with a small batch; 0 where one batch
+    after the other is better.
+    """
 
     name: str
     device: str
     description: Description
+    at_once: int
 
     def ready(self) -> None:
         """Wait for what is prepared in the background.  Raises `VitError` when it failed; `logits` does so as well."""
@@ -132,7 +145,7 @@ class Classifier:
         """Normalised images float32 (B, C, H, W) -> probabilities float64 (B, K), softmax(logits / temperature)."""
         return softmax(self.logits(images), self.description.temperature)
 
-    def classify(self, inputs: Iterable[Input], *, top_k: int = 5, batch_size: int = 32) -> list[Result]:
+    def classify(self, inputs: Iterable[Input], *, top_k: int = 5, batch_size: int | None = None) -> list[Result]:
         """Label images: paths, encoded bytes, Pillow images, arrays (H, W) or (H, W, C).  Results in input order.
 
         A single path, image or array may be given without a list.  An image that cannot be used gives a result with
@@ -147,24 +160,70 @@ class Classifier:
         return list(self.stream(inputs, top_k=top_k, batch_size=batch_size))
 
     def stream(
-        self, inputs: Iterable[Input | Unusable | Pause], *, top_k: int = 5, batch_size: int = 32
+        self, inputs: Iterable[Input | Unusable | Pause], *, top_k: int = 5, batch_size: int | None = None
     ) -> Iterator[Result]:
         """As `classify`, one result at a time, in constant memory however many inputs there are.
 
-        Inputs are taken as they are needed, up to two batches ahead.
+        `batch_size` is how many images are computed together; None for what suits the backend.  Inputs are taken as
+        they are needed, up to two batches ahead, or two a thread where threads compute.
         """
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        for name, value in (("top_k", top_k), ("batch_size", 1 if batch_size is None else batch_size)):
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise VitError(f"{name}: expected a whole number, at least 1, not {value!r}")
-        return self._stream(inputs, int(top_k), int(batch_size))
+        return self._stream(inputs, int(top_k), batch_size)
 
-    def _stream(self, inputs: Iterable[Any], top_k: int, batch_size: int) -> Iterator[Result]:
-        with contextlib.closing(self.prepared(inputs, batch_size)) as batches:
+    def _stream(self, inputs: Iterable[Any], top_k: int, batch_size: int | None) -> Iterator[Result]:
+        with contextlib.closing(self.answered(inputs, top_k, batch_size)) as batches:
+            for _, results in batches:
+                yield from results
+
+    def answered(
+        self, inputs: Iterable[Input | Unusable | Pause], top_k: int = 5, batch_size: int | None = None
+    ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
+        """The inputs in batches, in their order, as `prepared` gives them, with their results."""
+        if self._backend.at_once:
+            yield from self._answered_by_threads(inputs, top_k, batch_size or self._few())
+            return
+        with contextlib.closing(self.prepared(inputs, batch_size or BATCH)) as batches:
             for rows in batches:
-                yield from self.answer(rows, top_k)
+                yield rows, self.answer(rows, top_k)
+
+    def _few(self) -> int:
+        """Images in a batch for one thread: some 400 patches keep a processor busy without leaving its caches."""
+        architecture = self.description.architecture
+        sides = zip(architecture["image_size"], architecture["patch_size"], strict=True)
+        return min(BATCH, max(1, 400 // math.prod(max(1, image // patch) for image, patch in sides)))
+
+    def _answered_by_threads(
+        self, inputs: Iterable[Any], top_k: int, batch_size: int
+    ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
+        def work(items: list[Any]) -> tuple[list[Prepared], list[Result]]:
+            rows = [(_path(item), self._prepare(item)) for item in items]
+            return rows, self.answer(rows, top_k)
+
+        threads = self._backend.at_once
+        waiting: deque[Future[tuple[list[Prepared], list[Result]]]] = deque()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="classify")
+        items: list[Any] = []
+        try:
+            for item in inputs:
+                pause = isinstance(item, Pause)
+                if not pause:
+                    items.append(item)
+                if items and (pause or len(items) >= batch_size):
+                    waiting.append(pool.submit(work, items))
+                    items = []
+                while waiting and (pause or waiting[0].done() or len(waiting) >= 2 * threads):
+                    yield waiting.popleft().result()
+            if items:
+                waiting.append(pool.submit(work, items))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def prepared(
-        self, inputs: Iterable[Input | Unusable | Pause], batch_size: int = 32
+        self, inputs: Iterable[Input | Unusable | Pause], batch_size: int = BATCH
     ) -> Generator[list[Prepared], None, None]:
         """The inputs in batches, in their order, decoded ahead by threads.
 

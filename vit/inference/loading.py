@@ -92,6 +92,7 @@ def load(
     device: str = "auto",
     backend: str = "auto",
     wait: bool = True,
+    many: bool = False,
     reduction: str | None = None,
 ) -> Classifier:
     """A classifier from any MODEL.
@@ -99,6 +100,7 @@ def load(
     Arguments
         device: "auto" (a GPU where torch finds one), "cpu", "cuda", "cuda:1", "mps".
         backend: "onnx" (ONNX Runtime, CPU only), "torch", or "auto": ONNX on a CPU where the model has such a file.
+        many: whether there will be many images at a time: more of them a second, at the cost of each.
         wait: whether to wait until the model is ready; if not, `Classifier.ready` and the first answer do, and raise
             what is wrong with its weights.
         reduction: fewer tokens, as one line, such as "merge:0.5" (see `vit.model.reduction.parse`), by torch; None: as
@@ -123,7 +125,8 @@ def load(
     if reduction is None and found.onnx is not None and (backend == "onnx" or (backend == "auto" and wants_cpu)):
         from vit.inference.onnx_backend import OnnxBackend
 
-        classifier = Classifier(OnnxBackend(found.onnx, read_bundle(found.bundle) if found.bundle else None))
+        description = read_bundle(found.bundle) if found.bundle else None
+        classifier = Classifier(OnnxBackend(found.onnx, description, many=many))
         if wait:
             classifier.ready()
         return classifier

@@ -30,7 +30,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of the file.  Raises `VitError` when there is none or it is no ONNX model."""
     path = _checked(path)
     outline = _outline(path)
-    return _session(path, outline[0] if outline else None)
+    return _session(path, outline[0] if outline else None, available())
 
 
 def _checked(path: str | os.PathLike[str]) -> Path:
@@ -55,12 +55,12 @@ def _outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
         return None
 
 
-def _session(path: Path, outline: bytes | None) -> Any:
+def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     """The session of the file, by its outline where there is one that the runtime takes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available()
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its complaints become the exception below
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -109,18 +109,23 @@ class OnnxBackend:
     name = "onnx"
     device = "cpu"
 
-    def __init__(self, path: str | os.PathLike[str], description: Description | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], description: Description | None = None, *, many: bool = False
+    ) -> None:
+        """`many`: the images are more than the processors, so that each is computed by one, the others meanwhile."""
         self._path = _checked(path)
+        threads = 1 if many else available()
+        self.at_once = available() if many else min(4, available())
         outline = _outline(self._path)
         if outline is None:  # the runtime may be able to read what `read_outline` is not
-            session = _session(self._path, None)
+            session = _session(self._path, None, threads)
             metadata = session.get_modelmeta().custom_metadata_map
             self._opened: Future[Any] = Future()
             self._opened.set_result(session)
         else:
             message, metadata = outline
             with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="session")
-            self._opened = with_one_thread.submit(_session, self._path, message)
+            self._opened = with_one_thread.submit(_session, self._path, message, threads)
             with_one_thread.shutdown(wait=False)
         own = described(metadata, path)
         self.description = description or own

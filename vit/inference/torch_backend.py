@@ -17,6 +17,7 @@ class TorchBackend:
     """Runs the module: float32 (B, C, H, W) -> logits float32 (B, K)."""
 
     name = "torch"
+    at_once = 0
 
     def __init__(self, model: VisionTransformer, description: Description) -> None:
         self.model, self.description = model.eval(), description
