@@ -52,6 +52,10 @@ class Material:
             part.rename(there)
         return there
 
+    def flops(self, name: str) -> float:
+        """Arithmetic of one image's forward pass, as `vit.model.cost` counts it; written down because it loads torch."""
+        return json.loads((self.folder / f"{name}.json").read_text("ascii"))["flops"]
+
     @property
     def drawn(self) -> bool:
         """Whether there were no photographs, so that images were drawn."""
@@ -111,6 +115,7 @@ def _model(folder: Path, name: str, image_size: int) -> None:
     from vit.inference.bundle import write_bundle
     from vit.inference.description import Description
     from vit.model import VisionTransformer
+    from vit.model.cost import flops
 
     torch.manual_seed(0)
     size, patch, classes = MODELS[name]
@@ -133,6 +138,7 @@ def _model(folder: Path, name: str, image_size: int) -> None:
         training={"weights": "random, for measurements of speed"},
     )
     write_bundle(folder / name, model, description)
+    (folder / f"{name}.json").write_text(json.dumps({"flops": flops(model.architecture)}), "ascii")
     _for_transformers(folder / f"{name}-transformers", model.state_dict(), description)
 
 

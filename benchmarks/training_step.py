@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import flops
 from benchmarks.contest import TOLERANCE, Contestant, contest, difference, interpreter, limit, median, ratios
 from benchmarks.material import material
 from benchmarks.results import parser, report, spread
@@ -58,13 +57,13 @@ def main(arguments: list[str]) -> int:
                 )
         contest(there, given.rounds, given.least)
         *runners, product = there
-        peak = [flops.product(2048) / seconds for seconds in product.seconds()]
+        peak = [2 * 2048**3 / seconds for seconds in product.seconds()]
         reference = next((each for each in runners if each.builder == "timm"), None)
         expected = next(each.answer for each in runners if each.answer is not None)
         for each in runners:
             apart = None if each.answer is None else difference(each.answer, expected)
             wrong |= apart is not None and not apart <= TOLERANCE
-            work = batch * flops.training(architecture)
+            work = batch * 3 * stuff.flops(name)  # forward, and back for the gradients of inputs and of weights
             share = [100 * work / seconds / top for seconds, top in zip(each.seconds(), peak, strict=True)]
             row = [about, ABOUT[each.builder], spread([1000 * seconds for seconds in each.seconds()], 0)]
             row += [f"{batch / median(each.seconds()):.1f}", spread(share, 0, "%")]

@@ -125,6 +125,6 @@ def _size(model: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # needed for `served` alone; a module there may bear a library's name
+    del sys.path[0]  # a module there may bear a library's name
     here = (vit_classify, timm, torchvision, torchvision_pillow, transformers)
     serve({builder.__name__: builder for builder in here})

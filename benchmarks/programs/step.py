@@ -7,12 +7,12 @@ The answer is the loss of the first steps, from the same weights on the same ima
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forward import architecture, product
 from served import serve
 
 Built = tuple[Callable[[], Any], Callable[[], Any] | None]
@@ -119,20 +119,7 @@ def vit_pytorch(model: str, batch: int, size: int) -> Built:
     return contestant(built, optimizer, batch, size, a["num_classes"], same=False)
 
 
-def product(size: int) -> Built:
-    """The machine's limit; see `forward.py`."""
-    import torch
-
-    left, right = torch.randn(2, size, size)
-    out = torch.empty(size, size)
-    return lambda: torch.mm(left, right, out=out), None
-
-
-def architecture(model: str) -> dict[str, Any]:
-    return json.loads((Path(model) / "config.json").read_text(encoding="ascii"))["vit"]["architecture"]
-
-
 if __name__ == "__main__":
-    del sys.path[0]  # needed for `served` alone; a module there may bear a library's name
+    del sys.path[0]  # a module there may bear a library's name
     here = (vit, vit_muon, timm, transformers, vit_pytorch, product)
     serve({builder.__name__: builder for builder in here})

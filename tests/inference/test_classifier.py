@@ -178,6 +178,16 @@ def test_nothing_gives_nothing(onnx):
     assert onnx.probabilities(np.zeros((0, 3, 32, 32), np.float32)).shape == (0, 5)
 
 
+def test_logits_of_a_large_batch_are_those_of_its_images(small_bundle, onnx, torch_):
+    images = np.random.default_rng(0).standard_normal((70, 3, 32, 32), dtype=np.float32)
+    expected = torch_.logits(images)
+    for classifier in (onnx, load(small_bundle, device="cpu", backend="onnx", many=True)):
+        np.testing.assert_allclose(classifier.logits(images), expected, atol=1e-4)
+        np.testing.assert_allclose(classifier.logits(images[:1]), expected[:1], atol=1e-4)
+        probabilities = classifier.probabilities(images)
+        np.testing.assert_allclose(probabilities, softmax(expected, 1.5), atol=1e-5)
+
+
 def test_logits_of_the_wrong_shape_name_the_right_one(onnx, torch_):
     for classifier in (onnx, torch_):
         with pytest.raises(VitError, match=r"\(B, 3, 32, 32\)"):

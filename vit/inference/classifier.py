@@ -17,6 +17,7 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections import deque
@@ -132,7 +133,16 @@ class Classifier:
             raise VitError(f"the model takes images of shape (B, {wanted}), not {images.shape}")
         if len(images) == 0:
             return np.empty((0, len(self.description.class_names)), np.float32)
-        return self._backend.logits(images)
+        few = self._few()
+        if not self._backend.at_once or len(images) <= few:
+            return self._backend.logits(images)
+        parts = [images[start : start + few] for start in range(0, len(images), few)]
+        return np.concatenate(list(self._threads.map(self._backend.logits, parts)))
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Those that share a batch handed to `logits`."""
+        return ThreadPoolExecutor(self._backend.at_once, thread_name_prefix="logits")
 
     def ready(self) -> None:
         """Wait until the model is loaded, where `vit.inference.loading.load` did not.
