@@ -3,7 +3,8 @@ vit-pytorch, and the machine's own limit.
 
 The same weights and images for all (vit-pytorch's model cannot take them: it has two norms more and no bias on
 queries, keys and values).  The limit is a product of two 2048 x 2048 float32 matrices, measured in the same
-rounds, whichever of torch and NumPy is faster at it; a share is of that, at the arithmetic that `vit.model.cost` counts.
+rounds, whichever of torch and NumPy is faster at it; a share is of that, at the operations that `vit.model.cost`
+counts.
 """
 
 from __future__ import annotations

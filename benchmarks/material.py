@@ -53,7 +53,7 @@ class Material:
         return there
 
     def flops(self, name: str) -> float:
-        """Arithmetic of one image's forward pass, as `vit.model.cost` counts it; written down because it loads torch."""
+        """Operations of an image's forward pass, as `vit.model.cost` counts them; written down since it loads torch."""
         return json.loads((self.folder / f"{name}.json").read_text("ascii"))["flops"]
 
     @property
