@@ -7,6 +7,8 @@
     step        a step of training, beside timm, transformers and vit-pytorch
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
+    reduction   token reduction: accuracy against images a second, trained and untrained (trains: half an hour)
+    finetune    fine-tuning against training from scratch, in the same time (needs --weights and --data; half an hour)
     export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
@@ -28,11 +30,13 @@ NAMES = {
     "step": ("training_step", "main"),
     "logging": ("logging_cost", "main"),
     "recording": ("recording", "main"),
+    "reduction": ("reduction", "main"),
+    "finetune": ("finetune", "main"),
     "export": ("export", "main"),
     "peers": ("peers", "main"),
 }
 BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "step")
-ALL = (*BESIDE_PEERS, "logging", "recording", "export")
+ALL = (*BESIDE_PEERS, "logging", "recording", "reduction", "export")
 
 
 def main(arguments: list[str]) -> int:
