@@ -257,8 +257,10 @@ def describe(kind: Any, rule: Rule) -> str:
 
 def _describe_one(kind: Any, rule: Rule) -> str:
     if kind is str:
-        return "one of " + ", ".join(map(str, rule.choices)) if len(rule.choices) > 1 else (
-            str(rule.choices[0]) if rule.choices else "text"
+        return (
+            "one of " + ", ".join(map(str, rule.choices))
+            if len(rule.choices) > 1
+            else (str(rule.choices[0]) if rule.choices else "text")
         )
     if get_origin(kind) is tuple:
         parts = get_args(kind)

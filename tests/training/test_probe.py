@@ -68,7 +68,15 @@ def digits(count=40):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pool": "mean"}, {"pool": "attention"}, {"distillation_token": True}, {"norm": "post"}, {"registers": 2}],
+    [
+        {},
+        {"pool": "mean"},
+        {"pool": "attention"},
+        {"distillation_token": True},
+        {"norm": "post"},
+        {"registers": 2},
+        {"reduction": "merge", "pool": "mean"},
+    ],
 )
 def test_features_are_what_the_heads_read(options):
     """With one head its input; with two the mean of theirs, as their answers are averaged too."""

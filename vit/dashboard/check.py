@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, RecordError
 
 _MOST_DIMENSIONS, _LARGEST_SIDE = 4, 1 << 24
@@ -33,6 +35,8 @@ def _run(record: Mapping[str, Any]) -> None:
         _need(probe, f"probes[{i}].", name=_text, png=_base64)
         _class_of(record, probe.get("label"), f"probes[{i}].label")
     _class_of(record, record.get("asked"), "asked")
+    if "reduction" in record:
+        _need(record, reduction=_text)
 
 
 def _class_of(record: Mapping[str, Any], label: Any, place: str) -> None:
@@ -62,6 +66,8 @@ def _probe(record: Mapping[str, Any]) -> None:
     for method in ("relevance", "gradient_rollout", "legrad"):
         if method in record:
             _need(record, "", **{method: _packed(2, rows)})
+    if "reduced" in record:
+        _need(record, reduced=_fates(record["rows"]["shape"][-1]))
 
 
 def _pairs(record: Mapping[str, Any]) -> None:
@@ -111,6 +117,20 @@ def _base64(value: Any) -> bool:
     except (ValueError, TypeError):
         return False
     return isinstance(value, str)
+
+
+def _fates(patches: int) -> Check:
+    """After which layer each patch was gone, and into which patch in front of it."""
+
+    def good(value: Any) -> bool:
+        if not _object(value) or not all(_base64(value.get(key)) for key in ("gone", "into")):
+            return False
+        gone, into = (base64.b64decode(value[key]) for key in ("gone", "into"))
+        if not len(gone) == len(into) == 2 * patches:
+            return False
+        return bool((np.frombuffer(into, "<u2") <= np.arange(patches)).all())
+
+    return good
 
 
 def _all(good: Check) -> Check:

@@ -17,7 +17,8 @@ Records, by tag (`NN` is the number of the probe image, two digits or more):
                       its image (PNG, base64), label and name; `asked`, a class, where `vit explain --target` puts
                       that one in the place of the true one
 `attention/steps`     every step: of each probe the prediction, faithfulness, sinks
-`attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`
+`attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`; where tokens are reduced
+                      what became of each patch, "reduced" (`vit.explain.records.fates`)
 `attention/pairs/NN`  some steps: every patch's attention to every other: `pairs_record`; a blob sequence of one
 """
 

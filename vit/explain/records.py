@@ -6,6 +6,7 @@ says what each key means.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ SHOWN = ("rollout", "raw", "relevance", "gradient_rollout", "legrad")
 """The methods that the tab offers."""
 _BY_CLASS = ("relevance", "gradient_rollout", "legrad")
 _TOP = 5
+_STAYS = 0xFFFF
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Observed:
 
     Attributes
         steps: prediction, probabilities, sinks; "faithfulness" is None, for others to fill in.
-        probes: class rows (L, H, P), rollout by fusion (L, P), maps of class-specific methods (T, P) for "targets".
+        probes: class rows (L, H, P), rollout by fusion (L, P), maps of class-specific methods (T, P) for "targets"; and
+            where tokens are reduced, "reduced": `fates`.
         weights: L times (B, H, N, N), for `pairs`.
         predicted: Trace of the predicted class, for further measures.
     """
@@ -79,6 +82,7 @@ def run_info(model: nn.Module, class_names: list[str], name: str) -> dict[str, A
         "heads": first.attn.heads,
         "readout": vit.pool,
         "methods": list(SHOWN),
+        **({} if vit.reduction is None else {"reduction": vit.reduction.method}),
     }
 
 
@@ -121,7 +125,38 @@ def observe(model: nn.Module, images: Tensor, labels: list[int | None], *, tempe
         }
         rolled = {fusion: each[:, i] for fusion, each in rollouts.items()}
         probes.append({"rows": rows[i], "rollout": rolled, "targets": [predicted[i], label], **maps})
+        if found := fates(first, i):
+            probes[-1]["reduced"] = found
     return Observed(steps, probes, first.weights, first)
+
+
+def fates(t: Trace, i: int) -> dict[str, str] | None:
+    """What became of the patches of image `i`; None where all stay.
+
+    "gone": after which layer (from 0) each was no token of its own; "into": which patch it joined, the first of those
+    that are now one.  Both uint16 (P,) in base64.
+
+    A patch that stays is gone after layer 65535.  Following "into" while "gone" is not later than a layer leads to the
+    first patch of the token that a patch is in after that layer.
+    """
+    P = t.grid[0] * t.grid[1]
+    if not any(t.moves or ()):
+        return None
+    place = np.arange(t.prefix_tokens, t.prefix_tokens + P)
+    own = np.arange(P)
+    first, gone, into = own.copy(), np.full(P, _STAYS), own.copy()
+    for layer, move in enumerate((t.moves or [])[1:]):
+        if move is None:
+            continue
+        place = move.place_BN[i].cpu().numpy()[place]
+        leads = np.full(move.tokens, P)
+        np.minimum.at(leads, place, first)
+        joined = (first == own) & (leads[place] != own)
+        gone[joined], into[joined] = layer, leads[place][joined]
+        first = leads[place]
+    return {
+        name: base64.b64encode(each.astype("<u2").tobytes()).decode() for name, each in (("gone", gone), ("into", into))
+    }
 
 
 def measure(

@@ -136,7 +136,8 @@ class AttentionLog(L.Callback):
         info = run_info(module.kept, self.data.class_names, self.data.name)
         self._grid = tuple(info["grid"])
         memory = (free_memory(module.device) or math.inf) / 4
-        self._plan = plan(len(probes), info["layers"], info["heads"], math.prod(self._grid), info["prefix"], memory)
+        sizes = len(probes), info["layers"], info["heads"], math.prod(self._grid), info["prefix"]
+        self._plan = plan(*sizes, memory, reduced="reduction" in info)
         if not self._plan.steps:
             log.info("attention is not logged: that of one image alone takes more than a quarter of the free memory")
             return None

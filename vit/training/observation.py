@@ -3,8 +3,9 @@
 The sizes, with n images, L layers, H heads, P patches and N tokens; a number is a byte before compression:
 
 - a step: `n P (L H + 3 L + 6)`, class rows of every head, rollout by three fusions through every depth, three
-  class-specific maps for two targets.  16 images of a ViT-Ti/16 at 224 pixels: 16 * 196 * 78 = 245 kB; 100 steps of
-  them 24.5 MB.  A larger model gets fewer steps, so that all of them stay under 26 MB.
+  class-specific maps for two targets; where tokens are reduced, 4 more a patch, what became of it.
+  16 images of a ViT-Ti/16 at 224 pixels: 16 * 196 * 78 = 245 kB; 100 steps of them 24.5 MB.  A larger model gets
+  fewer steps, so that all of them stay under 26 MB.
 - pairs: `n L H N^2`, or `n L N^2` for the mean over heads.  Ti/16: 7.5 MB for the mean; so twice, 15 MB, in the
   allowance of 16 MB.  Where all images do not fit once, those that do are kept; at 518 pixels not one does.
 - the images themselves, once, at most 256 pixels a side: under 3 MB; pictures for the image tab, seven times: 6 MB.
@@ -58,15 +59,24 @@ class Plan:
     chunk: int
 
 
-def plan(images: int, layers: int, heads: int, patches: int, prefix: int, memory: float = math.inf) -> Plan:
+def plan(
+    images: int,
+    layers: int,
+    heads: int,
+    patches: int,
+    prefix: int,
+    memory: float = math.inf,
+    *,
+    reduced: bool = False,
+) -> Plan:
     """Fit what is kept into its allowance; the module's docstring has the arithmetic.
 
-    `memory`: bytes that explaining may take while it runs.
+    `memory`: bytes that explaining may take while it runs; `reduced`: whether the model reduces its tokens.
     """
     tokens = prefix + patches
     mean = layers * tokens**2
     one = 4 * _COPIES * mean * heads  # bytes of explaining one image
-    step = images * patches * (layers * heads + 3 * layers + 6)
+    step = images * patches * (layers * heads + 3 * layers + 6 + 4 * reduced)
     per_head = images * mean * heads <= _PER_HEAD_BYTES
     pairs = mean * (heads if per_head else 1)
     kept = 0 if pairs > _LARGEST_PAIRS else min(images, _PAIRS_BYTES // pairs)

@@ -8,6 +8,7 @@ import {headGrid} from "./headgrid.js";
 import {legend, mainMap} from "./mapview.js";
 import {patchPanel} from "./patchpanel.js";
 import {samePlace} from "./moment.js";
+import {tokenPanel} from "./tokens.js";
 import {className, grouped, meaning, percent} from "./words.js";
 
 export function column(name, store, actions) {
@@ -18,8 +19,9 @@ export function column(name, store, actions) {
   const message = element("p", {class: "message", role: "status"});
   const map = mainMap(actions), colours = legend(gradient);
   const panel = patchPanel(actions), answers = details(), heads = headGrid(actions);
+  const tokens = tokenPanel(actions);
   const stage = element("div", {class: "stage"}, map.root, colours.root);
-  const body = element("div", {class: "body"}, stage, panel.root, answers.root, heads.root);
+  const body = element("div", {class: "body"}, stage, panel.root, answers.root, tokens.root, heads.root);
   const root = element("article", {class: "run", "aria-label": `Run ${name}`},
     element("header", {}, element("h2", {text: name}), facts), problems, answer, sentence,
     element("div", {class: "fit"}, message, body));
@@ -49,6 +51,7 @@ export function column(name, store, actions) {
     colours.update(numbers, info);
     answers.update(moment, state);
     attempt(heads.root, record, () => heads.update(moment, state));
+    attempt(tokens.root, record, () => tokens.update(moment, state));
     point(pointed);
   }
 
@@ -58,6 +61,7 @@ export function column(name, store, actions) {
     const {grid} = moment.info;
     const index = pointed ? samePlace(pointed.index, pointed.grid, grid) : numbers ? brightest(numbers) : 0;
     map.point(index, Boolean(pointed), Boolean(pointed?.pinned));
+    tokens.point(index);
     const {pairsStep} = moment;
     const pairs = pairsStep === null || pairsStep === undefined ? null : store.pairs(moment.run, moment.number, pairsStep);
     busy(moment.loading || pairs?.loading);

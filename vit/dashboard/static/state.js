@@ -3,7 +3,7 @@
 
 export const START = {
   runs: [], probe: null, step: null, method: null, layer: null, head: null, fusion: "mean", target: "predicted",
-  look: "overlay", opacity: 0.55, patch: null, mistakes: false, order: "logged",
+  look: "overlay", opacity: 0.55, patch: null, mistakes: false, after: null, order: "logged",
 };
 
 export const FUSIONS = ["mean", "max", "min"];
@@ -19,7 +19,7 @@ const LIST = {
 const COUNTED = {read: (text) => whole(text, 1) - 1, write: (value) => String(value + 1)};
 const WHOLE = {read: (text) => whole(text, 0), write: String};
 const FIELDS = {
-  runs: LIST, probe: WHOLE, step: WHOLE, layer: COUNTED, head: COUNTED, patch: COUNTED,
+  runs: LIST, probe: WHOLE, step: WHOLE, layer: COUNTED, head: COUNTED, after: COUNTED, patch: COUNTED,
   method: {read: (text) => (/^\w{1,40}$/.test(text) ? text : refused()), write: String},
   fusion: oneOf(FUSIONS), target: oneOf(TARGETS), look: oneOf(LOOKS), order: oneOf(ORDERS),
   opacity: {read: (text) => Math.min(100, whole(text, 0)) / 100, write: (value) => String(Math.round(100 * value))},

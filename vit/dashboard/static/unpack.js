@@ -19,7 +19,7 @@ export function opened(packed) {
   return found;
 }
 
-function bytesOf(base64) {
+export function bytesOf(base64) {
   if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
   const text = atob(base64);
   const bytes = new Uint8Array(text.length);
