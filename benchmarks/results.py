@@ -95,4 +95,13 @@ def report(name: str, title: str, rows: Sequence[Sequence[str]], figures: Any, o
 
 
 def _typed(arguments: Sequence[str]) -> list[str]:
-    return [each for each in arguments[2:] if each != "--record"]
+    """What was typed, without the folders of this machine: of an absolute path only its name."""
+    shown = []
+    for each in arguments[2:]:
+        key, equals, value = each.rpartition("=")
+        prefix, colon, path = value.rpartition(":")  # local-dir:/folder
+        if os.path.isabs(path):
+            each = f"{key}{equals}{prefix}{colon}{Path(path).name}"
+        if each != "--record":
+            shown.append(each)
+    return shown
