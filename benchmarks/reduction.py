@@ -10,6 +10,10 @@ Measured on test images: the model further trained without reduction, with reduc
 (keep and merge by rate, and what `vit tune-reduction` finds under a budget), and those that were trained with theirs.
 Images a second: forward passes alone, all models in turn, round by round; medians, and ratios to the model without
 reduction in the same round.
+
+A second table has the same weights without torch: ONNX files in float32 and in integers of the model and of those that
+were trained with a reduction, and timm's model with the weights of the former; images a second as multiples of timm's,
+in the same round.
 """
 
 from __future__ import annotations
@@ -23,12 +27,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.results import parser, report
+from benchmarks.results import parser, report, spread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
+    from torch import nn
 
     from vit.model import VisionTransformer
+
+    Forward = Callable[[np.ndarray], np.ndarray]  # images float32 (B, C, H, W) -> logits float32 (B, K)
 
 ROOT = Path(__file__).parents[1]
 DATA = ("data=fashion_mnist", "augment=light", "augment.crop_padding=0", "trainer.max_epochs=null", "schedule=linear")
@@ -44,8 +53,9 @@ QUICK = (
 
 
 class Row(NamedTuple):
-    """A model with a reduction: how it came about, and as a command line has it."""
+    """A model with a reduction: of which run, whether that was trained with it, and as a command line has it."""
 
+    run: Path
     trained: bool
     line: str
     model: VisionTransformer
@@ -67,12 +77,16 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every training")
     given = options.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        rows, figures = measure(given, given.keep or Path(folder))
-    report("reduction", "Token reduction: accuracy against images a second", rows, figures, given)
+        place = given.keep or Path(folder)
+        rows, table, figures = measure(given, place)
+        report("reduction", "Token reduction: accuracy against images a second", table, figures, given)
+        table, figures = exported(rows, place, given)
+        given.json = given.json and given.json.with_stem(f"{given.json.stem}_int8")
+        report("reduction_int8", "Token reduction and integers, beside timm", table, figures, given)
     return 0
 
 
-def measure(given: Any, folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
+def measure(given: Any, folder: Path) -> tuple[list[Row], list[list[str]], dict[str, Any]]:
     from vit.evaluation.reduction import figures as figures_of
     from vit.evaluation.reduction import scores
 
@@ -80,20 +94,23 @@ def measure(given: Any, folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
     further = [f"model.name={base}", *time_of(given.further)]
     whole = train(folder, "further_none", ["model=pretrained", *further, *GENTLE], given.set)
     searched = {budget: search(whole, budget, given) for budget in map(float, given.budgets.split(","))}
-    rows = [Row(True, "none", loaded(whole))]
+    rows = [Row(whole, True, "none", loaded(whole))]
     for method in ("keep", "merge"):
         rows += [
-            Row(False, line, loaded(whole, line)) for rate in given.rates.split(",") for line in [f"{method}:{rate}"]
+            Row(whole, False, line, loaded(whole, line))
+            for rate in given.rates.split(",")
+            for line in [f"{method}:{rate}"]
         ]
     for budget, line in searched.items():
-        rows.append(Row(False, line, loaded(whole, line)))
+        rows.append(Row(whole, False, line, loaded(whole, line)))
         for each in (line, *named(whole, budget)):
             run = train(
                 folder, f"further_{slug(each)}", ["model=pretrained", *further, *GENTLE, *reducing(each)], given.set
             )
-            rows.append(Row(True, each, loaded(run)))
+            rows.append(Row(run, True, each, loaded(run)))
     images, labels = test_images(whole, given.images)
-    seconds = timed(rows, images[: given.batch_size], given.rounds)
+    models = {str(i): torch_forward(row.model) for i, row in enumerate(rows)}
+    seconds = list(timed(models, images[: given.batch_size], given.rounds).values())
     table = [["trained with it", "reduction", "FLOPs", "images/s", "speed", "top-1", "points"]]
     found = []
     reference = None
@@ -109,7 +126,7 @@ def measure(given: Any, folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
                 row.line,
                 f"{cost:.2f}",
                 f"{rate:.0f}",
-                f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+                spread(ratios, 2, "x"),
                 f"{top1:.2%}",
                 f"{100 * (top1 - reference):+.2f}",
             ]
@@ -117,7 +134,7 @@ def measure(given: Any, folder: Path) -> tuple[list[list[str]], dict[str, Any]]:
         found.append(
             {"line": row.line, "trained": row.trained, "flops": cost, "seconds": took, "top1": top1, "loss": loss}
         )
-    return table, {"test_images": len(labels), "models": found}
+    return rows, table, {"test_images": len(labels), "models": found}
 
 
 def time_of(minutes: float) -> list[str]:
@@ -208,17 +225,66 @@ def test_images(run: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
     return sample.images, sample.labels
 
 
-def timed(rows: list[Row], batch: np.ndarray, rounds: int) -> list[list[float]]:
+def timed(models: dict[str, Forward], batch: np.ndarray, rounds: int) -> dict[str, list[float]]:
     """Seconds of a forward pass by model and round, all models in turn in each round."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for round_ in range(rounds + 1):
+        for name, forward in models.items():
+            began = time.perf_counter()
+            forward(batch)
+            if round_:  # the first warms up
+                found[name].append(time.perf_counter() - began)
+    return found
+
+
+def torch_forward(model: nn.Module) -> Forward:
     import torch
 
-    images = torch.from_numpy(batch)
-    found: list[list[float]] = [[] for _ in rows]
-    with torch.inference_mode():
-        for round_ in range(rounds + 1):
-            for row, took in zip(rows, found, strict=True):
-                began = time.perf_counter()
-                row.model(images)
-                if round_:  # the first warms up
-                    took.append(time.perf_counter() - began)
-    return found
+    def forward(batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(batch)).numpy()
+
+    return forward
+
+
+def exported(rows: list[Row], folder: Path, given: Any) -> tuple[list[list[str]], dict[str, Any]]:
+    """The second table: what was trained, as timm has it and as ONNX files."""
+    import timm
+
+    import vit
+    from vit.inference.export import export_onnx
+    from vit.inference.loading import load_torch
+    from vit.inference.quantise import quantise
+    from vit.inference.sample import to_quantise
+
+    whole, *others = [row for row in rows if row.trained]
+    images, labels = test_images(whole.run, given.images)
+    models: dict[str, Forward] = {
+        "timm": torch_forward(timm.create_model(f"local-dir:{whole.run / 'bundle'}", pretrained=True).eval())
+    }
+    samples = to_quantise(load_torch(whole.run, device="cpu")[1])
+    for row in (whole, *others):
+        model, description = load_torch(row.run, device="cpu")
+        files = [folder / f"{slug(row.line)}.{form}.onnx" for form in ("float32", "int8")]
+        export_onnx(files[0], model, description, images=images[:8])
+        quantise(files[1], files[0], *samples)
+        for file, form in zip(files, ("float32", "int8"), strict=True):
+            models[f"{row.line}, ONNX, {form}"] = vit.load(file).logits
+    seconds = timed(models, images[: given.batch_size], given.rounds)
+    top1 = {name: accuracy(forward, images, labels, given.batch_size) for name, forward in models.items()}
+    table = [["trained with, form", "images/s", "times timm", "top-1", "points"]]
+    for name, took in seconds.items():
+        ratios = [a / b for a, b in zip(seconds["timm"], took, strict=True)]
+        rate = given.batch_size / statistics.median(took)
+        points = f"{100 * (top1[name] - top1['timm']):+.2f}"
+        table.append([name, f"{rate:.0f}", spread(ratios, 2, "x"), f"{top1[name]:.2%}", points])
+    return table, {"test_images": len(labels), "seconds": seconds, "top1": top1}
+
+
+def accuracy(forward: Forward, images: np.ndarray, labels: np.ndarray, batch_size: int) -> float:
+    """The share of right answers."""
+    right = 0
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        right += int((forward(images[part]).argmax(axis=1) == labels[part]).sum())
+    return right / len(images)

@@ -58,6 +58,27 @@ def test_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="Fashion-MNIST is not installed")
+def test_reduction(tmp_path: Path) -> None:
+    short = ["--minutes", "0.1", "--further", "0.05", "--rates", "0.5", "--budgets", "0.6", "--trials", "2"]
+    small = ["--images", "64", "--batch-size", "4", "--rounds", "2"]
+    small += ["--set", "model.depth=2", "--set", "data.max_images=600"]
+    done = call("reduction", *short, *small, "--json", str(tmp_path / "r.json"))
+    assert done.returncode == 0, done.stderr
+    models = json.loads((tmp_path / "r.json").read_text())["figures"]["models"]
+    assert [(each["line"], each["trained"]) for each in models[:3]] == [
+        ("none", True),
+        ("keep:0.5", False),
+        ("merge:0.5", False),
+    ]
+    assert all(each["flops"] < 1 and len(each["seconds"]) == 2 for each in models[1:])
+    assert sum(each["trained"] for each in models) == 4  # none, what was searched, keep and merge
+    files = json.loads((tmp_path / "r_int8.json").read_text())["figures"]
+    assert set(files["top1"]) >= {"timm", "none, ONNX, float32", "none, ONNX, int8"}
+    assert files["top1"]["timm"] == files["top1"]["none, ONNX, float32"]
+
+
+@pytest.mark.slow
 def test_logging(tmp_path: Path) -> None:
     small = ["--set", "data.max_images=128", "--set", "trainer.max_epochs=3", "--set", "trainer.threads=1"]
     done = call("logging", "--cases", "digits", "--rounds", "1", *small, "--json", str(tmp_path / "l.json"))
