@@ -29,6 +29,7 @@ OPTIONS = {
     "dot product": {"attention": "dot_product"},
     "post-norm": {"norm": "post"},
     "RMS norm, gated": {"norm_layer": "rms", "mlp": "swiglu"},
+    "noise in training": {"drop_path": 0.5, "dropout": 0.5, "attention_dropout": 0.5},
 }
 
 

@@ -51,7 +51,7 @@ def test_a_process_that_has_only_torch_gets_logits_and_description(tmp_path):
 
 
 def test_with_a_rollout(tmp_path):
-    model, description = make(pool="mean")
+    model, description = make(pool="mean", drop_path=0.5)
     export_program(tmp_path / "x.pt2", model, description, observer=Observer)
     images = torch.randn(2, 3, 24, 24)
     logits, shown = torch.export.load(tmp_path / "x.pt2").module()(images)

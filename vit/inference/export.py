@@ -84,7 +84,7 @@ def export_onnx(
     if not fits_onnx(model):
         raise VitError(f"cannot write {os.fspath(path)}: the model is too large for one ONNX file (2 GB)")
     twin = float_twin(model)
-    shown = twin if observer is None else observer(twin)
+    shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
     images = steady(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False):
         message = _trace(shown, torch.from_numpy(images[:2]))

@@ -46,7 +46,7 @@ def export_program(
     import torch
 
     twin = float_twin(model)
-    shown = twin if observer is None else observer(twin)
+    shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
     images = steady(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
         try:
