@@ -50,11 +50,12 @@ def test_what_goes_in_comes_out(tmp_path):
         torch.testing.assert_close(loaded(images), model.eval().float()(images), rtol=0, atol=1e-6)
 
 
-def test_permissions_are_those_of_any_new_folder(tmp_path):
+def test_permissions_are_those_of_any_new_folder_and_file(tmp_path):
     write_bundle(tmp_path / "model", *make(), onnx=False)
     mask = os.umask(0)
     os.umask(mask)
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {0o666 & ~mask}
 
 
 def test_onnx_can_be_left_out_and_the_card_says_so(tmp_path):

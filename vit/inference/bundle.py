@@ -111,10 +111,11 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".part", dir=target.parent))
         yield part
-        for file in part.iterdir():
-            _flush(file)
         mask = os.umask(0)
         os.umask(mask)
+        for file in part.iterdir():
+            _flush(file)
+            file.chmod(0o666 & ~mask)  # safetensors makes its files private
         part.chmod(0o777 & ~mask)
         if target.exists():
             old = part.with_suffix(".old")
