@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 
 from vit.data.preprocess import Preprocessing
 from vit.inference.bundle import write_bundle
+from vit.inference.card import model_card
 from vit.inference.description import Description
 from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
@@ -140,6 +141,24 @@ def test_a_card_that_a_person_wrote_goes_as_it_is(hub, environment, run_folder, 
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     assert vit("push", tmp_path, "me/own-card", environment=environment).returncode == 0
     assert (hub.repositories["me/own-card"]["main"] / "README.md").read_text("utf-8") == text
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "base"),
+    [
+        ({"name": "vit_tiny_patch16_224.orig@main", "weights": None}, "timm/vit_tiny_patch16_224.orig"),
+        ({"name": "vit_tiny_patch16_224.orig", "weights": "hf-hub:me/mine"}, "me/mine"),
+        ({"name": "vit_tiny_patch16_224.orig", "weights": "mine.pth"}, None),
+        ({"name": "vit_tiny_patch16_224"}, None),  # no repository is called so
+        ({"name": "local-dir:mine"}, None),
+        ("vit_tiny_patch16_224.orig", None),
+    ],
+)
+def test_the_card_names_the_repository_whose_weights_were_the_start(pretrained, base):
+    model = VisionTransformer(image_size=32, patch_size=8, num_classes=1, width=48, heads=3, depth=1)
+    described = Description(model.architecture, ["a"], Preprocessing((32, 32)), training={"pretrained": pretrained})
+    front = yaml.safe_load(model_card(described, parameters=1, onnx=False).split("---\n")[1])
+    assert front.get("base_model") == base
 
 
 def test_a_dry_run_shows_everything_and_needs_neither_network_nor_token(hub, environment, run_folder):

@@ -144,7 +144,7 @@ def test_export_explain_and_eval_follow(folder, hub_environment, photographs, tm
     assert all(row["label"] == rows[0]["label"] in LABELS for row in rows)
     assert all(row["probability"] == pytest.approx(rows[0]["probability"], abs=1e-4) for row in rows)
     told = json.loads((tmp_path / "bundle" / "config.json").read_text())["vit"]
-    assert told["training"]["pretrained"] == model
+    assert told["training"]["pretrained"] == {"name": model}
     assert told["preprocessing"]["crop_pct"] == 0.9
     assert (tmp_path / "maps" / "00.png").stat().st_size > 0
     assert 0 <= json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["test"]["top1"] <= 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
-from vit.inference.description import FORMAT, Description, plain
+from vit.inference.description import FORMAT, Description, plain, without_folders
 
 ARCHITECTURE = {
     "image_size": [8, 12],
@@ -141,3 +141,22 @@ def test_plain_reduces_what_configurations_and_figures_hold():
 
     value = {"a": (1, np.int64(2)), "b": np.arange(2), 3: {True}, "p": Path("x"), "f": math.inf}
     assert plain(value) == {"a": [1, 2], "b": [0, 1], "3": [True], "p": "x", "f": None}
+
+
+@pytest.mark.parametrize(
+    ("told", "left"),
+    [
+        ("/home/someone/photos", "photos"),
+        ("data.root=/home/someone/photos", "data.root=photos"),
+        ("data.root='~/my photos'", "data.root=my photos'"),
+        ("+data.root=../someone/photos", "+data.root=photos"),
+        ("local-dir:/home/someone/dinov2", "local-dir:dinov2"),
+        ("model.name=local-dir:../someone/dinov2", "model.name=local-dir:dinov2"),
+        (r"C:\Users\someone\photos", "photos"),
+        ("hf-hub:someone/dinov2@main", "hf-hub:someone/dinov2@main"),
+        ("model.name=timm/vit_tiny_patch16_224", "model.name=timm/vit_tiny_patch16_224"),
+        (3, 3),
+    ],
+)
+def test_where_files_lay_is_nobodys_business(told, left):
+    assert without_folders({"a": [told]}) == {"a": [left]}

@@ -22,7 +22,7 @@ from vit.inference.timm_config import timm_obstacle
 
 _MARK = "<!-- Made by vit ({}); as long as nobody edits it, vit push makes it again. -->"
 _MOST_NAMES = 200
-_OF_TIMM = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*(?:\.\w+)?)", re.ASCII)
+_OF_TIMM = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*\.\w+)(?:@.*)?", re.ASCII)
 _OF_HUB = re.compile(r"hf[-_]hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@.*)?", re.ASCII)
 _FIGURES = {
     "top1": ("top-1 accuracy", "share"),
@@ -106,7 +106,8 @@ def _front_matter(description: Description, obstacle: str | None, repo: str | No
 
 def _base(pretrained: Any) -> str | None:
     """The repository of the hub whose weights training began with, if they came from there."""
-    name = pretrained.get("name") if isinstance(pretrained, dict) else None
+    table = pretrained if isinstance(pretrained, dict) else {}
+    name = table.get("weights") or table.get("name")
     if not isinstance(name, str):
         return None
     if found := _OF_TIMM.fullmatch(name):

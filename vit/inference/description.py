@@ -31,7 +31,7 @@ _SIZES = {
     "heads": (1, 4096),
     "registers": (0, 65_536),
 }
-_FOLDERS = re.compile(r"^([\w.+~-]+=)?[\"']?(?:~|[A-Za-z]:)?[/\\](?:[^/\\]*[/\\])*")
+_FOLDERS = re.compile(r"^([\w.+~-]+=)?[\"']?(local-dir:)?(?:~|\.\.?|[A-Za-z]:)?[/\\](?:[^/\\]*[/\\])*")
 _PIXELS = (1, 1_000_000)
 _PATCHES = 1_000_000
 
@@ -139,13 +139,15 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(value: Any) -> Any:
-    """`plain(value)` for others to read: of an absolute path, also behind `key=`, only the last name is left."""
+    """`plain(value)` for others to read: of a path that says where it starts, also behind `key=` and `local-dir:`, only
+    the last name is left.
+    """
     value = plain(value)
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    return _FOLDERS.sub(r"\1", value) if isinstance(value, str) else value
+    return _FOLDERS.sub(r"\1\2", value) if isinstance(value, str) else value
 
 
 def _is_int(value: Any) -> bool:

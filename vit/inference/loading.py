@@ -223,7 +223,7 @@ def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]
         architecture=loaded.architecture,
         class_names=list(loaded.class_names or ()),
         preprocessing=loaded.preprocessing,
-        training={"pretrained": known.name, "weights": loaded.source},
+        training={"pretrained": {"name": known.name}, "weights": loaded.source},
     )
     return loaded.model.to(place), description
 
