@@ -48,6 +48,13 @@ def test_images_are_prepared_as_the_weights_have_it_whatever_the_data_says(pretr
     check_model(config)
 
 
+def test_the_weights_that_a_name_means_are_kept_by_their_tag(compose):
+    config = load(compose("model=pretrained", "model.name=vit_tiny_patch16_224", "data=digits"))
+    assert config.model.name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    config = load(compose("model=pretrained", "model.name=vit_tiny_patch16_224@main", "data=digits"))
+    assert config.model.name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k@main"
+
+
 def test_the_rest_of_the_data_set_stays_its_own(pretrained):
     assert pretrained("data=imagenet", "data.root=x").data.batch_size == 1024
     assert pretrained("data=digits").run.name == "digits"
@@ -191,7 +198,8 @@ class Counted:
         self.splits, self.class_names = {"train": np.zeros(images)}, [str(k) for k in range(classes)]
 
 
-def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compose):
+def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compose, caplog):
+    caplog.set_level("INFO", logger="vit")
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "augment.flip=0", "augment.rotate=5"]
     config = settled(load(compose(*typed)), Counted(10_000, 2), typed)
     chosen = suited_augment(10_000, 2)
@@ -199,6 +207,7 @@ def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compo
     plain = load(compose(f"augment={chosen}")).augment
     assert plain.flip == 0.5
     assert (config.augment.flip, config.augment.rotate) == (0.0, 5.0)
+    assert caplog.messages[0].endswith("; as typed: flip, rotate")
     assert config.augment.label_smoothing == plain.label_smoothing
     assert config.trainer.max_epochs == suited_epochs(10_000)
     typed += ["augment=light", "trainer.max_epochs=3"]

@@ -246,10 +246,12 @@ def test_the_head_is_the_best_on_validation_data(probe, tmp_path):
     assert float((cast.argmax(1) == labels["test"]).float().mean()) == pytest.approx(result.metrics["knn"]["top1"])
 
 
-def test_a_second_probe_computes_no_features(probe, tmp_path, monkeypatch):
+def test_a_second_probe_computes_no_features(probe, tmp_path, monkeypatch, capsys):
     first = probe()
+    assert " images/s; everything is in " in capsys.readouterr().out
     monkeypatch.setattr("vit.training.features.collect_logits", None)
     second = probe("seed=1")
+    assert " s; everything is in " in capsys.readouterr().out
     assert (second.folder / "train.log").read_text().count("images: found in ") == 3
     assert second.metrics["test"] == first.metrics["test"]
     assert second.metrics["knn"] == first.metrics["knn"]

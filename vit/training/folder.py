@@ -60,7 +60,7 @@ def recipe(config: Config, overrides: list[str]) -> dict[str, Any]:
     t, m = config.trainer, config.model
     kept: dict[str, Any] = {"overrides": list(overrides), "seed": config.seed}
     if m.name is not None:
-        kept["pretrained"] = {"name": m.name, "revision": m.revision}
+        kept["pretrained"] = {"name": m.name, "weights": m.weights, "revision": m.revision}
     if config.method == "linear_probe":
         return {**kept, "method": config.method, "versions": versions()}
     budget = {"max_epochs": t.max_epochs, "max_steps": t.max_steps, "max_time": t.max_time}
@@ -111,8 +111,9 @@ def closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None
                 lines.append(f"{name:<5} {figures(metrics[name])}")
         if metrics.get("knn"):
             lines.append(f"knn   {figures(metrics['knn'])}  ({metrics['knn']['k']} nearest neighbours)")
-    seconds, pace = metrics["train_seconds"], metrics["images_per_second"]
-    lines.append(f"trained in {seconds:.0f} s at {pace:,.0f} images/s; everything is in {folder}")
+    # none where a probe found all features kept
+    pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
+    lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {folder}")
     if metrics.get("interrupted"):
         lines.append(f"go on      python train.py resume={folder}")
     lines += [

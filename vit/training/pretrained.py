@@ -76,7 +76,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         raise VitError(another_model(name, model["size"]))
     from vit.pretrained.create import MAY_DIFFER
 
-    a, preprocessing = _look(name, model["revision"])
+    whole, a, preprocessing = _look(name, model["revision"])
+    model["name"] = whole
     if model["pool"] not in (None, a["pool"]):
         a["final_norm"] = None  # where the pooling suggests
     for key in _blanks():
@@ -147,8 +148,11 @@ def _possible(key: options.Key) -> Any:
     return False if key.type is bool else 1 if key.rule.least is None else int(key.rule.least)
 
 
-def _look(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Architecture and preprocessing of somebody's weights, as plain types."""
+def _look(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Name, architecture and preprocessing of somebody's weights, as plain types.
+
+    A name of timm's without a tag gets that of the weights it means now, which another timm may choose otherwise.
+    """
     import torch
 
     from vit.model import VisionTransformer
@@ -158,7 +162,8 @@ def _look(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, An
     with torch.device("meta"):  # an older model does not say what it could not have
         architecture = VisionTransformer(**known.architecture).architecture
     preprocessing = known.preprocessing.to_dict()
-    return architecture, {key: list(each) if isinstance(each, tuple) else each for key, each in preprocessing.items()}
+    plain = {key: list(each) if isinstance(each, tuple) else each for key, each in preprocessing.items()}
+    return known.name + "".join(name.partition("@")[1:]) if known.trusted else name, architecture, plain
 
 
 def _one(pair: Any) -> Any:

@@ -47,8 +47,7 @@ def settled(config: Config, data: ImageData, overrides: Sequence[str]) -> Config
     changed = config
     if config.augment.name == "auto":
         name = suited_augment(images, classes)
-        chosen = yaml.safe_load((CONF / "augment" / f"{name}.yaml").read_text(encoding="utf-8"))
-        kept = _kept(config.augment, overrides)
+        chosen, kept = _file(name), _kept(config.augment, overrides)
         chosen = {key: value for key, value in chosen.items() if key != "defaults"} | kept
         changed = dataclasses.replace(changed, augment=AugmentConfig(**chosen))
         log.info(
@@ -67,10 +66,14 @@ def settled(config: Config, data: ImageData, overrides: Sequence[str]) -> Config
     return changed
 
 
+def _file(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / "augment" / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
 def _kept(augment: AugmentConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Keys that a person has set: typed, or in an experiment other than `augment=none` has them."""
     typed = {text.lstrip("+").partition("=")[0] for text in overrides}
-    plain = AugmentConfig()
+    plain = AugmentConfig(**_file("none"))
     return {
         key: value
         for key, value in vars(augment).items()
