@@ -32,6 +32,7 @@ from vit.training.sections import seconds
         ("model.image_size=32", r"model.image_size=32: .* data.image_size=16, .* set data.image_size=32"),
         ("data.image_size=[8,16] model.image_size=8", r"model.image_size=8: .* data.image_size=\[8, 16\]"),
         ("model.in_channels=3", "model.in_channels=3: .* data.channels=1, .* set data.channels=3"),
+        ("data.cache=true data.resident=true", "data.cache=true and data.resident=true"),
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches: expected a whole number of batches or a share"),
     ],
 )

@@ -78,7 +78,7 @@ def assemble(
     def split_of(picked: np.ndarray) -> Split:
         same = len(picked) > 0 and bool((sizes[picked] == sizes[picked[0]]).all())
         native = (int(sizes[picked[0], 0]), int(sizes[picked[0], 1])) if same else None
-        return Split(labels[picked], images, config.channels, rows=picked, native_size=native)
+        return Split(labels[picked], images, config.channels, rows=picked, native_size=native, sizes=sizes[picked])
 
     return ImageData(name, class_map, {s: split_of(rows[s]) for s in SPLITS}, bad_files=bad, channels=config.channels)
 

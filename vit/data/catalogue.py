@@ -87,6 +87,11 @@ class DataConfig:
     workers: str | int = option(
         "auto", "processes that decode images that are not resident", choices=("auto",), least=0
     )
+    cache: bool = option(False, "keep images decoded on the disk: each is decoded once, training reads them from there")
+    cache_side: int | None = option(
+        None, "their shorter side, for random crops; null: 8/7 of image_size; smaller images stay as they are", least=1
+    )
+    cache_folder: str | None = option(None, "where they are kept; null: images in the cache folder")
     mean: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train")
     std: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train", over=0)
     interpolation: str = option("bicubic", "how images are resized", choices=INTERPOLATIONS)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from PIL import Image
 from vit.data.decode import ImageError, decode
 from vit.data.parallel import for_each
 from vit.data.preprocess import Preprocessing
+from vit.data.scan import file_fingerprint, name_fingerprint
 
 SPLITS = ("train", "val", "test")
 
@@ -33,6 +34,18 @@ class Images(Protocol):
 
     def name(self, i: int) -> str:
         """What to call image `i`: its path, or "digits/17"."""
+        ...
+
+
+@runtime_checkable
+class Filed(Protocol):
+    """Images in files, which can be told to be what they were before."""
+
+    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each image of `rows` two fingerprints, uint64 (N,): of its name, and of its file as it is now.
+
+        The second is of path, size and time of change, and 0 for a file that cannot be opened.
+        """
         ...
 
 
@@ -69,6 +82,11 @@ class FileImages:
     def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
         return decode(self.name(i), channels=channels, target=target)
 
+    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        paths = [self.name(int(i)) for i in rows]
+        names = np.fromiter((name_fingerprint(os.path.abspath(path)) for path in paths), np.uint64, len(paths))
+        return names, np.fromiter((file_fingerprint(path, channels) for path in paths), np.uint64, len(paths))
+
 
 @dataclass(eq=False)
 class Split:
@@ -79,8 +97,10 @@ class Split:
         images: where the images are; image i of the split is image `rows[i]` there.
         channels: what images are decoded to (1: "L", 3: "RGB").
         native_size: (H, W) when all images share one size, else None.
+        sizes: int32 (N, 2), (H, W) of each image, where known.
         boxes: float32 (N, objects, 4), x0 y0 x1 y1 in pixels of the original image, where known.
         object_labels: int64 (N, objects), the class of each box; -1 for an object of no class, or no object.
+        stores: its decoded images on the disk, by what is stored, once they were asked for (`vit.data.loaders`).
     """
 
     labels: np.ndarray
@@ -88,9 +108,11 @@ class Split:
     channels: int
     rows: np.ndarray | None = None
     native_size: tuple[int, int] | None = None
+    sizes: np.ndarray | None = None
     boxes: np.ndarray | None = None
     object_labels: np.ndarray | None = None
     _held: tuple[Any, np.ndarray] | None = field(default=None, init=False, repr=False)
+    stores: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.labels = np.ascontiguousarray(self.labels, dtype=np.int64)
@@ -102,7 +124,7 @@ class Split:
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker process gets the images, not a second copy of them decoded
-        return {**self.__dict__, "_held": None}
+        return {**self.__dict__, "_held": None, "stores": {}}
 
     def image(self, i: int, target: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
         """Image `i` decoded, in its original size (a JPEG may come smaller, but no smaller than twice `target`).
@@ -136,9 +158,7 @@ class Split:
                 picked = _pick(pixels, self.rows)
                 # a grey image has three equal channels; no decoder is needed to say so
                 return picked if pixels.shape[3] == channels else np.repeat(picked, channels, axis=3)
-        geometry = {k: v for k, v in preprocessing.to_dict().items() if k not in ("mean", "std")}
-        if preprocessing.crop_mode == "border":
-            geometry["fill"] = preprocessing.mean
+        geometry = preprocessing.geometry
         held, self._held = self._held, None
         if held is not None and held[0] == geometry:
             self._held = held if keep else None
@@ -166,6 +186,7 @@ class Split:
             channels=self.channels,
             rows=self.rows[indices],
             native_size=self.native_size,
+            sizes=None if self.sizes is None else self.sizes[indices],
             boxes=None if self.boxes is None else self.boxes[indices],
             object_labels=None if self.object_labels is None else self.object_labels[indices],
         )

@@ -1,16 +1,21 @@
-"""Which loader a split gets: resident on the device, or streamed from files.
+"""Which loader a split gets: resident on the device, read from decoded images on the disk, or streamed from files.
 
 Notable:
 - `data.resident=auto` keeps a split on the device where all its images share one size and it takes at most 2 GiB;
   anything else streams. The log says which was taken and why.
-- Both kinds yield the same `Batch`es in the same order and draw the same random numbers. One thing differs: resident
-  images have the model's size already, so a random-resized crop is cut from those; streamed ones are cut from the
-  original.
+- `data.cache=true` decodes files once (`vit.data.store`). What training reads then is, with random-resized crops, whole
+  images somewhat larger than the model's; without, and for validation, exactly what streaming would give.
+- All kinds yield the same `Batch`es in the same order and draw the same random numbers. One thing differs: resident
+  images have the model's size already, so a random-resized crop is cut from those; it is cut from the stored image, and
+  in streaming from the original.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -20,10 +25,13 @@ from vit.data.catalogue import DataConfig
 from vit.data.dataset import Split
 from vit.data.preprocess import Preprocessing
 from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader, resident_bytes, resident_tensors
+from vit.data.scan import cache_root
+from vit.data.store import Recipe, Store, open_store
+from vit.data.stored import StoredEvalLoader, StoredTrainLoader
 from vit.data.streaming import StreamingEvalLoader, StreamingTrainLoader
 from vit.errors import VitError
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "eval_loader", "train_loader"]
+__all__ = ["Batch", "EvalLoader", "TrainLoader", "eval_loader", "store_images", "train_loader"]
 
 log = logging.getLogger("vit")
 
@@ -52,6 +60,18 @@ def train_loader(
         VitError: an empty split, a batch size that the processes cannot share, or too little memory.
     """
     paired = augment.mixes
+    store = _store(split, preprocessing, config, crops=augment.random_resized_crop)
+    if store is not None:
+        return StoredTrainLoader(
+            store,
+            config.batch_size,
+            augment,
+            seed=seed,
+            workers=config.workers,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     if _resident(split, preprocessing, config, logging.INFO):
         images, labels = resident_tensors(split, preprocessing, device)
         return ResidentTrainLoader(
@@ -78,8 +98,22 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    again: bool = False,
 ) -> EvalLoader:
-    """Make the loader of a split to evaluate on; see `EvalLoader` for what processes get. An empty split is fine."""
+    """Make the loader of a split to evaluate on; see `EvalLoader` for what processes get. An empty split is fine.
+
+    `again`: it will be read many times, so that `data.cache` pays; what it yields is the same.
+    """
+    store = _store(split, preprocessing, config, crops=False) if again else None
+    if store is not None:
+        return StoredEvalLoader(
+            store,
+            config.eval_batch_size,
+            workers=config.workers,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     if _resident(split, preprocessing, config):
         images, labels = resident_tensors(split, preprocessing, device)
         return ResidentEvalLoader(images, labels, config.eval_batch_size, rank=rank, world_size=world_size)
@@ -92,6 +126,32 @@ def eval_loader(
         world_size=world_size,
         device=device,
     )
+
+
+def store_images(
+    splits: Mapping[str, Split], preprocessing: Preprocessing, config: DataConfig, augment: AugmentConfig
+) -> None:
+    """Decode now what `data.cache` keeps for training and validation; the loaders made later find it.
+
+    For before further processes are started, which would wait for the one that decodes. Without the key, nothing.
+    """
+    _store(splits["train"], preprocessing, config, crops=augment.random_resized_crop)
+    _store(splits["val"], preprocessing, config, crops=False)
+
+
+def _store(split: Split, preprocessing: Preprocessing, config: DataConfig, *, crops: bool) -> Store | None:
+    """The decoded images of a split, whole for random crops; None where they are not wanted, or in no files."""
+    if not config.cache:
+        return None
+    side = config.cache_side or -(-max(preprocessing.image_size) * 8 // 7)
+    recipe = Recipe(preprocessing, side if crops else None)
+    if recipe not in split.stores:
+        root = Path(config.cache_folder).expanduser() if config.cache_folder else cache_root() / "images"
+        of = f"{config.name} {os.path.abspath(config.root or config.name)}"
+        split.stores[recipe] = open_store(split, recipe, root, of)
+        if split.stores[recipe] is None and len(split):
+            log.info("data.cache=true: %d images are in no files, there is nothing to decode", len(split))
+    return split.stores[recipe]
 
 
 def _resident(split: Split, preprocessing: Preprocessing, config: DataConfig, level: int = logging.DEBUG) -> bool:

@@ -18,7 +18,7 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from PIL import Image
 from vit.data.assemble import assemble
 from vit.data.dataset import SPLITS, ImageData
 from vit.data.decode import ImageError, decode, measure, printable
-from vit.data.scan import file_fingerprint, scan
+from vit.data.scan import file_fingerprint, name_fingerprint, scan
 from vit.errors import VitError, nearest
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ class ParquetImages:
             return decode(self.encoded(i), channels=channels, target=target)
         except ImageError as error:
             raise ImageError(error.reason, printable(self.name(i))) from error
+
+    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `vit.data.dataset.Filed`; a row is in the state that its file is in."""
+        names = _numbered(self._groups, lambda path: name_fingerprint(f"{path}\0{self._column}"))
+        return names[rows], _numbered(self._groups, lambda path: file_fingerprint(path, channels))[rows]
 
     def size(self, i: int, channels: int) -> tuple[int, int]:
         """(H, W) of image `i`, after decoding all of it; raises `ImageError`."""
@@ -174,7 +179,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         log.warning("%s does not fit in memory: images in random order will come slowly; a folder is faster", shown)
     images = ParquetImages(groups, columns.image, None if fits else _GROUPS_HELD)
     sizes, reasons = scan(
-        _prints(groups, config.channels),
+        _numbered(groups, lambda path: file_fingerprint(path, config.channels)),
         lambda i: images.size(i, config.channels),
         f"parquet\0{os.path.abspath(config.root)}",
         "Checking images",
@@ -347,14 +352,14 @@ def _names(raw: dict[str, list[Any]], columns: Columns) -> tuple[dict[str, list[
     return named, [str(value) for value in sorted(train)] if numbers else None
 
 
-def _prints(groups: list[tuple[str, int, int]], channels: int) -> np.ndarray:
+def _numbered(groups: list[tuple[str, int, int]], print_of: Callable[[str], int]) -> np.ndarray:
     """A fingerprint for each row: the file's, moved on by an odd constant a row."""
     prints: list[np.ndarray] = []
     row_of: dict[str, int] = {}
     for path, _, rows in groups:
         first = row_of.get(path, 0)
         row_of[path] = first + rows
-        base = np.uint64(file_fingerprint(path, channels))
+        base = np.uint64(print_of(path))
         prints.append(base + np.arange(first, first + rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return np.concatenate(prints)
 

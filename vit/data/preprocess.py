@@ -90,6 +90,12 @@ class Preprocessing:
         height, width = self.image_size
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
+    @property
+    def geometry(self) -> dict[str, Any]:
+        """What `resize` depends on, as plain JSON types."""
+        geometry = {key: value for key, value in self.to_dict().items() if key not in ("mean", "std")}
+        return geometry | {"fill": list(self.mean)} if self.crop_mode == "border" else geometry
+
     def keeps(self, size: tuple[int, int]) -> bool:
         """Whether an image of `size` (H, W) passes `resize` unchanged."""
         return size == self.image_size == self.resize_target

@@ -45,6 +45,12 @@ def fingerprint(*parts: object) -> int:
     return int.from_bytes(digest, "little") or 1
 
 
+def name_fingerprint(name: str) -> int:
+    """64 bits that differ when the name does, whatever is there."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def file_fingerprint(path: str, channels: int) -> int:
     """The fingerprint of a file as it is now, or 0 if it cannot be opened (and so has to be looked at)."""
     try:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit.data import regions
 from vit.data.augment_config import AugmentConfig
-from vit.data.batches import Batch, EvalLoader, TrainLoader
+from vit.data.batches import Batch, EvalLoader, TrainLoader, to_device
 from vit.data.dataset import Split
 from vit.data.decode import ImageError
 from vit.data.preprocess import Preprocessing
@@ -135,12 +135,10 @@ class _Fetcher:
                 worker_init_fn=_outlive_interrupts,
             )
         on_host = (
-            Batch(self._checked(images, failure), self._labels[index], index, valid)
+            (Batch(self._checked(images, failure), self._labels[index], index, valid), Batch)
             for (images, failure), (index, valid) in zip(self._loader, wanted, strict=True)
         )
-        if self._device.type == "cuda":
-            return self._copied(on_host)
-        return (Batch(*(part.to(self._device) for part in batch)) for batch in on_host)
+        return to_device(on_host, self._device)
 
     def close(self) -> None:
         # Not left to the garbage collector: an exception's traceback may keep the iterator alive, and collected at a
@@ -155,18 +153,6 @@ class _Fetcher:
             self.close()
             raise VitError(f"{failure} (it could be read when the data was scanned)")
         return images
-
-    def _copied(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        copying = torch.cuda.Stream(self._device)
-        for batch in batches:
-            # the host runs ahead of the GPU, so this copy meets the computation of the batch before
-            with torch.cuda.stream(copying):
-                moved = Batch(*(part.pin_memory().to(self._device, non_blocking=True) for part in batch))
-            using = torch.cuda.current_stream(self._device)
-            using.wait_stream(copying)
-            for part in moved:
-                part.record_stream(using)
-            yield moved
 
 
 class StreamingTrainLoader(TrainLoader):
@@ -240,16 +226,16 @@ def _outlive_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def worker_count(workers: int | str, samples: int, world_size: int) -> int:
+def worker_count(workers: int | str, samples: int | None, world_size: int) -> int:
     """How many worker processes a loader of `samples` images gets; raises `VitError` on nonsense.
 
-    "auto" shares this machine's cores among its processes.
+    "auto" shares this machine's cores among its processes. `samples` is None for threads, which pay for a few, too.
     """
     if workers != "auto":
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise VitError(f"data.workers: {workers!r} is neither auto nor a whole number of at least 0")
         return workers
-    if samples < _FEW_IMAGES:
+    if samples is not None and samples < _FEW_IMAGES:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = os.environ.get("LOCAL_WORLD_SIZE", "")

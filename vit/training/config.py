@@ -115,6 +115,8 @@ def check(config: Config) -> None:
     trainer, schedule = config.trainer, config.schedule
     _follow_data(config)
     _check_weights(config)
+    if config.data.cache and str(config.data.resident).lower() == "true":
+        raise VitError("data.cache=true and data.resident=true both keep decoded images: leave one of them out")
     limit = trainer.max_seconds
     if trainer.max_epochs is None and trainer.max_steps is None and limit is None:
         raise VitError(

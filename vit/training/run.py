@@ -29,7 +29,7 @@ from torch import Tensor
 from vit.data.augment import BatchAugment
 from vit.data.catalogue import open_data, preprocessing_for
 from vit.data.dataset import ImageData
-from vit.data.loaders import TrainLoader, eval_loader, train_loader
+from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
@@ -111,6 +111,7 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
     )
     if config.method == "linear_probe":
         return _probe(config, data, model, description, early) if leader else None
+    store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
 
     folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
@@ -213,7 +214,9 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
         train_loader=functools.partial(
             train_loader, splits["train"], preprocessing, config.data, config.augment, seed=config.seed
         ),
-        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data) if validates else None,
+        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data, again=True)
+        if validates
+        else None,
         ema_decay=config.ema.decay,
         patch_dropout_off=config.trainer.patch_dropout_off,
         seed=config.seed,

@@ -1,0 +1,424 @@
+"""Decoded images on the disk: each decoded once, all of them in one memory-mapped file of uint8.
+
+Notable:
+- A store is a folder: `pixels`, image after image, of any sizes; `index`, a record of 40 bytes an image; `about.json`,
+  for people. The index is a journal: pixels are on the disk before their record is, and only a record makes an image.
+  So building, going on after any interruption, and taking in what has changed are one thing: what has no valid record
+  for the present state of its file is decoded and appended.
+- Nothing that a record points to is overwritten, so one process may add while others read. One at a time adds; the
+  lock is the kernel's, which frees it however its holder ends.
+- Every image has a checksum, compared when a process first reads it. One that is damaged is decoded again from its
+  file and appended, and the log says so.
+- Images of one data set share a store, whichever split they are in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import mmap
+import os
+import shutil
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit.data.dataset import Filed, Split
+from vit.data.decode import ImageError, printable
+from vit.data.draws import mix
+from vit.data.parallel import for_each
+from vit.data.preprocess import Preprocessing
+from vit.data.scan import name_fingerprint
+from vit.errors import VitError
+from vit.files import atomic_write, write_json
+
+log = logging.getLogger("vit")
+
+_FORMAT = 1
+_COMMIT = 64 * 2**20  # bytes of pixels that an interruption may cost
+_SPARE = 256 * 2**20  # bytes that a disk must have beside what is stored
+
+# which image (`name`), of which state of its file, stands where; `crc` is of its pixels, `own` of this record
+_RECORD = np.dtype(
+    [
+        ("name", "<u8"),
+        ("state", "<u8"),
+        ("start", "<u8"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("crc", "<u4"),
+        ("own", "<u4"),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is stored of an image.
+
+    Attributes:
+        preprocessing: the model's.
+        side: the whole image, its shorter side brought down to this many pixels where it is longer; None: what
+            `Preprocessing.resize` makes of it, bit for bit.
+    """
+
+    preprocessing: Preprocessing
+    side: int | None
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the stored pixels, as plain JSON types."""
+        if self.side is None:
+            return self.preprocessing.geometry
+        kept = ("channels", "interpolation")
+        return {"side": self.side, **{key: getattr(self.preprocessing, key) for key in kept}}
+
+    def make(self, split: Split, i: int) -> np.ndarray:
+        """Decode image `i`: uint8 (H, W, C), contiguous. Raises `ImageError`."""
+        if self.side is None:
+            return np.ascontiguousarray(split.resized(i, self.preprocessing))
+        image = split.image(i, (self.side, self.side))
+        size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+        height, width = self.shapes(np.array([size]))[0].tolist()
+        if (height, width) == size:
+            pixels = np.asarray(image)
+        else:
+            pixels = _resized(image, height, width, self.preprocessing.interpolation)
+        return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[:, :, None])
+
+    def shapes(self, sizes: np.ndarray) -> np.ndarray:
+        """(H, W) in the store of images of `sizes` (N, 2): int64 (N, 2)."""
+        sizes = sizes.astype(np.int64)
+        if self.side is None:
+            return np.broadcast_to(np.array(self.preprocessing.image_size, np.int64), sizes.shape)
+        short = sizes.min(axis=1, keepdims=True)
+        return np.where(short > self.side, (sizes * self.side + short // 2) // short, sizes)
+
+    def bytes(self, split: Split, which: np.ndarray) -> int:
+        """What the images at `which` take in the store; where sizes are not known, as of 4:3 images."""
+        if split.sizes is None and self.side is not None:
+            return len(which) * self.side * (self.side * 4 // 3) * self.preprocessing.channels
+        sizes = np.zeros((len(which), 2), np.int64) if split.sizes is None else split.sizes[which]
+        return int(self.shapes(sizes).prod(axis=1).sum()) * self.preprocessing.channels
+
+
+class Store:
+    """The stored images of one split, opened for reading; any number of threads may.
+
+    Made by `open_store`.
+    """
+
+    def __init__(self, folder: Path, split: Split, recipe: Recipe, names: np.ndarray, states: np.ndarray) -> None:
+        self.folder, self.split, self.recipe = folder, split, recipe
+        self._names, self._states = names, states
+        self._channels = recipe.preprocessing.channels
+        self._lock = threading.Lock()
+        self._seen = np.zeros(len(split), dtype=bool)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def sizes_of(self, places: Sequence[int]) -> list[tuple[int, int]]:
+        """(H, W) in the store of the images at `places`."""
+        entries = self._entries[places]
+        return list(zip(entries["height"].tolist(), entries["width"].tolist(), strict=True))
+
+    def read(self, i: int) -> Tensor:
+        """Image `i`, uint8 (H, W, C): a view of the file, which must not be written to.
+
+        Raises `ImageError`, naming the file, where a damaged image cannot be decoded again.
+        """
+        if not self._seen[i]:
+            self._check(i)
+        return self._view(i)
+
+    def _view(self, i: int) -> Tensor:
+        entry, flat = self._entries[i], self._flat
+        height, width, start = int(entry["height"]), int(entry["width"]), int(entry["start"])
+        length = height * width * self._channels
+        return flat[start : start + length].view(height, width, self._channels)
+
+    def _check(self, i: int) -> None:
+        if not self._sound(i):
+            with self._lock:
+                if not self._sound(i):  # nobody else has seen to it
+                    self._mend(i)
+        self._seen[i] = True
+
+    def _sound(self, i: int) -> bool:
+        return zlib.crc32(self._view(i).numpy().data) == self._entries[i]["crc"]
+
+    def _mend(self, i: int) -> None:
+        folder, name = printable(self.folder), printable(self.split.name(i))
+        log.warning("%s: the stored image of %s is damaged; it is decoded again", folder, name)
+        with _alone(self.folder):
+            writer = _Writer(self.folder, self.split, self.recipe, self._names, self._states)
+            # another process may have begun the store anew
+            writer.add(np.union1d(writer.missing(), [i]))
+            self._open()
+
+    def _open(self) -> None:
+        records = _Index(self.folder, self._channels).valid
+        place = _find(records, self._names, self._states)
+        # one tensor over all of it, never written to; a view costs a microsecond and no copy
+        with open(self.folder / "pixels", "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(mapped, dtype=torch.uint8)
+        # in this order: a thread that reads in between finds the old entries in the longer file
+        self._flat, self._entries = flat, records[place]
+
+
+def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | None:
+    """Open the store of a data set for the images of `split`, after decoding what it lacks.
+
+    Args:
+        root: the folder of all stores.
+        of: what tells the data set from any other.
+
+    Returns:
+        The store; None where the images do not come from files, so that there is nothing to decode.
+
+    Raises:
+        VitError: a disk that is too small or a folder that cannot be written, before anything is; a file that cannot
+            be read any more. What was stored until then is kept.
+    """
+    if not isinstance(split.images, Filed) or not len(split):
+        return None
+    about = {"format": _FORMAT, "data": of, "stored": recipe.describe()}
+    folder = root / f"{name_fingerprint(json.dumps(about, sort_keys=True)):016x}"
+    assert split.rows is not None
+    names, states = split.images.prints(split.rows, split.channels)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitError(f"data.cache_folder: cannot make {printable(folder)}: {error.strerror or error}") from error
+    with _alone(folder):
+        writer = _Writer(folder, split, recipe, names, states)
+        missing = writer.missing()
+        if len(missing):
+            if not (folder / "about.json").exists():
+                write_json(folder / "about.json", about)
+            _build(writer, missing)
+        else:
+            log.info("%d decoded images in %s", len(split), printable(folder))
+        return Store(folder, split, recipe, names, states)
+
+
+def _build(writer: _Writer, missing: np.ndarray) -> None:
+    folder, total = printable(writer.folder), len(writer.names)
+    needed = writer.recipe.bytes(writer.split, missing)
+    free = shutil.disk_usage(writer.folder).free
+    if needed + _SPARE > free:
+        raise VitError(
+            f"data.cache=true: {len(missing)} decoded images need {_size(needed)} in {folder}, where {_size(free)} are "
+            "free; data.cache_folder=FOLDER keeps them elsewhere, a smaller data.cache_side makes them smaller"
+        )
+    known = f", {total - len(missing)} are there" if len(missing) < total else ""
+    log.info("decoding %d images into %s: %s of %s free%s", len(missing), folder, _size(needed), _size(free), known)
+    began = time.monotonic()
+    writer.add(missing)
+    log.info("%d images decoded in %.0f s", len(missing), time.monotonic() - began)
+
+
+class _Index:
+    """The records of a store that can be relied on, and how far the pixels go that they speak of."""
+
+    def __init__(self, folder: Path, channels: int) -> None:
+        try:
+            raw = (folder / "index").read_bytes()
+            there = os.stat(folder / "pixels").st_size
+        except FileNotFoundError:
+            raw, there = b"", 0
+        except OSError as error:
+            raise VitError(f"cannot read {printable(folder)}: {error.strerror or error}") from error
+        records = np.frombuffer(raw, dtype=_RECORD, count=len(raw) // _RECORD.itemsize)
+        lengths = _lengths(records, channels)
+        good = (records["own"] == _own(records)) & (lengths > 0)
+        # what a record says is believed only once the record is sound
+        good[good] = records["start"][good] + lengths[good] <= there
+        self.valid, self.lengths = records[good], lengths[good]
+        self.damaged = len(records) - len(self.valid)
+        self.whole = self.damaged == 0 and len(raw) % _RECORD.itemsize == 0
+        self.end = int((self.valid["start"] + self.lengths).max()) if len(self.valid) else 0
+
+
+class _Writer:
+    """Adds images of a split to its store. To be used by who holds the store's lock."""
+
+    def __init__(self, folder: Path, split: Split, recipe: Recipe, names: np.ndarray, states: np.ndarray) -> None:
+        self.folder, self.split, self.recipe = folder, split, recipe
+        self.names, self.states = names, states
+        self._index = _Index(folder, recipe.preprocessing.channels)
+
+    def missing(self) -> np.ndarray:
+        """Places in the split whose image is to be decoded: int64.
+
+        A store of which more than half is of no use any more is begun anew.
+        """
+        index = self._index
+        if index.damaged:
+            shown = printable(self.folder)
+            log.warning("%s: %d stored images are damaged; they are decoded again", shown, index.damaged)
+        missing = np.flatnonzero(_find(index.valid, self.names, self.states) < 0)
+        current = _latest(index.valid)
+        stale = np.isin(index.valid["name"], self.names[missing]) | ~current
+        if 2 * int(index.lengths[stale].sum()) > index.end:
+            # whoever reads it keeps the files it has open
+            with _told(self.folder):
+                for name in ("index", "pixels"):
+                    (self.folder / name).unlink(missing_ok=True)
+            self._index = _Index(self.folder, self.recipe.preprocessing.channels)
+            return np.arange(len(self.names))
+        return missing
+
+    def add(self, which: np.ndarray) -> None:
+        """Decode the images at `which` and store them; what is stored when anything goes wrong, stays.
+
+        Raises `ImageError`, naming the file, or `VitError` for a disk that is full or cannot be written.
+        """
+        index, lock = self._index, threading.Lock()
+        end, waiting, weight = index.end, [], 0
+        if not index.whole:
+            with atomic_write(self.folder / "index") as part:
+                part.write_bytes(index.valid.tobytes())
+
+        def commit(records: list[np.ndarray]) -> None:
+            os.fsync(pixels)
+            with lock:
+                _write(journal, np.concatenate(records).tobytes())
+
+        def one(i: int) -> None:
+            nonlocal end, waiting, weight
+            try:
+                image = self.recipe.make(self.split, i)
+            except ImageError as error:
+                name = error.name or printable(self.split.name(i))
+                raise ImageError(f"{error.reason} (it could be read when the data was scanned)", name) from error
+            with lock:
+                start, end = end, end + image.nbytes
+            _write(pixels, image.data.cast("B"), start)
+            record = np.zeros(1, dtype=_RECORD)
+            record["name"], record["state"], record["start"] = self.names[i], self.states[i], start
+            record["height"], record["width"] = image.shape[:2]
+            record["crc"] = zlib.crc32(image.data)
+            record["own"] = _own(record)
+            full: list[np.ndarray] = []
+            with lock:
+                waiting.append(record)
+                weight += image.nbytes
+                if weight >= _COMMIT:
+                    full, waiting, weight = waiting, [], 0
+            if full:
+                commit(full)
+
+        with _told(self.folder), contextlib.ExitStack() as files:
+            pixels = os.open(self.folder / "pixels", os.O_RDWR | os.O_CREAT, 0o666)
+            files.callback(os.close, pixels)
+            journal = os.open(self.folder / "index", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            files.callback(os.close, journal)
+            try:
+                for_each(one, (int(i) for i in which), len(which), "Decoding images")
+            finally:
+                if waiting:
+                    commit(waiting)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What a disk refuses inside leaves as a `VitError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; what is stored is kept: make room and start again, or set data.cache_folder=FOLDER" if full else ""
+        raise VitError(f"cannot write {printable(folder)}: {error.strerror or error}{advice}") from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the store's lock: of several processes one looks what is missing and adds it, the others find it there."""
+    try:
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # a store that may only be read; should something be missing, writing says why it cannot
+        yield
+        return
+    try:
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process is at %s: waiting for it", printable(folder))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # no such locks here
+            pass
+        yield
+    finally:
+        os.close(file)
+
+
+def _find(records: np.ndarray, names: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """The last record of each name, if it is of that state: int64 (N,), -1 where there is none."""
+    if not len(records):
+        return np.full(len(names), -1)
+    order = np.argsort(records["name"], kind="stable")
+    place = order[np.searchsorted(records["name"], names, side="right", sorter=order) - 1]
+    found = (records["name"][place] == names) & (records["state"][place] == states) & (states != 0)
+    return np.where(found, place, -1)
+
+
+def _latest(records: np.ndarray) -> np.ndarray:
+    """Which records are the last of their name: bool (N,)."""
+    latest = np.zeros(len(records), dtype=bool)
+    _, first = np.unique(records["name"][::-1], return_index=True)
+    latest[len(records) - 1 - first] = True
+    return latest
+
+
+def _lengths(records: np.ndarray, channels: int) -> np.ndarray:
+    return records["height"].astype(np.uint64) * records["width"].astype(np.uint64) * np.uint64(channels)
+
+
+def _own(records: np.ndarray) -> np.ndarray:
+    """The check of each record itself: uint32 (N,)."""
+    words = np.zeros(len(records), dtype=np.uint64)
+    for key in ("name", "state", "start", "height", "width", "crc"):
+        words = mix(words + records[key].astype(np.uint64) + np.uint64(1))
+    return words.astype(np.uint32)
+
+
+def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | None = None) -> None:
+    """Write all of `data`, at `start` or at the end."""
+    rest = memoryview(data)  # type: ignore[arg-type]
+    while len(rest):
+        written = os.write(file, rest) if start is None else os.pwrite(file, rest, start)
+        rest = rest[written:]
+        start = None if start is None else start + written
+
+
+def _resized(image: Image.Image | np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+    kind = Image.Resampling[interpolation.upper()]
+    if isinstance(image, Image.Image):
+        return np.asarray(image.resize((width, height), kind))
+    # Pillow resizes one band as it would several
+    bands = [Image.fromarray(image[:, :, c]).resize((width, height), kind) for c in range(image.shape[2])]
+    return np.stack([np.asarray(band) for band in bands], axis=2)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
