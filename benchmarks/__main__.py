@@ -8,6 +8,7 @@
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
     reduction   token reduction: accuracy against images a second, trained and untrained (trains: half an hour)
+    race        training at equal wall-clock, beside timm, vit-pytorch and a plain Lightning loop (an hour)
     finetune    fine-tuning against training from scratch, in the same time (needs --weights and --data; half an hour)
     export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
@@ -31,6 +32,7 @@ NAMES = {
     "logging": ("logging_cost", "main"),
     "recording": ("recording", "main"),
     "reduction": ("reduction", "main"),
+    "race": ("race", "main"),
     "finetune": ("finetune", "main"),
     "export": ("export", "main"),
     "peers": ("peers", "main"),

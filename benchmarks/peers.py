@@ -1,12 +1,12 @@
 """python -m benchmarks peers: an environment with the tools that this project is measured against.
 
-timm, transformers, torchvision, vit-pytorch, and ONNX Runtime with NumPy and Pillow alone, from PyPI, in a virtual
-environment of their own, so that no import of theirs is paid for or spared by what else is installed here.
+timm, transformers, torchvision, vit-pytorch, Lightning, and ONNX Runtime with NumPy and Pillow alone, from PyPI, in a
+virtual environment of their own, so that no import of theirs is paid for or spared by what else is installed here.
 
 Notable
 - torch, torchvision and what they need of NVIDIA's are not downloaded again (4 GB) but linked, package by package, from
   the environment that runs this; everything else there stays out of sight.  So both sides run the same torch.
-- NumPy, Pillow, timm and ONNX Runtime come in the versions that this project runs with; what is compared is the tools.
+- NumPy, Pillow, timm, Lightning and ONNX Runtime come in the versions that this project runs with; compared are tools.
 - An environment is complete or not there: it is built under another name.
 """
 
@@ -21,10 +21,13 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("timm", "transformers", "vit-pytorch", "torchvision", "torch", "onnxruntime", "numpy", "pillow", "pandas")
+PACKAGES = (
+    *("timm", "transformers", "vit-pytorch", "lightning", "torchvision", "torch", "onnxruntime", "numpy", "pillow"),
+    "pandas",
+)
 """What is installed; timm's inference.py writes its results with pandas."""
 
-_SAME = ("torch", "torchvision", "timm", "onnxruntime", "numpy", "pillow")
+_SAME = ("torch", "torchvision", "timm", "lightning", "onnxruntime", "numpy", "pillow")
 _LINKED = ("torch", "functorch", "torchgen", "torchvision", "torchvision.libs", "nvidia", "triton", "cuda")
 _LINKED_METADATA = ("torch-", "torchvision-", "triton-", "nvidia_", "cuda_")
 
@@ -58,11 +61,14 @@ def python(folder: Path) -> Path | None:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """The versions of the peers in `folder`; empty when there is no environment."""
+    """The versions of the peers in `folder`, those that are there; empty when there is no environment."""
     found = python(folder)
     if found is None:
         return {}
-    code = "import sys\nfrom importlib.metadata import version\nfor each in sys.argv[1:]: print(each, version(each))"
+    code = (
+        "import sys\nfrom importlib.metadata import PackageNotFoundError, version\nfor each in sys.argv[1:]:\n"
+        " try: print(each, version(each))\n except PackageNotFoundError: pass"
+    )
     done = subprocess.run([found, "-c", code, *PACKAGES], capture_output=True, text=True, check=True)
     return dict(line.split() for line in done.stdout.splitlines())
 
