@@ -181,6 +181,47 @@ def test_resuming_a_finished_run_says_what_to_raise(run):
     assert (done.folder / "checkpoints" / "best.ckpt").read_bytes() == before
 
 
+def test_what_a_run_cannot_go_on_with_is_said_and_leaves_it_as_it_was(run, tmp_path):
+    done = run("trainer.max_epochs=2")
+    before = {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()}
+    for typed, said in (
+        (["model.registers=2"], r"other weights \('model\.pos_embed', 'model\.reg_token'\)"),
+        (["ema.decay=0.9"], r"other weights \('ema\.cls_token'"),
+        (["optim=adamw"], r"steps its weights otherwise"),
+        (["optim.layer_decay=0.7"], r"steps its weights otherwise"),
+        (["trainer.max_epochs=1"], r"is in epoch 2: raise trainer\.max_epochs=1"),
+    ):
+        with pytest.raises(VitError, match=said) as caught:
+            run("trainer.max_epochs=3", *typed, f"resume={done.folder}")
+        assert "\n" not in str(caught.value)
+    for name in ("x", "y"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (16, 16), number * 20).save(tmp_path / "other" / name / f"{number}.png")
+    other = ["data=folder", f"data.root={tmp_path / 'other'}", "data.channels=1", "data.image_size=16"]
+    with pytest.raises(
+        VitError, match=r"that run learns '0', '1', '2', '3', '4' and 5 more, and the data has 'x', 'y'"
+    ):
+        run("trainer.max_epochs=3", *other, "data.patch_size=4", f"resume={done.folder}")
+    bare = tmp_path / "bare.ckpt"
+    torch.save({"state_dict": weights(done.folder)}, bare)
+    with pytest.raises(VitError, match=r"no training to go on with.* model=pretrained model\.name="):
+        run("trainer.max_epochs=3", f"resume={bare}")
+    assert {path: path.read_bytes() for path in done.folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
+def test_what_is_typed_beside_a_resumed_run_is_what_it_is_stepped_by(run, name):
+    done = run("trainer.max_epochs=1", f"optim={name}")
+    typed = ["optim.lr=1e-12", "optim.matrix_lr=1e-12", "optim.weight_decay=0.125"]
+    rest = run("trainer.max_epochs=2", f"optim={name}", *typed, f"resume={done.folder}")
+    a, b = weights(done.folder), weights(rest.folder)
+    assert all(torch.allclose(a[key], b[key], rtol=0, atol=1e-7) for key in a)
+    saved = torch.load(rest.folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert {group["initial_lr"] for group in saved["param_groups"]} == {1e-12}
+    assert {group["weight_decay"] for group in saved["param_groups"]} == {0.0, 0.125}
+
+
 def test_resuming_from_nothing_names_what_is_expected(run, tmp_path):
     with pytest.raises(VitError, match=r"last\.ckpt"):
         run(f"resume={tmp_path}")

@@ -218,6 +218,13 @@ class TrainingModule(L.LightningModule):
 
     # checkpoints
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let a resumed run step its weights as it is configured now, from where they and their moments are."""
+        saved, now = checkpoint["optimizer_states"][0]["param_groups"], self.configure_optimizers().param_groups
+        for group, typed in zip(saved, now, strict=True):
+            group.update({key: typed[key] for key in ("weight_decay", "betas", "momentum") if key in typed})
+            group["initial_lr"] = typed["lr"]  # its peak, which the schedule scales
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
         blocks: dict[str, dict[str, float]] = {name: {} for name in self.val_metrics}

@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from vit.data.assemble import listing
 from vit.errors import VitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 
 def checkpoint_of(resume: str) -> Path:
@@ -57,6 +62,56 @@ def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         _copy(values, saved, key.split("."))
     _fill(saved, values)
     return saved
+
+
+def check_fits(
+    checkpoint: Path,
+    weights: Mapping[str, Tensor],
+    optimizer: Optimizer,
+    class_names: Sequence[str],
+    epochs: int | None,
+) -> None:
+    """Raise `VitError` unless training can go on from the file `checkpoint`; imports torch.
+
+    Args:
+        weights: of all that is trained, as they are before; their names and shapes are compared.
+        optimizer: whose groups are compared.
+        class_names: of the data.
+        epochs: how many there are to be in all; None: no limit.
+    """
+    from vit.pretrained.reading import read_pickled
+
+    told = f"resume={checkpoint}"
+    saved = read_pickled(checkpoint)
+    if not isinstance(saved, dict) or not {"vit", "state_dict", "loops", "optimizer_states", "epoch"} <= saved.keys():
+        raise VitError(
+            f"{told}: it holds no training to go on with: expected a checkpoint that training wrote; to start from its "
+            f"weights, model=pretrained model.name={checkpoint}"
+        )
+    if saved["vit"].get("class_names") != list(class_names):
+        raise VitError(
+            f"{told}: that run learns {listing(saved['vit'].get('class_names') or [], 5)}, and the data has "
+            f"{listing(class_names, 5)}: leave data.* as that run has it"
+        )
+    before, now = ({key: tuple(each.shape) for key, each in state.items()} for state in (saved["state_dict"], weights))
+    differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differ:
+        raise VitError(
+            f"{told}: that run trains other weights ({listing(differ)}): leave model.*, lora.*, ema.* and data.* as "
+            "it has them"
+        )
+    if _steps(saved["optimizer_states"][0]["param_groups"]) != _steps(optimizer.param_groups):
+        raise VitError(
+            f"{told}: that run steps its weights otherwise: leave optim.name, optim.layer_decay, optim.head_lr and "
+            "finetune.freeze as it has them"
+        )
+    if epochs is not None and saved["epoch"] >= epochs:
+        raise VitError(f"{told}: that run is in epoch {saved['epoch'] + 1}: raise trainer.max_epochs={epochs}")
+
+
+def _steps(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What cannot be another when an optimiser goes on: its kind, and which weights are a group."""
+    return [(len(g["params"]), g.get("name"), *(key in g for key in ("muon", "betas", "nesterov"))) for g in groups]
 
 
 def _fill(saved: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -57,7 +57,7 @@ from vit.training.pace import Pace
 from vit.training.pretrained import pretrained_model
 from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
-from vit.training.resume import checkpoint_of
+from vit.training.resume import check_fits, checkpoint_of
 from vit.training.schedule import Schedule
 from vit.training.suited import settled
 from vit.training.tune import tune
@@ -113,6 +113,9 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         return _probe(config, data, model, description, early) if leader else None
     store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
+    if resume is not None:
+        optimizer = module.configure_optimizers()
+        check_fits(resume, module.state_dict(), optimizer, data.class_names, config.trainer.epochs)
 
     folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
