@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -140,6 +141,18 @@ def test_a_checkpoint_damaged_inside(tmp_path):
     with pytest.raises(VitError, match=r"x\.ckpt is damaged: its checksums do not fit") as caught:
         load_checkpoint(tmp_path / "x.ckpt")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_would_unpack_without_end(tmp_path):
+    torch.save(checkpoint(*make()), tmp_path / "x.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.ckpt") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for part in whole.infolist():
+            bomb.writestr(part.filename, whole.read(part))
+    with pytest.raises(VitError, match=r"bomb\.ckpt was refused: its parts are compressed"):
+        load_checkpoint(tmp_path / "bomb.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 
 import numpy as np
@@ -150,6 +151,15 @@ def test_a_file_that_would_unpack_without_end(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", b"\0" * 10_000_000)
     with pytest.raises(VitError, match="would unpack to over 20 times its size"):
+        read_npz(tmp_path / "a.npz")
+
+
+def test_an_array_that_says_it_is_larger_than_any_memory(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**60,)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.npy", header.getvalue() + b"\0" * 64)
+    with pytest.raises(VitError, match=r"a\.npz holds an array that does not fit into memory"):
         read_npz(tmp_path / "a.npz")
 
 

@@ -60,6 +60,8 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 raise VitError(f"{path} would unpack to over {_MOST_PACKED} times its size: no weights do")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: _numbers(arrays[name]) for name in arrays.files}
+    except MemoryError:  # an array that says it is larger than the file
+        raise VitError(f"{path} holds an array that does not fit into memory") from None
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
         reason = str(error).partition("\n")[0][:120]
         raise VitError(f"{path} is truncated or not an .npz file of arrays: {reason}") from None

@@ -40,10 +40,16 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; only this one can be mapped
+        if zipped and _packed(path):
+            raise VitError(
+                f"{path} was refused: its parts are compressed, as torch's never are; they may fill the memory"
+            )
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # many training scripts keep their options as a Namespace beside the weights: a bag of values, no code
             warnings.simplefilter("ignore")  # about how foreign files were pickled
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except VitError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global:?|class|builtin)\s+`?([A-Za-z_][\w.]*\.\w+)", str(error))
         name = asked.group(1) if asked else None if zipped else _asked_for(path)
@@ -100,6 +106,15 @@ def check_readable(path: Path) -> None:
 def is_state_dict(value: Any) -> bool:
     """Whether `value` is a dictionary of tensors and nothing else."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _packed(path: Path) -> bool:
+    """Whether a zip archive holds anything that is not stored as it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return False  # which is for torch to say
 
 
 def _sums_fit(path: Path) -> bool:
