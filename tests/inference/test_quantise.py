@@ -15,6 +15,7 @@ from vit.data.catalogue import DataConfig, open_data, preprocessing_for
 from vit.errors import VitError
 from vit.explain.observer import Observer
 from vit.inference import quantise as module
+from vit.inference import sample
 from vit.inference.description import Description
 from vit.inference.export import export_onnx
 from vit.inference.loading import load, load_torch
@@ -176,3 +177,30 @@ def test_nothing_is_downloaded_to_have_images(classifier):
 
 def test_figures_are_plain_json(files):
     assert json.loads(json.dumps(files[2])) == files[2]
+
+
+def test_large_images_are_fewer(classifier, monkeypatch):
+    monkeypatch.setattr(sample, "_ROOM", 20 * 16 * 16 * 4)
+    assert [len(part) for part in to_quantise(classifier[1])] == [20, 20]
+
+
+def test_a_large_data_set_is_not_looked_through_for_a_few_images(classifier, tmp_path, monkeypatch):
+    """Which files can be read decides the splits; where training left no memory of it, that would take hours."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sample, "_UNKNOWN", 39)
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(20):
+            Image.new("L", (16, 16), 5 * number).save(tmp_path / "photos" / label / f"{number}.png")
+    config = DataConfig(name="folder", root=str(tmp_path / "photos"), image_size=16, channels=1)
+    model = VisionTransformer(image_size=16, patch_size=4, num_classes=2, in_channels=1, size="nano")
+    preprocessing = classifier[1].preprocessing
+    description = Description(model.architecture, ["a", "b"], preprocessing, data=config.to_dict())
+    with pytest.raises(VitError, match=r"^40 of its images would have to be looked at first"):
+        to_compare(description)
+    with pytest.raises(VitError, match=r"name some with --calibration \(40 of its images would have"):
+        to_quantise(description)
+    (tmp_path / "photos" / "a" / "0.png").unlink()
+    assert len(to_compare(description)) == 8  # few enough
+    monkeypatch.setattr(sample, "_UNKNOWN", 0)
+    assert len(to_compare(description)) == 8  # known, as training would have left it

@@ -11,11 +11,13 @@ Notable:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,22 @@ def file_fingerprint(path: str, channels: int) -> int:
         return 0
 
 
+_most: ContextVar[int | None] = ContextVar("most", default=None)
+
+
+@contextlib.contextmanager
+def at_most(images: int) -> Iterator[None]:
+    """In the body, a scan that would have to look at more images than this raises `VitError` and looks at none.
+
+    For whoever wants but a few of them.
+    """
+    token = _most.set(images)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
 def scan(
     prints: np.ndarray, look: Callable[[int], tuple[int, int]], memory: str, label: str
 ) -> tuple[np.ndarray, dict[int, str]]:
@@ -84,6 +102,9 @@ def scan(
         hit = (known[place] == prints) & (prints != 0)
         sizes[hit] = known_sizes[place[hit]]
     todo = np.flatnonzero(sizes[:, 0] == 0)
+    most = _most.get()
+    if most is not None and len(todo) > most:
+        raise VitError(f"{len(todo):,} of its images would have to be looked at first")
     bad: dict[int, str] = {}
 
     def one(i: int) -> None:

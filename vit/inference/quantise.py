@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from vit.data.parallel import progress
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.export import describe, quiet
@@ -71,7 +72,9 @@ def quantise(
     with atomic_write(path) as part, tempfile.TemporaryDirectory() as folder:
         integers = Path(folder) / "int8.onnx"
         to_integers(os.fspath(source), str(integers), calibration.images)
-        before, after = (_outputs(file, measured.images) for file in (source, integers))
+        before, after = (
+            _outputs(file, measured.images, kind) for file, kind in ((source, "float32"), (integers, "int8"))
+        )
         figures = _figures(before, after, measured, calibration)
         if not figures["agreement"] >= FLOOR:
             raise VitError(
@@ -106,7 +109,7 @@ def to_integers(source: str, target: str, images: np.ndarray) -> None:
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = _batches(images)
+            self.batches = _batches(images, "Fitting")
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
@@ -128,15 +131,20 @@ def to_integers(source: str, target: str, images: np.ndarray) -> None:
         )
 
 
-def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
-    yield from (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+def _batches(images: np.ndarray, label: str) -> Iterator[np.ndarray]:
+    """The images, a few at a time, under a progress bar."""
+    with progress(label, len(images)) as advance:
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH]
+            yield batch
+            advance(len(batch))
 
 
-def _outputs(file: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:
+def _outputs(file: str | os.PathLike[str], images: np.ndarray, kind: str) -> dict[str, np.ndarray]:
     """Logits and, where there is one, the rollout."""
     session = open_session(file)
     names = [node.name for node in session.get_outputs()]
-    parts = [session.run(names, {INPUT: batch}) for batch in _batches(images)]
+    parts = [session.run(names, {INPUT: batch}) for batch in _batches(images, f"Measuring {kind}")]
     return {name: np.concatenate(each) for name, each in zip(names, zip(*parts, strict=True), strict=True)}
 
 

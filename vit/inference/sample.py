@@ -19,6 +19,7 @@ from vit.data.dataset import ImageData, Split
 from vit.data.decode import ImageError, decode
 from vit.data.draws import shuffled
 from vit.data.preprocess import Preprocessing
+from vit.data.scan import at_most
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.processors import available
@@ -29,6 +30,10 @@ CALIBRATION, MEASURED = 128, 512
 """Images to fit integers to, and to measure what that costs, at most."""
 LEAST = 16
 """Images that it takes for that at least: half of them to fit, half to measure."""
+_ROOM = 1 << 30
+"""Bytes that either may take."""
+_UNKNOWN = 2000
+"""Files of a data set that are looked at to open it again, at most: some seconds; those that training saw are known."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +76,26 @@ def to_quantise(description: Description, sources: Sequence[str] | None = None) 
     """Images to fit integers to, and others to measure on.
 
     The former are of `sources` or the training split.  The latter are of the test split, or where the model's own data
-    is not here of `sources`.  Raises `VitError` when there are fewer than `LEAST` images, or none that can be used.
+    is not here of `sources`.  Large images are fewer.  Raises `VitError` when there are fewer than `LEAST` images, or
+    none that can be used.
     """
     preprocessing = description.preprocessing
-    given = None if sources is None else from_sources(sources, preprocessing, CALIBRATION + MEASURED)
+    height, width = preprocessing.image_size
+    room = max(LEAST, _ROOM // (4 * preprocessing.channels * height * width))
+    to_fit, to_measure = min(CALIBRATION, room), min(MEASURED, room)
+    given = None if sources is None else from_sources(sources, preprocessing, to_fit + to_measure)
     try:
         data = open_own(description)
     except VitError as error:
         if given is None:
             raise VitError(f"integers are fitted to real images: name some with --calibration ({error})") from None
-        half = min(CALIBRATION, len(given) // 2)
-        fitted, measured = given[:half], given[half : half + MEASURED]
+        half = min(to_fit, len(given) // 2)
+        fitted, measured = given[:half], given[half : half + to_measure]
     else:
         ours, held_out = _first(data, "train", "val", "test"), _first(data, "test", "val", "train")
-        fitted = given[:CALIBRATION] if given is not None else from_split(data, ours, preprocessing, CALIBRATION)
-        skip = CALIBRATION if given is None and ours == held_out else 0
-        measured = from_split(data, held_out, preprocessing, MEASURED, skip)
+        fitted = given[:to_fit] if given is not None else from_split(data, ours, preprocessing, to_fit)
+        skip = to_fit if given is None and ours == held_out else 0
+        measured = from_split(data, held_out, preprocessing, to_measure, skip)
     if min(len(fitted), len(measured)) < LEAST // 2:
         raise VitError(
             f"integers are fitted to and measured on at least {LEAST // 2} images each, not {len(fitted)} and "
@@ -102,7 +111,8 @@ def _first(data: ImageData, *names: str) -> str:
 def open_own(description: Description) -> ImageData:
     """The data set that the model was trained on.  Nothing is downloaded.
 
-    Raises `VitError` when the description names none, or it is not here.
+    Raises `VitError` when the description names none, it is not here, or it would take more than seconds to find out
+    which of its images can be read, and so which are in what split.
     """
     if not description.data.get("name"):
         raise VitError("the model does not say which data it was trained on")
@@ -111,7 +121,8 @@ def open_own(description: Description) -> ImageData:
     level = log.level
     log.setLevel(logging.ERROR)  # what is missing in the data was said when it was trained on
     try:
-        return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
+        with at_most(_UNKNOWN):
+            return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
     finally:
         log.setLevel(level)
 
