@@ -372,3 +372,25 @@ def test_the_recipe_settles_what_the_data_decides(tmp_path, source):
     assert saved["augment"]["name"] == "gentle"
     assert saved["trainer"]["max_epochs"] == 71
     assert json.loads((result.folder / "metrics.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("model.weights=nothing.pth", r"no weights at nothing\.pth"),
+        ("model.weights=vit_tiny_patch16_224.augreg_in21k", r"not in the cache, and HF_HUB_OFFLINE is set"),
+        ("distill.teacher=nothing", r"^distill\.teacher=nothing: no model at nothing"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_said_before_the_data_is_looked_through(tune, monkeypatch, typed, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("vit.training.run.open_data", None)
+    with pytest.raises(VitError, match=said):
+        tune(typed)
+
+
+def test_a_new_pooling_layer_that_would_not_learn_is_refused(tune):
+    pytest.importorskip("peft")
+    with pytest.raises(VitError, match=r"model\.pool=attention: new to the weights .* with lora\.rank=2"):
+        tune("model.pool=attention", "lora.rank=2")
+    assert tune("model.pool=attention", "finetune.freeze=all", "trainer.max_epochs=1").metrics["test"]

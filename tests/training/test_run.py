@@ -199,9 +199,7 @@ def test_what_a_run_cannot_go_on_with_is_said_and_leaves_it_as_it_was(run, tmp_p
         for number in range(8):
             Image.new("L", (16, 16), number * 20).save(tmp_path / "other" / name / f"{number}.png")
     other = ["data=folder", f"data.root={tmp_path / 'other'}", "data.channels=1", "data.image_size=16"]
-    with pytest.raises(
-        VitError, match=r"that run learns '0', '1', '2', '3', '4' and 5 more, and the data has 'x', 'y'"
-    ):
+    with pytest.raises(VitError, match=r"learns '0', .* \(10 in all\), and the data has 'x', 'y'"):
         run("trainer.max_epochs=3", *other, "data.patch_size=4", f"resume={done.folder}")
     bare = tmp_path / "bare.ckpt"
     torch.save({"state_dict": weights(done.folder)}, bare)

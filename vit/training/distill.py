@@ -40,7 +40,10 @@ class Teacher:
     def __init__(self, source: str, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
         from vit.inference.loading import load_torch
 
-        self.model, description = load_torch(source, device="cpu")
+        try:
+            self.model, description = load_torch(source, device="cpu")
+        except VitError as error:
+            raise VitError(f"distill.teacher={source}: {error}") from None
         self.model.requires_grad_(False)
         self.classes = len(description.class_names)
         self._columns = _columns(source, description.class_names, class_names)
@@ -72,6 +75,16 @@ class Teacher:
         if theirs.image_size != ours.image_size:
             x = F.interpolate(x, size=theirs.image_size, mode="bicubic", antialias=True, align_corners=False)
         return (x - _of(theirs.mean, x)) / _of(theirs.std, x)
+
+
+def check_teacher(source: str) -> None:
+    """Raise `VitError` where there is no such MODEL: at once, as loading it waits for the data."""
+    from vit.inference.loading import locate
+
+    try:
+        locate(source)
+    except VitError as error:
+        raise VitError(f"distill.teacher={source}: {error}") from None
 
 
 class Distillation:

@@ -112,11 +112,20 @@ def another_model(name: str, size: str) -> str:
     )
 
 
+def fetch_weights(config: Config) -> None:
+    """Have the weights of `model.name` on this machine.  Raises `VitError` when they cannot be had."""
+    from vit.pretrained.places import local
+    from vit.pretrained.sources import place_of
+
+    local(place_of(config.model.weights or str(config.model.name), config.model.revision))
+
+
 def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
     """The model of `config` with the weights of `model.name`, and a head for the classes of `data`; logs the report.
 
     The head is the weights' own where `model.head` allows it and its classes are the data's, in any order; else a new
-    one.  Raises `VitError` when the weights do not fit, or `model.head=keep` and the classes are others.
+    one.  Raises `VitError` when the weights do not fit, `model.head=keep` and the classes are others, or with LoRA
+    something else than the head would start afresh.
     """
     from vit.pretrained.create import MAY_DIFFER, load_pretrained
 
@@ -131,6 +140,11 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
         revision=m.revision,
         **given,
     )
+    if config.lora.rank is not None and any(name.startswith("attn_pool.") for name in loaded.report.missing):
+        raise VitError(
+            f"model.pool=attention: new to the weights of {m.name}, and with lora.rank={config.lora.rank} it would not "
+            "learn: leave out one of the two"
+        )
     log.info("%s", loaded.report.table())
     return loaded.model.train()  # Lightning leaves a module in the mode that it comes in
 

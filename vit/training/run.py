@@ -43,7 +43,7 @@ from vit.training import checkpoints, logs
 from vit.training.attention import AttentionLog
 from vit.training.config import Config
 from vit.training.devices import build_trainer
-from vit.training.distill import Distillation, Teacher
+from vit.training.distill import Distillation, Teacher, check_teacher
 from vit.training.events import EventFile
 from vit.training.folder import closing_lines, finished, rank, recipe, run_folder, versions
 from vit.training.freezing import Freezing, learning
@@ -54,7 +54,7 @@ from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor, write_outcome
 from vit.training.optim import HEADS, build_optimizer
 from vit.training.pace import Pace
-from vit.training.pretrained import pretrained_model
+from vit.training.pretrained import fetch_weights, pretrained_model
 from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
 from vit.training.resume import check_fits, checkpoint_of
@@ -92,6 +92,11 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
 
 def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHandler) -> RunResult | None:
     resume = checkpoint_of(config.resume) if config.resume else None
+    # before the data is looked through, which may take a while
+    if config.model.name is not None and resume is None:
+        fetch_weights(config)
+    if config.distill.teacher is not None:
+        check_teacher(config.distill.teacher)
     data = open_data(config.data)
     preprocessing = preprocessing_for(config.data, data)
     config = settled(config, data, overrides)
