@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 
 from vit.data.preprocess import Preprocessing
 from vit.inference.bundle import write_bundle
-from vit.inference.card import model_card
+from vit.inference.card import about_data, model_card
 from vit.inference.description import Description
 from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
@@ -141,6 +141,13 @@ def test_a_card_that_a_person_wrote_goes_as_it_is(hub, environment, run_folder, 
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     assert vit("push", tmp_path, "me/own-card", environment=environment).returncode == 0
     assert (hub.repositories["me/own-card"]["main"] / "README.md").read_text("utf-8") == text
+
+
+def test_of_the_settings_only_those_of_the_data_set_are_told():
+    whole = {"name": "folder", "split_seed": 4, "objects": 1, "train_images": 10_000, "image_column": None}
+    assert about_data(whole) == {"name": "folder", "split_seed": 4}
+    assert about_data({**whole, "name": "shapes"})["train_images"] == 10_000
+    assert about_data({**whole, "name": "parquet", "label_column": "label"})["label_column"] == "label"
 
 
 @pytest.mark.parametrize(

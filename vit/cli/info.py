@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vit.data.decode import printable
 from vit.errors import VitError
 from vit.inference.bundle import WEIGHTS, read_bundle
+from vit.inference.card import about_data
 from vit.inference.description import Description, parse_json, plain
 from vit.inference.loading import Found, locate
 
@@ -141,7 +142,7 @@ def _sections(
         ("classes", _classes(description)),
     ]
     for title, table in (
-        ("data", description.data),
+        ("data", about_data(description.data)),
         ("figures", description.metrics),
         ("recipe", description.training),
     ):

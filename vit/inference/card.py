@@ -14,14 +14,18 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from vit.data.catalogue import CATALOGUE, DataConfig
 from vit.data.decode import printable
 from vit.inference.description import Description, plain, without_folders
 from vit.inference.timm_config import timm_obstacle
+from vit.options import keys
 
 _MARK = "<!-- Made by vit ({}); as long as nobody edits it, vit push makes it again. -->"
 _MOST_NAMES = 200
+_OF_THE_MACHINE = ("root", "workers", "download", "resident", "cache")
 _OF_TIMM = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*\.\w+)(?:@.*)?", re.ASCII)
 _OF_HUB = re.compile(r"hf[-_]hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@.*)?", re.ASCII)
 _FIGURES = {
@@ -151,13 +155,18 @@ def _use(obstacle: str | None, onnx: bool, repo: str | None) -> list[str]:
 
 
 def _data(description: Description) -> list[str]:
-    data = without_folders(description.data)
+    data = about_data(without_folders(description.data))
     if not data.get("name"):
         return ["Not recorded."]
-    shown = {
-        key: value for key, value in data.items() if value is not None and key not in ("root", "workers", "download")
-    }
+    shown = {key: value for key, value in data.items() if value is not None and key not in _OF_THE_MACHINE}
     return ["Trained on the data set of this name, opened with these settings:", _fenced(shown)]
+
+
+def about_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings that open a data set, those that concern the one of that name."""
+    owners = {key.name: key.rule.help.partition(":")[0] for key in keys(DataConfig)}
+    others = CATALOGUE.keys() - {data.get("name")}
+    return {key: value for key, value in data.items() if owners.get(key) not in others}
 
 
 def _recipe(description: Description) -> list[str]:
