@@ -198,6 +198,20 @@ class Preprocessing:
         return image.resize((width, height), Resampling[self.interpolation.upper()])
 
 
+def scaled(image: Image.Image | np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """All of a decoded image at `size` (H, W), whatever its proportions: uint8 (H, W, C)."""
+    from PIL import Image
+
+    height, width = size
+    kind = Image.Resampling[interpolation.upper()]
+    if isinstance(image, np.ndarray):
+        # Pillow resizes one band as it would several
+        bands = [Image.fromarray(image[:, :, c]).resize((width, height), kind) for c in range(image.shape[2])]
+        return np.stack([np.asarray(band) for band in bands], axis=2)
+    pixels = np.asarray(image if image.size == (width, height) else image.resize((width, height), kind))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
 def _crop(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from vit.data.dataset import Filed, Split
 from vit.data.decode import ImageError, printable
-from vit.data.draws import mix
+from vit.data.journal import Index, record
 from vit.data.parallel import for_each
-from vit.data.preprocess import Preprocessing
+from vit.data.preprocess import Preprocessing, scaled
 from vit.data.scan import name_fingerprint
 from vit.errors import VitError
 from vit.files import atomic_write, write_json
@@ -49,19 +49,6 @@ log = logging.getLogger("vit")
 _FORMAT = 1
 _COMMIT = 64 * 2**20  # bytes of pixels that an interruption may cost
 _SPARE = 256 * 2**20  # bytes that a disk must have beside what is stored
-
-# which image (`name`), of which state of its file, stands where; `crc` is of its pixels, `own` of this record
-_RECORD = np.dtype(
-    [
-        ("name", "<u8"),
-        ("state", "<u8"),
-        ("start", "<u8"),
-        ("height", "<u4"),
-        ("width", "<u4"),
-        ("crc", "<u4"),
-        ("own", "<u4"),
-    ]
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +78,7 @@ class Recipe:
         image = split.image(i, (self.side, self.side))
         size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
         height, width = self.shapes(np.array([size]))[0].tolist()
-        if (height, width) == size:
-            pixels = np.asarray(image)
-        else:
-            pixels = _resized(image, height, width, self.preprocessing.interpolation)
-        return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[:, :, None])
+        return np.ascontiguousarray(scaled(image, (height, width), self.preprocessing.interpolation))
 
     def shapes(self, sizes: np.ndarray) -> np.ndarray:
         """(H, W) in the store of images of `sizes` (N, 2): int64 (N, 2)."""
@@ -105,7 +88,7 @@ class Recipe:
         short = sizes.min(axis=1, keepdims=True)
         return np.where(short > self.side, (sizes * self.side + short // 2) // short, sizes)
 
-    def bytes(self, split: Split, which: np.ndarray) -> int:
+    def bytes_of(self, split: Split, which: np.ndarray) -> int:
         """What the images at `which` take in the store; where sizes are not known, as of 4:3 images."""
         if split.sizes is None and self.side is not None:
             return len(which) * self.side * (self.side * 4 // 3) * self.preprocessing.channels
@@ -170,8 +153,8 @@ class Store:
             self._open()
 
     def _open(self) -> None:
-        records = _Index(self.folder, self._channels).valid
-        place = _find(records, self._names, self._states)
+        index = Index(self.folder, self._channels)
+        entries = index.valid[index.find(self._names, self._states)]
         # one tensor over all of it, never written to; a view costs a microsecond and no copy
         with open(self.folder / "pixels", "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -179,7 +162,7 @@ class Store:
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(mapped, dtype=torch.uint8)
         # in this order: a thread that reads in between finds the old entries in the longer file
-        self._flat, self._entries = flat, records[place]
+        self._flat, self._entries = flat, entries
 
 
 def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | None:
@@ -220,7 +203,7 @@ def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | Non
 
 def _build(writer: _Writer, missing: np.ndarray) -> None:
     folder, total = printable(writer.folder), len(writer.names)
-    needed = writer.recipe.bytes(writer.split, missing)
+    needed = writer.recipe.bytes_of(writer.split, missing)
     free = shutil.disk_usage(writer.folder).free
     if needed + _SPARE > free:
         raise VitError(
@@ -234,35 +217,16 @@ def _build(writer: _Writer, missing: np.ndarray) -> None:
     log.info("%d images decoded in %.0f s", len(missing), time.monotonic() - began)
 
 
-class _Index:
-    """The records of a store that can be relied on, and how far the pixels go that they speak of."""
-
-    def __init__(self, folder: Path, channels: int) -> None:
-        try:
-            raw = (folder / "index").read_bytes()
-            there = os.stat(folder / "pixels").st_size
-        except FileNotFoundError:
-            raw, there = b"", 0
-        except OSError as error:
-            raise VitError(f"cannot read {printable(folder)}: {error.strerror or error}") from error
-        records = np.frombuffer(raw, dtype=_RECORD, count=len(raw) // _RECORD.itemsize)
-        lengths = _lengths(records, channels)
-        good = (records["own"] == _own(records)) & (lengths > 0)
-        # what a record says is believed only once the record is sound
-        good[good] = records["start"][good] + lengths[good] <= there
-        self.valid, self.lengths = records[good], lengths[good]
-        self.damaged = len(records) - len(self.valid)
-        self.whole = self.damaged == 0 and len(raw) % _RECORD.itemsize == 0
-        self.end = int((self.valid["start"] + self.lengths).max()) if len(self.valid) else 0
-
-
 class _Writer:
     """Adds images of a split to its store. To be used by who holds the store's lock."""
 
     def __init__(self, folder: Path, split: Split, recipe: Recipe, names: np.ndarray, states: np.ndarray) -> None:
         self.folder, self.split, self.recipe = folder, split, recipe
         self.names, self.states = names, states
-        self._index = _Index(folder, recipe.preprocessing.channels)
+        self._read()
+
+    def _read(self) -> None:
+        self._index = Index(self.folder, self.recipe.preprocessing.channels)
 
     def missing(self) -> np.ndarray:
         """Places in the split whose image is to be decoded: int64.
@@ -270,20 +234,20 @@ class _Writer:
         A store of which more than half is of no use any more is begun anew.
         """
         index = self._index
+        missing = np.flatnonzero(index.find(self.names, self.states) < 0)
+        if not len(missing):
+            return missing
         if index.damaged:
             shown = printable(self.folder)
             log.warning("%s: %d stored images are damaged; they are decoded again", shown, index.damaged)
-        missing = np.flatnonzero(_find(index.valid, self.names, self.states) < 0)
-        current = _latest(index.valid)
-        stale = np.isin(index.valid["name"], self.names[missing]) | ~current
-        if 2 * int(index.lengths[stale].sum()) > index.end:
-            # whoever reads it keeps the files it has open
-            with _told(self.folder):
-                for name in ("index", "pixels"):
-                    (self.folder / name).unlink(missing_ok=True)
-            self._index = _Index(self.folder, self.recipe.preprocessing.channels)
-            return np.arange(len(self.names))
-        return missing
+        if 2 * index.useless(self.names[missing]) <= index.end:
+            return missing
+        with _told(self.folder):
+            # whoever reads them keeps the files that it has open
+            for name in ("index", "pixels"):
+                (self.folder / name).unlink(missing_ok=True)
+        self._read()
+        return np.arange(len(self.names))
 
     def add(self, which: np.ndarray) -> None:
         """Decode the images at `which` and store them; what is stored when anything goes wrong, stays.
@@ -311,14 +275,11 @@ class _Writer:
             with lock:
                 start, end = end, end + image.nbytes
             _write(pixels, image.data.cast("B"), start)
-            record = np.zeros(1, dtype=_RECORD)
-            record["name"], record["state"], record["start"] = self.names[i], self.states[i], start
-            record["height"], record["width"] = image.shape[:2]
-            record["crc"] = zlib.crc32(image.data)
-            record["own"] = _own(record)
+            crc = zlib.crc32(image.data)
+            entry = record(int(self.names[i]), int(self.states[i]), start, image.shape[:2], crc)
             full: list[np.ndarray] = []
             with lock:
-                waiting.append(record)
+                waiting.append(entry)
                 weight += image.nbytes
                 if weight >= _COMMIT:
                     full, waiting, weight = waiting, [], 0
@@ -351,55 +312,19 @@ def _told(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the store's lock: of several processes one looks what is missing and adds it, the others find it there."""
-    try:
-        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # a store that may only be read; should something be missing, writing says why it cannot
-        yield
-        return
-    try:
-        try:
+    with contextlib.ExitStack() as files:
+        # a store that may only be read has no lock; should something be missing there, writing says why it cannot
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
 
+            file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            files.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 log.info("another process is at %s: waiting for it", printable(folder))
                 fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # no such locks here
-            pass
         yield
-    finally:
-        os.close(file)
-
-
-def _find(records: np.ndarray, names: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """The last record of each name, if it is of that state: int64 (N,), -1 where there is none."""
-    if not len(records):
-        return np.full(len(names), -1)
-    order = np.argsort(records["name"], kind="stable")
-    place = order[np.searchsorted(records["name"], names, side="right", sorter=order) - 1]
-    found = (records["name"][place] == names) & (records["state"][place] == states) & (states != 0)
-    return np.where(found, place, -1)
-
-
-def _latest(records: np.ndarray) -> np.ndarray:
-    """Which records are the last of their name: bool (N,)."""
-    latest = np.zeros(len(records), dtype=bool)
-    _, first = np.unique(records["name"][::-1], return_index=True)
-    latest[len(records) - 1 - first] = True
-    return latest
-
-
-def _lengths(records: np.ndarray, channels: int) -> np.ndarray:
-    return records["height"].astype(np.uint64) * records["width"].astype(np.uint64) * np.uint64(channels)
-
-
-def _own(records: np.ndarray) -> np.ndarray:
-    """The check of each record itself: uint32 (N,)."""
-    words = np.zeros(len(records), dtype=np.uint64)
-    for key in ("name", "state", "start", "height", "width", "crc"):
-        words = mix(words + records[key].astype(np.uint64) + np.uint64(1))
-    return words.astype(np.uint32)
 
 
 def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | None = None) -> None:
@@ -409,15 +334,6 @@ def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | Non
         written = os.write(file, rest) if start is None else os.pwrite(file, rest, start)
         rest = rest[written:]
         start = None if start is None else start + written
-
-
-def _resized(image: Image.Image | np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    kind = Image.Resampling[interpolation.upper()]
-    if isinstance(image, Image.Image):
-        return np.asarray(image.resize((width, height), kind))
-    # Pillow resizes one band as it would several
-    bands = [Image.fromarray(image[:, :, c]).resize((width, height), kind) for c in range(image.shape[2])]
-    return np.stack([np.asarray(band) for band in bands], axis=2)
 
 
 def _size(count: int) -> str:

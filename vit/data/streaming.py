@@ -27,11 +27,12 @@ from vit.data.augment_config import AugmentConfig
 from vit.data.batches import Batch, EvalLoader, TrainLoader, to_device
 from vit.data.dataset import Split
 from vit.data.decode import ImageError
-from vit.data.preprocess import Preprocessing
+from vit.data.preprocess import Preprocessing, scaled
 from vit.data.random import Stream, uniform
 from vit.errors import VitError
 
 _MOST_WORKERS = 8
+_TOGETHER = 8  # images whose crops are drawn in one call, which costs as much as for one
 _FEW_IMAGES = 256  # that many are decoded before worker processes have started
 
 Key = tuple[int, list[int]]  # epoch, and places in the split
@@ -59,34 +60,44 @@ class DecodedImages(Dataset[tuple[Tensor, str]]):
 
     def __init__(self, split: Split, preprocessing: Preprocessing, crop: RandomCrop | None) -> None:
         self.split, self.preprocessing, self.crop = split, preprocessing, crop
-        # a crop is brought to the model's size as it is: nothing of it is cut off again
-        self._whole = dataclasses.replace(preprocessing, crop_mode="squash", crop_pct=1.0)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, str]:
         """uint8 (B, C, H, W), and an empty string; or what is wrong with which file."""
         epoch, index = key
         (height, width), channels = self.preprocessing.image_size, self.preprocessing.channels
         out = np.empty((len(index), channels, height, width), dtype=np.uint8)
-        for place, i in enumerate(index):
-            try:
-                image = self._cropped(epoch, i) if self.crop else self.split.resized(i, self.preprocessing)
-            except ImageError as error:
-                # as a value: an exception would come through the worker's pipe as a traceback in a string
-                return torch.empty(0), f"{self.split.name(i)}: {error.reason}"
-            out[place] = np.moveaxis(image, -1, 0)
+        i = 0
+        try:
+            if self.crop is None:
+                for place, i in enumerate(index):
+                    out[place] = np.moveaxis(self.split.resized(i, self.preprocessing), -1, 0)
+                return torch.from_numpy(out), ""
+            for first in range(0, len(index), _TOGETHER):
+                part, images = index[first : first + _TOGETHER], []
+                for i in part:
+                    images.append(self._decoded(i))
+                boxes = self.crop.boxes(epoch, part, [_size(image) for image in images])
+                for place, (image, box) in enumerate(zip(images, boxes, strict=True), start=first):
+                    out[place] = np.moveaxis(self._cut(image, box), -1, 0)
+        except ImageError as error:
+            # as a value: an exception would come through the worker's pipe as a traceback in a string
+            return torch.empty(0), f"{self.split.name(i)}: {error.reason}"
         return torch.from_numpy(out), ""
 
-    def _cropped(self, epoch: int, i: int) -> np.ndarray:
+    def _decoded(self, i: int) -> Image.Image | np.ndarray:
         assert self.crop is not None
         # a decoder may shrink while it decodes, but the smallest crop must not have to be enlarged for it
         zoom = self.crop.scale[0] ** -0.5
         height, width = self.preprocessing.image_size
-        image = self.split.image(i, (round(height * zoom), round(width * zoom)))
-        size = (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
-        left, top, right, bottom = self.crop.boxes(epoch, [i], [size])[0]
-        if isinstance(image, Image.Image):
-            return self._whole.resize(image.crop((left, top, right, bottom)))
-        return self._whole.resize(image[top:bottom, left:right])
+        return self.split.image(i, (round(height * zoom), round(width * zoom)))
+
+    def _cut(self, image: Image.Image | np.ndarray, box: list[int]) -> np.ndarray:
+        left, top, right, bottom = box
+        if isinstance(image, np.ndarray):
+            part: Image.Image | np.ndarray = image[top:bottom, left:right]
+        else:
+            part = image.crop((left, top, right, bottom))
+        return scaled(part, self.preprocessing.image_size, self.preprocessing.interpolation)
 
 
 class _Keys:
@@ -224,6 +235,11 @@ class StreamingEvalLoader(EvalLoader):
 def _outlive_interrupts(worker: int) -> None:
     # Ctrl-C in a terminal reaches every process; the main one decides, and may still want to evaluate
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(H, W)."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
 
 
 def worker_count(workers: int | str, samples: int | None, world_size: int) -> int:
