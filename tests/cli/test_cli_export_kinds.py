@@ -78,7 +78,7 @@ def test_it_says_what_it_was_compared_on_and_what_integers_cost(exported):
     assert "compared with torch on noise, as there are no real images" in (exported / "plain.onnx.txt").read_text()
     assert "compared with torch on 8 images (the images that were named)" in (exported / "run_model.txt").read_text()
     told = (exported / "int8.onnx.txt").read_text()
-    assert "fitted to 12 images (the images that were named), measured on 12 others" in told
+    assert "fitted to 12 images (the images that were named), measured on 12 images" in told
     shown = vit("info", exported / "int8.onnx").stdout
     figures = json.loads(vit("info", exported / "int8.onnx", "--format", "json").stdout)["metrics"]["int8"]
     assert f"the same class as in float32: {figures['agreement']:.1%}" in told

@@ -82,7 +82,7 @@ def _write_int8(
         before, after = os.path.getsize(whole), os.path.getsize(output)
     told = [
         f"fitted to {figures['calibration_images']} images ({figures['calibrated_on']}), "
-        f"measured on {figures['images']} others ({figures['measured_on']})",
+        f"measured on {figures['images']} images ({figures['measured_on']})",
         f"the same class as in float32: {figures['agreement']:.1%}",
     ]
     if "top1" in figures:
