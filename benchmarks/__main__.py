@@ -4,6 +4,7 @@
     folder      100 and 1,000 photographs end to end, beside the same
     forward     a forward pass alone, beside timm, transformers, torchvision, vit-pytorch and the machine's limit
     preparing   decoding and preprocessing, beside timm, torchvision and transformers
+    crops       random-resized crops of photographs, decoded once or again and again, beside timm's loader
     step        a step of training, beside timm, transformers and vit-pytorch
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
@@ -28,6 +29,7 @@ NAMES = {
     "folder": ("whole", "main_folder"),
     "forward": ("forward", "main"),
     "preparing": ("preparing", "main"),
+    "crops": ("crops", "main"),
     "step": ("training_step", "main"),
     "logging": ("logging_cost", "main"),
     "recording": ("recording", "main"),
@@ -37,7 +39,7 @@ NAMES = {
     "export": ("export", "main"),
     "peers": ("peers", "main"),
 }
-BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "step")
+BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step")
 ALL = (*BESIDE_PEERS, "logging", "recording", "reduction", "export")
 
 

@@ -95,7 +95,7 @@ def measure_accuracy(folder: Path, model: str) -> dict[str, Any]:
     assert test.labels is not None
     export_onnx(folder / "trained.onnx", network, description, images=test.images)
     quantise(folder / "trained.int8.onnx", folder / "trained.onnx", *to_quantise(description))
-    found: dict[str, Any] = {"images": len(test), "data": data.name, "model": model}
+    found: dict[str, Any] = {"images": len(test), "data": data.name}
     backends = {
         "torch": TorchBackend(network, description),
         "onnx": OnnxBackend(folder / "trained.onnx"),

@@ -36,11 +36,10 @@ ABOUT = {
     "vit_pytorch": "vit-pytorch, as documented",
     "lightning": "a plain Lightning loop",
 }
-PARQUET = ("data=parquet", "data.image_size=32", "data.patch_size=4", "data.batch_size=128")
 RECIPES: dict[str, tuple[str, ...]] = {
     "digits": (),
     "fashion_mnist": ("experiment=fashion_mnist_cpu",),
-    "cifar10": ("experiment=cifar10_cpu", *PARQUET),
+    "cifar10": ("experiment=cifar10_cpu", "data=parquet"),
 }
 TITLES = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
@@ -50,7 +49,7 @@ START: dict[str, Choices] = {
     "timm": {
         **{"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "batch_size": 128, "sched": "cosine", "warmup": 0.05},
         **{"scale": [0.08, 1.0], "ratio": [0.75, 4 / 3], "color_jitter": 0.4, "smoothing": 0.1, "mixup": 0.0},
-        **{"gp": "token", "qk_norm": False, "patch_drop": 0.0, "workers": 2},
+        **{"gp": "token", "qk_norm": False, "patch_drop": 0.0, "workers": 2, "fallback_lr_scale": 1.0},
     },
     "vit_pytorch": {
         **{"model": "ViT", "patch_dropout": 0.0, "lr": 3e-5, "schedule": "step", "batch_size": 64},
@@ -64,7 +63,10 @@ START: dict[str, Choices] = {
 SEARCH: dict[str, list[list[Choices]]] = {
     "timm": [
         [{"color_jitter": None, "scale": [0.6, 1.0]}, {"color_jitter": None, "scale": [1, 1], "ratio": [1, 1]}],
-        [{"lr": 3e-3}, {"opt": "muon", "lr": 2e-3}, {"opt": "muon", "lr": 6e-3}, {"opt": "nmuon", "lr": 6e-3}],
+        [
+            *({"lr": 3e-3}, {"opt": "muon", "lr": 2e-3}, {"opt": "nmuon", "lr": 6e-3}),
+            {"opt": "nmuon", "lr": 6e-3, "fallback_lr_scale": 1 / 3},  # about what this project's recipes come to
+        ],
         [{"batch_size": 64}, {"batch_size": 256}],
         [{"gp": "avg"}],
         [{"qk_norm": True}],
@@ -79,7 +81,7 @@ SEARCH: dict[str, list[list[Choices]]] = {
         [{"model": "ViT mean"}, {"model": "SimpleViT"}, {"model": "SimpleViT QK norm"}],
         [{"batch_size": 128}],
         [{"model": "ViT mean", "patch_dropout": 0.25}, {"model": "SimpleViT", "patch_dropout": 0.25}],
-        [{"workers": 1}, {"workers": 2}],
+        [{"workers": 1}],
     ],
     "lightning": [
         [{"lr": 1e-3}, {"lr": 3e-3}],
@@ -88,7 +90,7 @@ SEARCH: dict[str, list[list[Choices]]] = {
         [{"dropout": 0.0}],
         [{"pool": "mean"}],
         [{"batch_size": 64}, {"batch_size": 256}],
-        [{"workers": 0}, {"workers": 1}],
+        [{"workers": 1}],
     ],
 }
 """Decisions in order; of each, what is tried beside what is best so far."""

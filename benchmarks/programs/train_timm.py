@@ -47,7 +47,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
         qk_norm=c["qk_norm"],
         patch_drop_rate=c["patch_drop"],
     )
-    muon = {"fallback_list": ["patch_embed.*", "head.*"], "fallback_no_weight_decay": True}
+    muon: dict[str, Any] = {"fallback_list": ["patch_embed.*", "head.*"], "fallback_no_weight_decay": True}
+    muon["fallback_lr_scale"] = c["fallback_lr_scale"]
     optimizer = create_optimizer_v2(
         model, opt=c["opt"], lr=c["lr"], weight_decay=c["weight_decay"], **(muon if "muon" in c["opt"] else {})
     )
