@@ -109,10 +109,13 @@ def is_state_dict(value: Any) -> bool:
 
 
 def _packed(path: Path) -> bool:
-    """Whether a zip archive holds anything that is not stored as it is."""
+    """Whether a zip archive holds anything that is not stored as it is; programs do, which torch refuses unread."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            parts = archive.infolist()
+        if any(part.filename.endswith("/constants.pkl") for part in parts):
+            return False
+        return any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False  # which is for torch to say
 
