@@ -260,7 +260,7 @@ def exported(rows: list[Row], folder: Path, given: Any) -> tuple[list[list[str]]
     whole, *others = [row for row in rows if row.trained]
     images, labels = test_images(whole.run, given.images)
     models: dict[str, Forward] = {
-        "timm": torch_forward(timm.create_model(f"local-dir:{whole.run / 'bundle'}", pretrained=True).eval())
+        "timm": torch_forward(timm.create_model(f"local-dir:{whole.run / 'model'}", pretrained=True).eval())
     }
     samples = to_quantise(load_torch(whole.run, device="cpu")[1])
     for row in (whole, *others):
