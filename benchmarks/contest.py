@@ -9,6 +9,7 @@ that starts it, so what calls this imports neither NumPy nor torch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.results import parser
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -190,6 +192,29 @@ def difference(answer: Any, expected: Any) -> float:
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def options(
+    name: str, about: str, contestants: Iterable[str], *, rounds: int, least: float | None = None
+) -> argparse.ArgumentParser:
+    """The options of a measurement in turns; with `least`, of one whose contestants stay alive between them."""
+    made = parser(name, about, peers=True)
+    made.add_argument("--contestants", default=",".join(contestants), help="of %(default)s")
+    made.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
+    if least is not None:
+        made.add_argument("--least", type=float, default=least, help="seconds of a turn, at least (%(default)s)")
+    made.add_argument("--image-size", type=int, default=224)
+    return made
+
+
+def entered(
+    names: Iterable[str], program: str, given: dict[str, Any], ours: Container[str], folder: Path
+) -> list[Contestant]:
+    """Those of `names`, builders of `program`, that can run here; `ours` are run by our interpreter."""
+    found = ((name, interpreter(name in ours, folder)) for name in names)
+    return [
+        Contestant(name, program, name, given, python, name in ours) for name, python in found if python is not None
+    ]
 
 
 def limit(processors: int | None) -> None:

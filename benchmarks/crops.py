@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contest import Contestant, contest, difference, interpreter, limit
+from benchmarks.contest import contest, difference, entered, limit, options
 from benchmarks.material import material
-from benchmarks.results import parser, report, spread
+from benchmarks.results import report, spread
 
 ABOUT = {
     "vit_cached": "vit, data.cache=true",
@@ -26,15 +26,11 @@ and is a little softer than the original; a shift by a pixel changes more."""
 
 
 def main(arguments: list[str]) -> int:
-    options = parser("crops", "Random-resized crops, photographs a second.", peers=True)
-    options.add_argument("--contestants", default=",".join(ABOUT))
-    options.add_argument("--photographs", type=int, default=1000, help="in the folder (%(default)s)")
-    options.add_argument("--batch-size", type=int, default=64)
-    options.add_argument("--workers", type=int, default=2, help="processes that decode, or threads (%(default)s)")
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--least", type=float, default=1.0, help="seconds of a turn, at least (%(default)s)")
-    options.add_argument("--image-size", type=int, default=224)
-    given = options.parse_args(arguments)
+    made = options("crops", "Random-resized crops, photographs a second.", ABOUT, rounds=7, least=1.0)
+    made.add_argument("--photographs", type=int, default=1000, help="in the folder (%(default)s)")
+    made.add_argument("--batch-size", type=int, default=64)
+    made.add_argument("--workers", type=int, default=2, help="processes that decode, or threads (%(default)s)")
+    given = made.parse_args(arguments)
     limit(given.processors)
     stuff = material(given.peers, given.image_size)
     builds = {
@@ -44,11 +40,7 @@ def main(arguments: list[str]) -> int:
         "batch": given.batch_size,
         "workers": given.workers,
     }
-    there = []
-    for name in given.contestants.split(","):
-        python = interpreter(name != "timm", given.peers)
-        if python is not None:
-            there.append(Contestant(name, "crops.py", name, builds, python, name != "timm"))
+    there = entered(given.contestants.split(","), "crops.py", builds, ABOUT.keys() - {"timm"}, given.peers)
     contest(there, given.rounds, given.least)
     reference = next((each for each in there if each.builder == "timm"), None)
     expected = reference or next(each for each in there if each.answer is not None)

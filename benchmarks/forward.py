@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contest import TOLERANCE, Contestant, contest, difference, interpreter, limit, median, ratios
+from benchmarks.contest import TOLERANCE, contest, difference, entered, limit, median, options, ratios
 from benchmarks.material import material
-from benchmarks.results import parser, report, spread
+from benchmarks.results import report, spread
 
 ABOUT = {
     "vit_onnx": "vit, ONNX Runtime",
@@ -28,14 +28,11 @@ PRODUCT = 2048
 
 
 def main(arguments: list[str]) -> int:
-    options = parser("forward", "A forward pass alone, beside other libraries and the machine's limit.", peers=True)
-    options.add_argument("--sizes", default="tiny,small", help="of models: tiny, small (%(default)s)")
-    options.add_argument("--batches", default="1,16", help="images at once (%(default)s)")
-    options.add_argument("--contestants", default=",".join(name for name in ABOUT if name != "timm_compiled"))
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--least", type=float, default=0.7, help="seconds of a turn, at least (%(default)s)")
-    options.add_argument("--image-size", type=int, default=224)
-    given = options.parse_args(arguments)
+    about = "A forward pass alone, beside other libraries and the machine's limit."
+    made = options("forward", about, (name for name in ABOUT if name != "timm_compiled"), rounds=9, least=0.7)
+    made.add_argument("--sizes", default="tiny,small", help="of models: tiny, small (%(default)s)")
+    made.add_argument("--batches", default="1,16", help="images at once (%(default)s)")
+    given = made.parse_args(arguments)
     limit(given.processors)
     given_all = material(given.peers, given.image_size)
     rows = [["model", "batch", "", "ms an image", "images/s", "of the limit", "of timm's time", "logits", "MB"]]
@@ -44,8 +41,10 @@ def main(arguments: list[str]) -> int:
     for size in given.sizes.split(","):
         bundle = given_all.model(size)
         for batch in map(int, given.batches.split(",")):
-            there = contestants(given.contestants.split(","), str(bundle), batch, given.peers)
-            there.append(_product(PRODUCT if given.image_size == 224 else 256))
+            builds = {"model": str(bundle), "batch": batch}
+            there = entered(given.contestants.split(","), "forward.py", builds, ("vit_onnx", "vit_torch"), given.peers)
+            square = {"size": PRODUCT if given.image_size == 224 else 256}
+            there += entered(["product"], "forward.py", square, ["product"], given.peers)
             contest(there, given.rounds, given.least)
             *runners, product = there
             peak = [2 * product.given["size"] ** 3 / seconds for seconds in product.seconds()]
@@ -74,20 +73,3 @@ def main(arguments: list[str]) -> int:
             rows.append([f"{size}/16", str(batch), "limit", "", "", f"{median(peak) / 1e9:.0f} GFLOP/s", "", "", ""])
     report("forward", "A forward pass alone", rows, figures, given)
     return int(wrong)
-
-
-def contestants(names: list[str], model: str, batch: int, folder: Any) -> list[Contestant]:
-    """Those of `names` that can run here."""
-    found = []
-    for name in names:
-        ours = name.startswith("vit_") and name != "vit_pytorch"
-        python = interpreter(ours, folder)
-        if python is not None:
-            found.append(Contestant(name, "forward.py", name, {"model": model, "batch": batch}, python, ours))
-    return found
-
-
-def _product(size: int) -> Contestant:
-    python = interpreter(True, None)  # type: ignore[arg-type]
-    assert python is not None
-    return Contestant("limit", "forward.py", "product", {"size": size}, python, True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contest import Contestant, contest, difference, interpreter, limit
+from benchmarks.contest import contest, difference, entered, limit, options
 from benchmarks.material import material
-from benchmarks.results import parser, report, spread
+from benchmarks.results import report, spread
 
 ABOUT = {
     "vit_classify": "vit",
@@ -25,20 +25,12 @@ LARGEST = 2e-2
 
 
 def main(arguments: list[str]) -> int:
-    options = parser("preparing", "Decoding and preprocessing, photographs a second on one core.", peers=True)
-    options.add_argument("--contestants", default=",".join(ABOUT))
-    options.add_argument("--rounds", type=int, default=9)
-    options.add_argument("--least", type=float, default=1.0, help="seconds of a turn, at least (%(default)s)")
-    options.add_argument("--image-size", type=int, default=224)
-    given = options.parse_args(arguments)
+    about = "Decoding and preprocessing, photographs a second on one core."
+    given = options("preparing", about, ABOUT, rounds=9, least=1.0).parse_args(arguments)
     limit(1)
     stuff = material(given.peers, given.image_size)
-    there = []
-    for name in given.contestants.split(","):
-        python = interpreter(name == "vit_classify", given.peers)
-        if python is not None:
-            builds = {"model": str(stuff.model("tiny")), "folder": str(stuff.photographs(100)), "count": 20}
-            there.append(Contestant(name, "prepare.py", name, builds, python, name == "vit_classify"))
+    builds = {"model": str(stuff.model("tiny")), "folder": str(stuff.photographs(100)), "count": 20}
+    there = entered(given.contestants.split(","), "prepare.py", builds, ("vit_classify",), given.peers)
     contest(there, given.rounds, given.least)
     expected = next((each for each in there if each.builder == "timm"), there[0])
     rows = [["", "images/s", "times timm's", "differs from timm by", "MB"]]

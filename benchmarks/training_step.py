@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.contest import TOLERANCE, Contestant, contest, difference, interpreter, limit, median, ratios
+from benchmarks.contest import TOLERANCE, contest, difference, entered, limit, median, options, ratios
 from benchmarks.material import material
-from benchmarks.results import parser, report, spread
+from benchmarks.results import report, spread
 
 ABOUT = {
     "vit": "vit, AdamW",
@@ -26,14 +26,10 @@ CASES = {"32": ("tiny32", 128), "224": ("tiny", 16)}
 
 
 def main(arguments: list[str]) -> int:
-    options = parser("step", "A step of training, beside other libraries.", peers=True)
-    options.add_argument("--cases", default=",".join(CASES), help="of images' sides: 32, 224 (%(default)s)")
-    options.add_argument("--batch-size", type=int, help="instead of 128 and 16")
-    options.add_argument("--contestants", default=",".join(ABOUT))
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--least", type=float, default=1.0, help="seconds of a turn, at least (%(default)s)")
-    options.add_argument("--image-size", type=int, default=224)
-    given = options.parse_args(arguments)
+    made = options("step", "A step of training, beside other libraries.", ABOUT, rounds=7, least=1.0)
+    made.add_argument("--cases", default=",".join(CASES), help="of images' sides: 32, 224 (%(default)s)")
+    made.add_argument("--batch-size", type=int, help="instead of 128 and 16")
+    given = made.parse_args(arguments)
     limit(given.processors)
     stuff = material(given.peers, given.image_size)
     rows = [["model", "", "ms a step", "images/s", "of the limit", "of timm's time", "losses", "MB"]]
@@ -46,15 +42,9 @@ def main(arguments: list[str]) -> int:
         architecture = json.loads((model / "config.json").read_text("ascii"))["vit"]["architecture"]
         side = architecture["image_size"][0]
         about = f"Ti/{architecture['patch_size'][0]} at {side}, batch {batch}"
-        there = []
-        for each in [*given.contestants.split(","), "product"]:
-            ours = each in ("vit", "vit_muon", "product")
-            python = interpreter(ours, given.peers)
-            if python is not None:
-                builds = {"model": str(model), "batch": batch, "size": side}
-                there.append(
-                    Contestant(each, "step.py", each, {"size": 2048} if each == "product" else builds, python, ours)
-                )
+        builds = {"model": str(model), "batch": batch, "size": side}
+        there = entered(given.contestants.split(","), "step.py", builds, ("vit", "vit_muon"), given.peers)
+        there += entered(["product"], "step.py", {"size": 2048}, ["product"], given.peers)
         contest(there, given.rounds, given.least)
         *runners, product = there
         peak = [2 * 2048**3 / seconds for seconds in product.seconds()]

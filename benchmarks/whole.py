@@ -15,14 +15,14 @@ import argparse
 import csv
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import PROGRAMS, TOLERANCE, Ran, interpreter, limit, measured, median, ratios, run
+from benchmarks.contest import PROGRAMS, TOLERANCE, Ran, interpreter, limit, measured, median, options, ratios, run
 from benchmarks.material import Material, material
-from benchmarks.results import parser, report, spread
+from benchmarks.results import report, spread
 
 ABOUT = {
     "onnx": "vit classify",
@@ -36,20 +36,16 @@ ABOUT = {
 Answers = dict[str, tuple[str, float]]  # label and probability by the photograph's name
 
 
-def options(name: str, about: str, contestants: Sequence[str], rounds: int) -> argparse.ArgumentParser:
-    """The options of both benchmarks of whole processes."""
-    made = parser(name, about, peers=True)
+def _options(name: str, about: str, contestants: list[str], rounds: int) -> argparse.ArgumentParser:
+    made = options(name, about, contestants, rounds=rounds)
     made.add_argument("--size", choices=("tiny", "small"), default="tiny", help="of the model (%(default)s)")
-    made.add_argument("--contestants", default=",".join(contestants), help="of %(default)s")
-    made.add_argument("--rounds", type=int, default=rounds, help="(%(default)s)")
-    made.add_argument("--image-size", type=int, default=224)
     return made
 
 
 def main_cold(arguments: list[str]) -> int:
     """One photograph in a fresh process."""
     contestants = ["onnx", "torch", "timm", "transformers", "bare", "import_torch"]
-    made = options("cold", "One photograph, labelled by a fresh process.", contestants, 9)
+    made = _options("cold", "One photograph, labelled by a fresh process.", contestants, rounds=9)
     given = made.parse_args(arguments)
     limit(given.processors)
     stuff = material(given.peers, given.image_size)
@@ -69,7 +65,7 @@ def main_cold(arguments: list[str]) -> int:
 def main_folder(arguments: list[str]) -> int:
     """Folders of photographs, from the call to the last row."""
     contestants = ["onnx", "torch", "timm", "transformers", "transformers_batched", "bare"]
-    made = options("folder", "A folder of photographs from the call to the last row.", contestants, 3)
+    made = _options("folder", "A folder of photographs from the call to the last row.", contestants, rounds=3)
     made.add_argument("--counts", default="100,1000", help="photographs (%(default)s)")
     given = made.parse_args(arguments)
     limit(given.processors)

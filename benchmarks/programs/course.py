@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,13 @@ class Course:
             "waiting": self.waited,
             **size(self.model, self.data),
         }
+
+
+def contend(train: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """What a contestant's program does: train by the JSON on its command line, and end with what came of it as JSON."""
+    del sys.path[0]  # a module there may bear a library's name
+    found = train(json.loads(sys.argv[1]))
+    print("\n" + json.dumps(found))  # on a line of its own, whatever was printed before
 
 
 def size(model: Any, data: Data) -> dict[str, float]:

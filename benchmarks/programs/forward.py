@@ -114,18 +114,22 @@ def torchvision(model: str, batch: int) -> Built:
 def vit_pytorch(model: str, batch: int) -> Built:
     from vit_pytorch import ViT
 
-    a = architecture(model)
-    built = ViT(
-        image_size=a["image_size"][0],
-        patch_size=a["patch_size"][0],
-        num_classes=a["num_classes"],
-        dim=a["width"],
-        depth=a["depth"],
-        heads=a["heads"],
-        mlp_dim=4 * a["width"],
-        dim_head=a["width"] // a["heads"],
-    )
-    return torch_contestant(built, batch, same=False)
+    return torch_contestant(ViT(**vit_pytorch_sizes(architecture(model))), batch, same=False)
+
+
+def vit_pytorch_sizes(a: dict[str, Any]) -> dict[str, Any]:
+    """An architecture as vit-pytorch's models take it."""
+    return {
+        "image_size": tuple(a["image_size"]),
+        "patch_size": tuple(a["patch_size"]),
+        "num_classes": a["num_classes"],
+        "dim": a["width"],
+        "depth": a["depth"],
+        "heads": a["heads"],
+        "mlp_dim": 4 * a["width"],
+        "dim_head": a["width"] // a["heads"],
+        "channels": a["in_channels"],
+    }
 
 
 def product(size: int) -> Built:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forward import architecture, product
+from forward import architecture, product, vit_pytorch_sizes
 from served import serve
 
 Built = tuple[Callable[[], Any], Callable[[], Any] | None]
@@ -105,16 +105,7 @@ def vit_pytorch(model: str, batch: int, size: int) -> Built:
     from vit_pytorch import ViT
 
     a = architecture(model)
-    built = ViT(
-        image_size=a["image_size"][0],
-        patch_size=a["patch_size"][0],
-        num_classes=a["num_classes"],
-        dim=a["width"],
-        depth=a["depth"],
-        heads=a["heads"],
-        mlp_dim=4 * a["width"],
-        dim_head=a["width"] // a["heads"],
-    )
+    built = ViT(**vit_pytorch_sizes(a))
     optimizer = torch.optim.AdamW(built.parameters(), lr=RATE, weight_decay=DECAY)
     return contestant(built, optimizer, batch, size, a["num_classes"], same=False)
 

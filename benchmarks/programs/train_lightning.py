@@ -8,12 +8,10 @@ that falls to a tenth and to a hundredth late.  The rest is for the search: rate
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from typing import Any
 
-from course import Course, Data, transforms
+from course import Course, Data, contend, transforms
 
 RATIO = (0.9, 1.1)
 
@@ -116,5 +114,4 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # a module there may bear a library's name
-    print(json.dumps(train(json.loads(sys.argv[1]))))
+    contend(train)

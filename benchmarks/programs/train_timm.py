@@ -11,11 +11,9 @@ is the budget's, and Muon is kept from tokens, positions, the embedding of patch
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
-from course import Course, Data
+from course import Course, Data, contend
 
 UPDATES = 100_000
 """Into how many the scheduler's whole is cut."""
@@ -90,5 +88,4 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # a module there may bear a library's name
-    print(json.dumps(train(json.loads(sys.argv[1]))))
+    contend(train)

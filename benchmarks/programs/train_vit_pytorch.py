@@ -8,12 +8,11 @@ with mean pooling, QK norm and PatchDropout, and a cosine.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from typing import Any
 
-from course import Course, Data, transforms
+from course import Course, Data, contend, transforms
+from forward import vit_pytorch_sizes
 
 
 def build(kind: str, patch_dropout: float, a: dict[str, Any]) -> Any:
@@ -23,17 +22,7 @@ def build(kind: str, patch_dropout: float, a: dict[str, Any]) -> Any:
     from vit_pytorch.simple_vit_with_qk_norm import SimpleViT as SimpleViTNorm
     from vit_pytorch.vit_with_patch_dropout import ViT as ViTDropout
 
-    same: dict[str, Any] = dict(
-        image_size=tuple(a["image_size"]),
-        patch_size=tuple(a["patch_size"]),
-        num_classes=a["num_classes"],
-        dim=a["width"],
-        depth=a["depth"],
-        heads=a["heads"],
-        mlp_dim=4 * a["width"],
-        dim_head=a["width"] // a["heads"],
-        channels=a["in_channels"],
-    )
+    same = vit_pytorch_sizes(a)
     name, _, more = kind.partition(" ")
     dropped = {"patch_dropout": patch_dropout} if patch_dropout else {}
     if name == "ViT":
@@ -69,5 +58,4 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # a module there may bear a library's name
-    print(json.dumps(train(json.loads(sys.argv[1]))))
+    contend(train)
