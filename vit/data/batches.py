@@ -156,6 +156,13 @@ class TrainLoader(_Timed, abc.ABC):
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This process's part of the batches of `epoch`, from number `start` on."""
 
+    def _parts(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of its batches from number `start` on: int64 index (B,) and bool valid (B,), which all are."""
+        order = self._order(epoch)
+        valid = torch.ones(order.shape[1], dtype=torch.bool)
+        for index in order[start:]:
+            yield index, valid
+
     def _order(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
         """This process's images of every batch of the epoch: int64 (batches, B)."""
         order = permutation(self.seed, epoch, self.samples, device)[: len(self) * self.batch_size]

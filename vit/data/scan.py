@@ -42,9 +42,7 @@ def cache_root() -> Path:
 def fingerprint(*parts: object) -> int:
     """64 bits that differ when any part does; never 0."""
     # another Pillow may read what this one cannot, and the other way round
-    text = "\0".join([_FORMAT, PIL.__version__, *(str(part) for part in parts)])
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1
+    return name_fingerprint("\0".join([_FORMAT, PIL.__version__, *(str(part) for part in parts)])) or 1
 
 
 def name_fingerprint(name: str) -> int:

@@ -174,16 +174,12 @@ class StoredTrainLoader(TrainLoader):
         packed: bool | None = None,
     ) -> None:
         super().__init__(len(store), batch_size, seed=seed, rank=rank, world_size=world_size, paired=augment.mixes)
-        crop = None
-        if store.recipe.side is not None:
-            crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio)
+        crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio) if store.recipe.side is not None else None
         self.cropped = crop is not None
         self._read = _Reader(store, crop, worker_count(workers, None, world_size), device, packed)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        order = self._order(epoch)
-        valid = torch.ones(order.shape[1], dtype=torch.bool)
-        return self._read(epoch, ((index, valid) for index in order[start:]))
+        return self._read(epoch, self._parts(epoch, start))
 
 
 class StoredEvalLoader(EvalLoader):

@@ -189,18 +189,14 @@ class StreamingTrainLoader(TrainLoader):
         context: str | None = None,
     ) -> None:
         super().__init__(len(split), batch_size, seed=seed, rank=rank, world_size=world_size, paired=augment.mixes)
-        crop = None
-        if augment.random_resized_crop:
-            crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio)
+        crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio) if augment.random_resized_crop else None
         self.cropped = crop is not None
         count = worker_count(workers, len(split), world_size)
         images = DecodedImages(split, preprocessing, crop)
         self._fetch = _Fetcher(images, split.labels, count, device, context)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        order = self._order(epoch)
-        valid = torch.ones(order.shape[1], dtype=torch.bool)
-        return self._fetch(epoch, ((index, valid) for index in order[start:]))
+        return self._fetch(epoch, self._parts(epoch, start))
 
     def close(self) -> None:
         self._fetch.close()
