@@ -6,9 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
+from vit.cli.viewer import Viewer
 from vit.dashboard.page import page
+from vit.data.preprocess import Preprocessing
+from vit.explain.maps import Mapper
+from vit.model import VisionTransformer
 
 
 @pytest.fixture
@@ -55,3 +60,18 @@ def test_one_file_shows_the_same_and_asks_nobody(
     assert not trouble
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     context.close()
+
+
+def test_one_layer_and_one_head_are_spoken_of_as_one(tmp_path: Path, chrome: Any) -> None:
+    sizes = {"image_size": 16, "patch_size": 4, "num_classes": 2, "width": 8, "depth": 1, "heads": 1, "registers": 1}
+    viewer = Viewer(Mapper(VisionTransformer(**sizes).eval(), Preprocessing(image_size=(16, 16))), ["a", "b"], "m", 1)
+    viewer.add([("image.png", np.zeros((16, 16, 3), np.uint8))])
+    viewer.write(tmp_path / "index.html")
+    window = chrome.new_page()
+    window.goto((tmp_path / "index.html").as_uri())
+    window.wait_for_selector(".run .meaning:not(:empty)")
+    assert window.locator(".run header").inner_text().endswith("1 layer, 1 head, 4 \N{MULTIPLICATION SIGN} 4 patches and 1 register")
+    for method, words in (("Rollout", "through its one layer, whatever the class."), ("Relevance", "its one layer.")):
+        window.get_by_label("Method", exact=True).select_option(label=method)
+        window.wait_for_function("words => document.querySelector('.meaning').textContent.endsWith(words)", arg=words)
+    window.close()

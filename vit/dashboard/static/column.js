@@ -9,7 +9,7 @@ import {legend, mainMap} from "./mapview.js";
 import {patchPanel} from "./patchpanel.js";
 import {samePlace} from "./moment.js";
 import {tokenPanel} from "./tokens.js";
-import {className, grouped, meaning, percent} from "./words.js";
+import {className, counted, grouped, meaning, percent} from "./words.js";
 
 export function column(name, store, actions) {
   const answer = element("p", {class: "answer"});
@@ -84,10 +84,10 @@ function attempt(part, record, draw) {
 }
 
 function factsOf({info, step, run}) {
-  const registers = info.prefix > 1 ? ` and ${info.prefix - 1} registers` : "";
+  const registers = info.prefix > 1 ? ` and ${counted(info.prefix - 1, "register")}` : "";
   const still = step === null || (step === 0 && run.steps.length === 1); // nothing that has steps
   const at = still ? "" : `step ${grouped(step)} · `;
-  return `${at}${info.layers} layers, ${info.heads} ${info.heads === 1 ? "head" : "heads"}, `
+  return `${at}${counted(info.layers, "layer")}, ${counted(info.heads, "head")}, `
     + `${info.grid[0]} × ${info.grid[1]} patches${registers}`;
 }
 

@@ -19,6 +19,10 @@ export function grouped(number) {
   return number.toLocaleString("en-US");
 }
 
+export function counted(number, noun) {
+  return `${number} ${noun}${number === 1 ? "" : "s"}`;
+}
+
 export function className(info, index) {
   return info.classes[index] ?? `class ${index}`;
 }
@@ -34,7 +38,7 @@ export function meaning(moment, view, map) {
   const {info, record} = moment;
   const reader = READOUTS[info.readout] ?? "the readout";
   const layer = clamped(view.layer, info.layers);
-  const all = `all ${info.layers} layers`;
+  const all = info.layers === 1 ? "its one layer" : `all ${info.layers} layers`;
   if (view.method === "raw") {
     const heads = info.heads === 1 ? "" : view.head === null ? `, ${fusionWords(view.fusion)} of its heads`
       : `, head ${clamped(view.head, info.heads) + 1}`;
