@@ -70,7 +70,11 @@ def test_one_layer_and_one_head_are_spoken_of_as_one(tmp_path: Path, chrome: Any
     window = chrome.new_page()
     window.goto((tmp_path / "index.html").as_uri())
     window.wait_for_selector(".run .meaning:not(:empty)")
-    assert window.locator(".run header").inner_text().endswith("1 layer, 1 head, 4 \N{MULTIPLICATION SIGN} 4 patches and 1 register")
+    assert (
+        window.locator(".run header")
+        .inner_text()
+        .endswith("1 layer, 1 head, 4 \N{MULTIPLICATION SIGN} 4 patches and 1 register")
+    )
     for method, words in (("Rollout", "through its one layer, whatever the class."), ("Relevance", "its one layer.")):
         window.get_by_label("Method", exact=True).select_option(label=method)
         window.wait_for_function("words => document.querySelector('.meaning').textContent.endsWith(words)", arg=words)
