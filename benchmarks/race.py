@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks.contest import PROGRAMS, ROOT, interpreter, limit, run
 from benchmarks.results import HERE, parser, report, spread
+from vit.files import atomic_write
 
 ABOUT = {
     "vit": "`train.py`",
@@ -221,8 +222,8 @@ class Race:
 
     def write(self) -> None:
         """What there is so far, for --go-on and --chosen."""
-        self.given.json.parent.mkdir(parents=True, exist_ok=True)
-        self.given.json.write_text(json.dumps({"figures": self.figures}), encoding="utf-8")
+        with atomic_write(self.given.json) as part:
+            part.write_text(json.dumps({"figures": self.figures}), encoding="utf-8")
 
 
 def table(figures: dict[str, Any], names: list[str], seeds: list[int], seconds: float) -> list[list[str]]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vit.files import atomic_write
+
 HERE = Path(__file__).parent
 
 
@@ -85,9 +87,9 @@ def report(name: str, title: str, rows: Sequence[Sequence[str]], figures: Any, o
     command = " ".join(["python -m benchmarks", name, *_typed(sys.argv)])
     print(f"\n{table(rows)}")
     path = options.json or HERE / "measured" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole = {"benchmark": name, "command": command, "machine": where, "figures": figures}
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if options.record:
         about = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
         with open(HERE / "RESULTS.md", "a", encoding="utf-8") as file:
