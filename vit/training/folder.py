@@ -110,7 +110,8 @@ def closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None
             if metrics.get(name):
                 lines.append(f"{name:<5} {figures(metrics[name])}")
         if metrics.get("knn"):
-            lines.append(f"knn   {figures(metrics['knn'])}  ({metrics['knn']['k']} nearest neighbours)")
+            k = metrics["knn"]["k"]
+            lines.append(f"knn   {figures(metrics['knn'])}  ({k} nearest neighbour{'s' * (k != 1)})")
     # none where a probe found all features kept
     pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
     lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {folder}")
