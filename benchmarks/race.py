@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "cifar10": ("experiment=cifar10_cpu", "data=parquet"),
 }
 TITLES = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+TARGETS = {"digits": (80, 90), "fashion_mnist": (80, 85), "cifar10": (50, 60)}
+"""Validation accuracies in percent, to which the seconds are told."""
 
 Choices = dict[str, Any]
 START: dict[str, Choices] = {
@@ -135,7 +138,8 @@ def main(arguments: list[str]) -> int:
     about = race.figures["data"]
     copy = f" ({about['copy']})" if about["copy"] else ""
     title = f"Training for {given.seconds:g} s: {TITLES[given.data]}{copy}"
-    report("race", title, table(race.figures, names, seeds, given.seconds), race.figures, given)
+    rows = table(race.figures, names, seeds, given.seconds, TARGETS[given.data])
+    report("race", title, rows, race.figures, given)
     return 0
 
 
@@ -218,7 +222,7 @@ class Race:
         found: dict[str, Any] = json.loads(ran.output.splitlines()[-1])
         figure = f"val {100 * found['val']:.2f}" + (f", test {100 * found['test']:.2f}" if test else "")
         print(f"{name}, seed {seed}, {seconds:g} s: {figure}  {choices or ''}", file=sys.stderr, flush=True)
-        return {"choices": choices, "seed": seed, "whole": ran.seconds, **found}
+        return {"choices": choices, "seed": seed, "whole": ran.seconds, "megabytes": ran.megabytes, **found}
 
     def write(self) -> None:
         """What there is so far, for --go-on and --chosen."""
@@ -226,22 +230,37 @@ class Race:
             part.write_text(json.dumps({"figures": self.figures}), encoding="utf-8")
 
 
-def table(figures: dict[str, Any], names: list[str], seeds: list[int], seconds: float) -> list[list[str]]:
-    """A row for each contestant: accuracies in percent, over the seeds; the curve at the quarters of the time."""
+def table(
+    figures: dict[str, Any], names: list[str], seeds: list[int], seconds: float, targets: tuple[int, ...]
+) -> list[list[str]]:
+    """A row for each contestant: accuracies in percent, over the seeds; the curve at the quarters of the time.
+
+    Seconds to a target are those of the first point of the curve that is as high, a median over the seeds.
+    """
     quarters = [seconds * share for share in (0.25, 0.5, 0.75)]
-    head = ["", "test top-1", "val top-1", *(f"val at {quarter:g} s" for quarter in quarters), "images/s"]
-    rows = [[*head, "waiting for data", "parameters", "MFLOP an image", "chosen"]]
+    head = ["", "test top-1", "val top-1", *(f"val at {quarter:g} s" for quarter in quarters)]
+    rows = [[*head, *(f"seconds to {each}" for each in targets), "images/s"]]
+    rows[0] += ["waiting for data", "MB", "parameters", "MFLOP an image", "chosen"]
     for name in names:
         runs = [figures["runs"][name][str(seed)] for seed in seeds]
         row = [ABOUT[name], *(spread([100 * each[split] for each in runs], 1) for split in ("test", "val"))]
         for quarter in quarters:
             row.append(f"{100 * statistics.median(reached(each['curve'], quarter, seconds) for each in runs):.1f}")
+        for target in targets:
+            needed = statistics.median(seconds_to(each["curve"], target / 100) for each in runs)
+            row.append(f"{needed:.0f}" if math.isfinite(needed) else "not reached")
         row.append(f"{statistics.median(each['images'] / each['seconds'] for each in runs):,.0f}")
         row.append(spread([100 * each["waiting"] / each["seconds"] for each in runs], 1, "%"))
+        row.append(f"{statistics.median(each['megabytes'] for each in runs):.0f}")
         row += [f"{runs[0]['parameters']:,}", f"{runs[0]['flops'] / 1e6:.1f}"]
         changed = {key: value for key, value in runs[0]["choices"].items() if START[name].get(key) != value}
         rows.append([*row, ", ".join(f"{key}={value}" for key, value in changed.items())])
     return rows
+
+
+def seconds_to(curve: list[list[float]], accuracy: float) -> float:
+    """The seconds of the first point of the curve that is at least so high; infinite where none is."""
+    return next((spent for spent, each in curve if each >= accuracy), math.inf)
 
 
 def reached(curve: list[list[float]], seconds: float, whole: float) -> float:

@@ -40,6 +40,7 @@ def test_recording(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_export(tmp_path: Path) -> None:
     small = ["--size", "nano", "--image-size", "32", "--batches", "1,2", "--rounds", "2", "--seconds", "10"]
     done = call("export", *small, "--json", str(tmp_path / "e.json"))

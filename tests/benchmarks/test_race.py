@@ -220,6 +220,9 @@ def test_the_curve_is_read_at_a_time():
     assert [race.reached(curve, seconds, 4.0) for seconds in (0.5, 1.0, 2.02, 2.5, 4.0, 9.0)] == [
         *(0.1, 0.1, 0.2, 0.4, 0.4, 0.4)
     ]
+    assert [race.seconds_to(curve, accuracy) for accuracy in (0.05, 0.1, 0.22, 0.4, 0.41)] == [
+        *(1.0, 1.0, 2.1, 4.0, float("inf"))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +252,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert (nowhere.returncode, "make one: python -m benchmarks peers" in nowhere.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_small_race(tmp_path):
     """On handwritten digits, with this environment's own timm and Lightning as peers."""
     python = tmp_path / "peers/environment/bin/python"
@@ -278,6 +282,7 @@ def test_a_small_race(tmp_path):
         assert 0 <= run["test"] <= 1
         assert run["val"] == max(accuracy for _, accuracy in run["curve"]) or name == "vit"
         assert 0 <= run["waiting"] < run["seconds"]
+        assert run["megabytes"] > 200  # PyTorch is in there
         # positions, class tokens and norms apart, the models are of one size
         assert run["flops"] == pytest.approx(figures["runs"]["vit"]["3"]["flops"], rel=0.1)
     assert done.stdout.count("% (") == 3

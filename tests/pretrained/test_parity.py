@@ -204,6 +204,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
+@pytest.mark.slow
 def test_at_full_depth_every_name_and_shape_is_timms():
     failed = []
     for name in [*plain(), *dinov3()]:
