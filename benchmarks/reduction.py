@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--further", type=float, default=2.0, help="minutes of further training, each (%(default)g)")
     options.add_argument("--rates", default="0.3,0.6,0.8,0.95", help="of reductions without training")
     options.add_argument("--budgets", default="0.54,0.44", help="of FLOPs, for searches and training (%(default)s)")
+    options.add_argument("--no-named", action="store_true", help="train with what the searches find alone")
     options.add_argument("--images", type=int, default=10_000, help="of the test split, at most")
     options.add_argument("--trials", type=int, default=24, help="of each search")
     options.add_argument("--batch-size", type=int, default=32)
@@ -103,7 +104,7 @@ def measure(given: Any, folder: Path) -> tuple[list[Row], list[list[str]], dict[
         ]
     for budget, line in searched.items():
         rows.append(Row(whole, False, line, loaded(whole, line)))
-        for each in (line, *named(whole, budget)):
+        for each in (line, *([] if given.no_named else named(whole, budget))):
             run = train(
                 folder, f"further_{slug(each)}", ["model=pretrained", *further, *GENTLE, *reducing(each)], given.set
             )
