@@ -84,7 +84,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def report(name: str, title: str, rows: Sequence[Sequence[str]], figures: Any, options: argparse.Namespace) -> None:
     """Print the table and write the figures; with `--record` append both to RESULTS.md."""
     where = machine(getattr(options, "peers", None))
-    command = " ".join(["python -m benchmarks", name, *_typed(sys.argv)])
+    command = " ".join(["python -m benchmarks", *_typed(sys.argv)])
     print(f"\n{table(rows)}")
     path = options.json or HERE / "measured" / f"{name}.json"
     whole = {"benchmark": name, "command": command, "machine": where, "figures": figures}
@@ -99,7 +99,7 @@ def report(name: str, title: str, rows: Sequence[Sequence[str]], figures: Any, o
 def _typed(arguments: Sequence[str]) -> list[str]:
     """What was typed, without the folders of this machine: of an absolute path only its name."""
     shown = []
-    for each in arguments[2:]:
+    for each in arguments[1:]:
         key, equals, value = each.rpartition("=")
         prefix, colon, path = value.rpartition(":")  # local-dir:/folder
         if os.path.isabs(path):

@@ -63,7 +63,7 @@ def test_export(tmp_path: Path) -> None:
 def test_reduction(tmp_path: Path) -> None:
     short = ["--minutes", "0.1", "--further", "0.05", "--rates", "0.5", "--budgets", "0.6", "--trials", "2"]
     small = ["--images", "64", "--batch-size", "4", "--rounds", "2"]
-    small += ["--set", "model.depth=2", "--set", "data.max_images=600"]
+    small += ["--set", "model.depth=2", "--set", "data.max_images=600", "--keep", str(tmp_path / "runs")]
     done = call("reduction", *short, *small, "--json", str(tmp_path / "r.json"))
     assert done.returncode == 0, done.stderr
     models = json.loads((tmp_path / "r.json").read_text())["figures"]["models"]
@@ -74,9 +74,17 @@ def test_reduction(tmp_path: Path) -> None:
     ]
     assert all(each["flops"] < 1 and len(each["seconds"]) == 2 for each in models[1:])
     assert sum(each["trained"] for each in models) == 4  # none, what was searched, keep and merge
-    files = json.loads((tmp_path / "r_int8.json").read_text())["figures"]
+    written = json.loads((tmp_path / "r_int8.json").read_text())
+    assert written["command"].startswith("python -m benchmarks reduction --minutes 0.1 ")
+    files = written["figures"]
     assert set(files["top1"]) >= {"timm", "none, ONNX, float32", "none, ONNX, int8"}
     assert files["top1"]["timm"] == files["top1"]["none, ONNX, float32"]
+
+    done = call("reduction", *short, *small, "--no-named", "--json", str(tmp_path / "s.json"))
+    assert done.returncode == 0, done.stderr
+    searched = json.loads((tmp_path / "s.json").read_text())["figures"]["models"]
+    trained = [each["line"] for each in models if each["trained"]]
+    assert [each["line"] for each in searched if each["trained"]] == trained[:2]
 
 
 @pytest.mark.slow
