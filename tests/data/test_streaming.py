@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -224,6 +225,40 @@ def test_workers_outlive_ctrl_c(split) -> None:
     for worker in set(multiprocessing.active_children()) - before:
         os.kill(worker.pid, signal.SIGINT)
     assert seen + sum(len(batch.index) for batch in iterator) == 23
+    loader.close()
+
+
+@pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
+def test_workers_outlive_ctrl_c_while_they_start(split, monkeypatch, context) -> None:
+    kind = multiprocessing.get_context(context).Process
+    start = kind.start
+
+    def start_and_interrupt(process) -> None:
+        start(process)
+        for _ in range(50):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(kind, "start", start_and_interrupt)
+    loader = StreamingEvalLoader(split, SIZE, 2, workers=2, context=context)
+    assert sum(len(batch.index) for batch in loader) == 23
+    loader.close()
+
+
+def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> None:
+    kind = multiprocessing.get_context("fork").Process
+    start = kind.start
+
+    def start_and_interrupt(process) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        start(process)
+
+    monkeypatch.setattr(kind, "start", start_and_interrupt)
+    loader = StreamingEvalLoader(split, SIZE, 2, workers=2, context="fork")
+    with pytest.raises(KeyboardInterrupt):
+        list(loader)
+    monkeypatch.undo()
+    assert sum(len(batch.index) for batch in loader) == 23  # nothing is left of the attempt
     loader.close()
 
 

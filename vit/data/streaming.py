@@ -11,6 +11,7 @@ Notable:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -145,9 +146,11 @@ class _Fetcher:
                 multiprocessing_context=self._context if self._workers else None,
                 worker_init_fn=_outlive_interrupts,
             )
+        with _interrupts_held():
+            fetched = iter(self._loader)
         on_host = (
             (Batch(self._checked(images, failure), self._labels[index], index, valid), Batch)
-            for (images, failure), (index, valid) in zip(self._loader, wanted, strict=True)
+            for (images, failure), (index, valid) in zip(fetched, wanted, strict=True)
         )
         return to_device(on_host, self._device)
 
@@ -231,6 +234,21 @@ class StreamingEvalLoader(EvalLoader):
 def _outlive_interrupts(worker: int) -> None:
     # Ctrl-C in a terminal reaches every process; the main one decides, and may still want to evaluate
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait inside it, so that a worker started here cannot meet it before `_outlive_interrupts` has run."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes started here inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
