@@ -6,6 +6,7 @@
     preparing   decoding and preprocessing, beside timm, torchvision and transformers
     crops       random-resized crops of photographs, decoded once or again and again, beside timm's loader
     step        a step of training, beside timm, transformers and vit-pytorch
+    epoch       an epoch of training on photographs, loading included, beside timm
     logging     what logging costs, as a share of training
     recording   what recording attention and rollout cost, as shares of a forward pass
     reduction   token reduction: accuracy against images a second, trained and untrained (trains: half an hour)
@@ -31,6 +32,7 @@ NAMES = {
     "preparing": ("preparing", "main"),
     "crops": ("crops", "main"),
     "step": ("training_step", "main"),
+    "epoch": ("epoch", "main"),
     "logging": ("logging_cost", "main"),
     "recording": ("recording", "main"),
     "reduction": ("reduction", "main"),
@@ -39,7 +41,7 @@ NAMES = {
     "export": ("export", "main"),
     "peers": ("peers", "main"),
 }
-BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step")
+BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step", "epoch")
 ALL = (*BESIDE_PEERS, "logging", "recording", "reduction", "export")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from served import serve
 Built = tuple[Callable[[], Any], Callable[[], Any] | None]
 
 SQUARE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+TIMM_SQUARE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -53,8 +54,8 @@ class Loaded:
             cache_folder=cache,
         )
 
-    def epochs(self, **augment: Any) -> Callable[[], Any]:
-        """Go through an epoch; returns its normalised batches in a list of one, the last."""
+    def passes(self, **augment: Any) -> Callable[[], Iterator[tuple[Any, Any]]]:
+        """Each call is an epoch: its normalised batches (B, 3, H, W), each with the places of its images."""
         from vit.data.augment import BatchAugment
         from vit.data.augment_config import AugmentConfig
         from vit.data.loaders import train_loader
@@ -64,13 +65,12 @@ class Loaded:
         make = BatchAugment(config, num_classes=1, mean=MEAN, std=STD, seed=0, cropped=loader.cropped)
         epoch = itertools.count()
 
-        def timed() -> Any:
+        def run() -> Iterator[tuple[Any, Any]]:
             loader.set_epoch(next(epoch))
-            return [(make(batch.images, batch.labels, batch.index, loader.epoch)[0], batch.index) for batch in loader][
-                -1:
-            ]
+            for batch in loader:
+                yield make(batch.images, batch.labels, batch.index, loader.epoch)[0], batch.index
 
-        return timed
+        return run
 
 
 def vit(folder: str, few: str, size: int, batch: int, workers: int, cache: str | None) -> Built:
@@ -79,11 +79,11 @@ def vit(folder: str, few: str, size: int, batch: int, workers: int, cache: str |
 
     def timed() -> Any:
         nonlocal epochs
-        epochs = epochs or whole.epochs()
-        return epochs()
+        epochs = epochs or whole.passes()
+        return list(epochs())[-1:]
 
     def answer() -> list[list[float]]:
-        ((images, index),) = Loaded(few, size, 100, workers, cache).epochs(**SQUARE)()
+        ((images, index),) = Loaded(few, size, 100, workers, cache).passes(**SQUARE)()
         return means(images[index.argsort()])
 
     return timed, answer
@@ -117,34 +117,38 @@ def vit_decoding(folder: str, few: str, size: int, batch: int, workers: int) -> 
     return timed, None
 
 
-def timm(folder: str, few: str, size: int, batch: int, workers: int) -> Built:
-    """timm's loader as its train.py makes it: workers that stay, its prefetcher, on the CPU."""
+def timm_loader(folder: str, size: int, batch: int, workers: int, **crop: Any) -> Any:
+    """As timm's train.py makes it: workers that stay, its prefetcher, on the CPU."""
     import torch
     from timm.data import ImageDataset, create_loader
 
-    def made(folder: str, batch: int, **crop: Any) -> Any:
-        return create_loader(
-            ImageDataset(folder),
-            input_size=(3, size, size),
-            batch_size=batch,
-            is_training=True,
-            color_jitter=0.0,
-            interpolation="bicubic",
-            mean=MEAN,
-            std=STD,
-            num_workers=workers,
-            device=torch.device("cpu"),
-            persistent_workers=workers > 0,
-            **{"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, **crop},
-        )
+    return create_loader(
+        ImageDataset(folder),
+        input_size=(3, size, size),
+        batch_size=batch,
+        is_training=True,
+        color_jitter=0.0,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        num_workers=workers,
+        device=torch.device("cpu"),
+        persistent_workers=workers > 0,
+        **{"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, **crop},
+    )
 
-    loader = made(folder, batch)
+
+def timm(folder: str, few: str, size: int, batch: int, workers: int) -> Built:
+    """timm's loader."""
+    import torch
+
+    loader = timm_loader(folder, size, batch, workers)
 
     def timed() -> Any:
         return [images for images, _ in loader][-1:]
 
     def answer() -> list[list[float]]:
-        dataset = made(few, 1, scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0).dataset
+        dataset = timm_loader(few, size, 1, workers, **TIMM_SQUARE).dataset
         pixels = torch.stack([torch.as_tensor(dataset[i][0]) for i in range(len(dataset))])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         return means((pixels / 255 - mean) / std)

@@ -48,42 +48,40 @@ def contestant(model: Any, optimizer: Any, batch: int, size: int, classes: int, 
     return step, answer if same else None
 
 
-def vit(model: str, batch: int, size: int) -> Built:
-    """This project's model and AdamW, weights from the file."""
+def own(model: str, optimizer: str) -> tuple[Any, Any]:
+    """This project's model, weights from the file, and its optimiser."""
     from safetensors.torch import load_file
 
     from vit.model import VisionTransformer
     from vit.training.optim import build_optimizer
 
-    a = architecture(model)
-    built = VisionTransformer(**a)
+    built = VisionTransformer(**architecture(model))
     built.load_state_dict(load_file(Path(model) / "model.safetensors"))
-    optimizer = build_optimizer(built, name="adamw", lr=RATE, weight_decay=DECAY)
-    return contestant(built, optimizer, batch, size, a["num_classes"])
+    return built, build_optimizer(built, name=optimizer, lr=RATE, weight_decay=DECAY)
 
 
-def vit_muon(model: str, batch: int, size: int) -> Built:
-    """The same with Muon, this project's default for small images: more arithmetic a step, fewer steps."""
-    from safetensors.torch import load_file
-
-    from vit.model import VisionTransformer
-    from vit.training.optim import build_optimizer
-
-    a = architecture(model)
-    built = VisionTransformer(**a)
-    built.load_state_dict(load_file(Path(model) / "model.safetensors"))
-    optimizer = build_optimizer(built, name="muon", lr=RATE, weight_decay=DECAY)
-    return contestant(built, optimizer, batch, size, a["num_classes"], same=False)
-
-
-def timm(model: str, batch: int, size: int) -> Built:
-    """timm's model and its own choice of AdamW, in a plain loop."""
+def timms(model: str) -> tuple[Any, Any]:
+    """timm's model, the same weights, and its own choice of AdamW."""
     import timm
     from timm.optim import create_optimizer_v2
 
     built = timm.create_model(f"local-dir:{model}", pretrained=True)
-    optimizer = create_optimizer_v2(built, opt="adamw", lr=RATE, weight_decay=DECAY)
-    return contestant(built, optimizer, batch, size, architecture(model)["num_classes"])
+    return built, create_optimizer_v2(built, opt="adamw", lr=RATE, weight_decay=DECAY)
+
+
+def vit(model: str, batch: int, size: int) -> Built:
+    """This project's model and AdamW."""
+    return contestant(*own(model, "adamw"), batch, size, architecture(model)["num_classes"])
+
+
+def vit_muon(model: str, batch: int, size: int) -> Built:
+    """The same with Muon, this project's default for small images: more arithmetic a step, fewer steps."""
+    return contestant(*own(model, "muon"), batch, size, architecture(model)["num_classes"], same=False)
+
+
+def timm(model: str, batch: int, size: int) -> Built:
+    """timm's model and AdamW, in a plain loop."""
+    return contestant(*timms(model), batch, size, architecture(model)["num_classes"])
 
 
 def transformers(model: str, batch: int, size: int) -> Built:

@@ -97,3 +97,19 @@ def test_logging(tmp_path: Path) -> None:
     assert with_["steps"] >= 2
     assert without["steps"] == 0
     assert 0 < with_["attention_seconds"] < with_["seconds"]
+
+
+@pytest.mark.slow
+def test_loaders_and_epochs(tmp_path: Path) -> None:
+    small = ["--peers", str(tmp_path), "--photographs", "8", "--rounds", "2"]
+    small += ["--least", "0.01", "--workers", "1", "--batch-size", "4"]
+    contestants = {"vit_cached", "vit_streamed"}
+    for name in ("crops", "epoch"):
+        done = call(name, "--contestants", ",".join(contestants), *small, "--json", str(tmp_path / "f.json"))
+        assert done.returncode == 0, done.stderr
+        figures = json.loads((tmp_path / "f.json").read_text())["figures"]
+        assert figures.keys() == contestants
+        for each in figures.values():
+            assert (each["images"], len(each["turns"])) == (8, 2)
+            assert all(turn["seconds"] > 0 for turn in each["turns"])
+            assert each["difference"] < 0.1

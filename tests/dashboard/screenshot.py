@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,29 +38,29 @@ def chromium() -> str | None:
 @contextlib.contextmanager
 def tensorboard(logdir: Path, *options: str) -> Iterator[str]:
     """A real TensorBoard on a free port of this machine, as its address; it is over when the block is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1"]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--reload_interval", "1", *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"NO_PROXY": "127.0.0.1"},
-    )
-    try:
-        address = f"http://127.0.0.1:{port}/"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(600):
-            if process.poll() is not None:
-                raise RuntimeError(f"tensorboard ended with status {process.returncode}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError), opener.open(f"{address}data/environment"):
-                break
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(20)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--reload_interval", "1", *options],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=os.environ | {"NO_PROXY": "127.0.0.1"},
+        )
+        try:
+            for _ in range(1200):
+                ended = process.poll() is not None
+                said.seek(0)
+                if found := re.search(r" at (http://\S+?/) ", text := said.read()):
+                    break
+                if ended:
+                    raise RuntimeError(f"tensorboard ended with status {process.returncode}: {text}")
+                time.sleep(0.1)
+            else:
+                raise RuntimeError(f"tensorboard is not up after two minutes: {text}")
+            yield found[1]
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,65 @@
+"""An epoch of training at 224 beside timm: photographs from their files, random-resized crops, forward, back, AdamW.
+
+What `crops` and `step` measure apart, together on the same cores: workers that decode take from what computes.  With
+`data.cache=true` photographs were decoded once, before.  A turn is a whole epoch.  The same weights: the mean loss of
+20 photographs' central squares before any step must agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.contest import contest, difference, entered, limit, median, options
+from benchmarks.material import material
+from benchmarks.results import report, spread
+
+ABOUT = {
+    "vit_cached": "vit, data.cache=true",
+    "vit_streamed": "vit, from the files",
+    "timm": "timm's loader, model and AdamW",
+}
+LARGEST = 0.01
+"""Of losses, relative: crops are not resampled alike, see `benchmarks/crops.py`."""
+
+
+def main(arguments: list[str]) -> int:
+    made = options("epoch", "An epoch of training on photographs, beside timm.", ABOUT, rounds=5, least=0.0)
+    made.add_argument("--photographs", type=int, default=256, help="in the folder (%(default)s)")
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--workers", type=int, default=2, help="processes that decode, or threads (%(default)s)")
+    made.add_argument("--model", default="tiny", help="of the material's: tiny, small (%(default)s)")
+    given = made.parse_args(arguments)
+    limit(given.processors)
+    stuff = material(given.peers, given.image_size)
+    builds = {
+        "model": str(stuff.model(given.model)),
+        "folder": str(stuff.photographs(given.photographs)),
+        "few": str(stuff.photographs(20)),  # FEW, of the program
+        "size": given.image_size,
+        "batch": given.batch_size,
+        "workers": given.workers,
+    }
+    there = entered(given.contestants.split(","), "epoch.py", builds, ABOUT.keys() - {"timm"}, given.peers)
+    contest(there, given.rounds, given.least)
+    reference = next((each for each in there if each.builder == "timm"), None)
+    expected = (reference or there[0]).answer
+    seen = given.photographs // given.batch_size * given.batch_size  # no tool takes a partial batch in training
+    rows = [["", "s an epoch", "images/s", "times timm's", "first epoch, s", "loss differs by", "MB"]]
+    figures: dict[str, Any] = {}
+    wrong = False
+    for each in there:
+        apart = difference(each.answer, expected)
+        bad = not apart <= LARGEST
+        wrong |= bad
+        row = [ABOUT[each.builder], spread(each.seconds(), 1), f"{seen / median(each.seconds()):.1f}"]
+        if reference is None:
+            row.append("")
+        else:
+            pairs = zip(each.seconds(), reference.seconds(), strict=True)
+            row.append(spread([theirs / taken for taken, theirs in pairs]))
+        rows.append([*row, f"{each.first:.1f}", f"{apart:.1e}" + " WRONG" * bad, f"{each.megabytes:.0f}"])
+        figures[each.builder] = {**each.figures(), "images": seen, "difference": apart}
+    drawn = ", drawn images" * stuff.drawn
+    title = f"An epoch at {given.image_size}, {given.photographs} photographs{drawn}, batches of {given.batch_size}"
+    report("epoch", title, rows, figures, given)
+    return int(wrong)
