@@ -3,6 +3,9 @@
 What `crops` and `step` measure apart, together on the same cores: workers that decode take from what computes.  With
 `data.cache=true` photographs were decoded once, before.  A turn is a whole epoch.  The same weights: the mean loss of
 20 photographs' central squares before any step must agree.
+
+Each contestant is started several times: one process may be some percent faster than another of the same program from
+beginning to end, which is as much as loading takes.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ LARGEST = 0.01
 
 
 def main(arguments: list[str]) -> int:
-    made = options("epoch", "An epoch of training on photographs, beside timm.", ABOUT, rounds=5, least=0.0)
+    made = options("epoch", "An epoch of training on photographs, beside timm.", ABOUT, rounds=2, least=0.0)
     made.add_argument("--photographs", type=int, default=256, help="in the folder (%(default)s)")
     made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--workers", type=int, default=2, help="processes that decode, or threads (%(default)s)")
+    made.add_argument("--starts", type=int, default=3, help="processes of each, with as many rounds (%(default)s)")
     made.add_argument("--model", default="tiny", help="of the material's: tiny, small (%(default)s)")
     given = made.parse_args(arguments)
     limit(given.processors)
@@ -39,8 +43,13 @@ def main(arguments: list[str]) -> int:
         "batch": given.batch_size,
         "workers": given.workers,
     }
-    there = entered(given.contestants.split(","), "epoch.py", builds, ABOUT.keys() - {"timm"}, given.peers)
-    contest(there, given.rounds, given.least)
+    names = given.contestants.split(",")
+    starts = [entered(names, "epoch.py", builds, ABOUT.keys() - {"timm"}, given.peers) for _ in range(given.starts)]
+    for start in starts:
+        contest(start, given.rounds, given.least)
+    there = starts[0]
+    for own, *others in zip(*starts, strict=True):
+        own.turns += [turn for other in others for turn in other.turns]
     reference = next((each for each in there if each.builder == "timm"), None)
     expected = (reference or there[0]).answer
     seen = given.photographs // given.batch_size * given.batch_size  # no tool takes a partial batch in training

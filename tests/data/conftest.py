@@ -1,6 +1,7 @@
 """What the tests of the data room share: real image files, a cache folder of their own, a user without privileges."""
 
 import contextlib
+import ctypes
 import io
 import os
 import tempfile
@@ -82,19 +83,38 @@ def make_folder(tmp_path):
 
 @pytest.fixture
 def unprivileged():
-    """A context in which file permissions hold, also where the tests run as root; gives a folder of that user's."""
+    """A context in which file permissions hold, also where the tests run as root; gives a folder to write to."""
 
     @contextlib.contextmanager
     def enter():
         with tempfile.TemporaryDirectory(prefix="vit-test-") as name:
-            os.chmod(name, 0o777)
             if os.geteuid() != 0:
                 yield Path(name)
                 return
-            os.seteuid(65534)
+            # not another user: that one may not be let into where Python's own modules lie
+            before = _effective_capabilities()
+            _effective_capabilities(before & ~_PAST_PERMISSIONS)
             try:
                 yield Path(name)
             finally:
-                os.seteuid(0)
+                _effective_capabilities(before)
 
     return enter
+
+
+_PAST_PERMISSIONS = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, by which root reads and writes what permissions deny (capability.h)."""
+
+
+def _effective_capabilities(wanted: int | None = None) -> int:
+    """Those of this thread, of the first 32, and of threads it will start; with `wanted`, set to that (capset(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, of the first 32 and of the others
+    if libc.capget(header, sets) == 0:
+        if wanted is None:
+            return sets[0]
+        sets[0] = wanted
+        if libc.capset(header, sets) == 0:
+            return wanted
+    raise OSError(ctypes.get_errno(), "capabilities cannot be read or set")
