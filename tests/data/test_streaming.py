@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
@@ -230,6 +231,7 @@ def test_workers_outlive_ctrl_c(split) -> None:
 
 @pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
 def test_workers_outlive_ctrl_c_while_they_start(split, monkeypatch, context) -> None:
+    resource_tracker._resource_tracker._stop()  # as in a new process: whoever starts it lets signals through again
     kind = multiprocessing.get_context(context).Process
     start = kind.start
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -146,7 +148,7 @@ class _Fetcher:
                 multiprocessing_context=self._context if self._workers else None,
                 worker_init_fn=_outlive_interrupts,
             )
-        with _interrupts_held():
+        with _interrupts_held(self._context):
             fetched = iter(self._loader)
         on_host = (
             (Batch(self._checked(images, failure), self._labels[index], index, valid), Batch)
@@ -239,11 +241,13 @@ def _outlive_interrupts(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def _interrupts_held(context: str | None) -> Iterator[None]:
     """Let Ctrl-C wait inside it, so that a worker started here cannot meet it before `_outlive_interrupts` has run."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    if multiprocessing.get_context(context).get_start_method() != "fork":
+        resource_tracker.ensure_running()  # started inside, it would let signals through when it is
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes started here inherit it
     try:
         yield
