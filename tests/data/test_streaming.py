@@ -264,6 +264,13 @@ def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> Non
     loader.close()
 
 
+def test_without_workers_no_process_starts(split) -> None:
+    resource_tracker._resource_tracker._stop()
+    loader = StreamingEvalLoader(split, SIZE, 2, workers=0, context="spawn")
+    assert sum(len(batch.index) for batch in loader) == 23
+    assert resource_tracker._resource_tracker._pid is None
+
+
 def test_how_many_workers(monkeypatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 12)

@@ -148,7 +148,7 @@ class _Fetcher:
                 multiprocessing_context=self._context if self._workers else None,
                 worker_init_fn=_outlive_interrupts,
             )
-        with _interrupts_held(self._context):
+        with _interrupts_held(self._context) if self._workers else contextlib.nullcontext():
             fetched = iter(self._loader)
         on_host = (
             (Batch(self._checked(images, failure), self._labels[index], index, valid), Batch)
