@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contest import contest, difference, entered, limit, options
+from benchmarks.contest import contest, difference, entered, limit, options, ratios
 from benchmarks.material import material
 from benchmarks.results import report, spread
 
@@ -51,15 +51,14 @@ def main(arguments: list[str]) -> int:
         apart = None if each.answer is None else difference(each.answer, expected.answer)
         bad = apart is not None and not apart <= LARGEST
         wrong |= bad
-        # timm leaves out the last, partial batch in training, and so does this project
-        seen = given.photographs if each.builder == "vit_decoding" else _whole(given.photographs, given.batch_size)
+        seen = given.photographs if each.builder == "vit_decoding" else in_batches(given.photographs, given.batch_size)
         rate = [seen / seconds for seconds in each.seconds()]
         row = [ABOUT[each.builder], spread(rate, 0)]
         if reference is None:
             row.append("")
         else:
-            base = [_whole(given.photographs, given.batch_size) / seconds for seconds in reference.seconds()]
-            row.append(spread([own / other for own, other in zip(rate, base, strict=True)]))
+            base = [in_batches(given.photographs, given.batch_size) / seconds for seconds in reference.seconds()]
+            row.append(spread(ratios(rate, base)))
         row.append(f"{each.first:.1f}")
         row.append("" if apart is None else f"{apart:.1e}" + " WRONG" * bad)
         rows.append(row)
@@ -70,5 +69,7 @@ def main(arguments: list[str]) -> int:
     return int(wrong)
 
 
-def _whole(count: int, batch: int) -> int:
+def in_batches(count: int, batch: int) -> int:
+    """How many of `count` images an epoch of training takes: timm leaves out the last, partial batch, and so does this
+    project."""
     return count // batch * batch or count

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contest import contest, difference, entered, limit, median, options
+from benchmarks.contest import contest, difference, entered, limit, median, options, ratios
+from benchmarks.crops import in_batches
 from benchmarks.material import material
 from benchmarks.results import report, spread
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> int:
     builds = {
         "model": str(stuff.model(given.model)),
         "folder": str(stuff.photographs(given.photographs)),
-        "few": str(stuff.photographs(20)),  # FEW, of the program
+        "few": str(stuff.photographs(20)),
         "size": given.image_size,
         "batch": given.batch_size,
         "workers": given.workers,
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
         own.turns += [turn for other in others for turn in other.turns]
     reference = next((each for each in there if each.builder == "timm"), None)
     expected = (reference or there[0]).answer
-    seen = given.photographs // given.batch_size * given.batch_size  # no tool takes a partial batch in training
+    seen = in_batches(given.photographs, given.batch_size)
     rows = [["", "s an epoch", "images/s", "times timm's", "first epoch, s", "loss differs by", "MB"]]
     figures: dict[str, Any] = {}
     wrong = False
@@ -64,8 +65,7 @@ def main(arguments: list[str]) -> int:
         if reference is None:
             row.append("")
         else:
-            pairs = zip(each.seconds(), reference.seconds(), strict=True)
-            row.append(spread([theirs / taken for taken, theirs in pairs]))
+            row.append(spread(ratios(reference.seconds(), each.seconds())))
         rows.append([*row, f"{each.first:.1f}", f"{apart:.1e}" + " WRONG" * bad, f"{each.megabytes:.0f}"])
         figures[each.builder] = {**each.figures(), "images": seen, "difference": apart}
     drawn = ", drawn images" * stuff.drawn

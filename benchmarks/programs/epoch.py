@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,17 @@ from step import own, timms
 
 Built = tuple[Callable[[], Any], Callable[[], Any] | None]
 
-FEW = 20
-"""Photographs that answer, in one batch: a loader for training leaves out what does not fill one."""
-
-
-def contestant(model: Any, optimizer: Any, passes: Callable[[], Iterable[Any]], few: Iterable[Any]) -> Built:
-    """`passes()` and `few` are normalised batches (B, 3, H, W); the class of all is the first."""
+def contestant(model: Any, optimizer: Any, passes: Callable[[], Iterator[Any]], few: Iterator[Any]) -> Built:
+    """`passes()` gives normalised batches (B, 3, H, W), `few` one of what answers; the class of all is the first."""
     import torch
     from torch.nn import functional as F
 
-    def loss_of(images: Any, reduction: str = "mean") -> Any:
-        return F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64), reduction=reduction)
+    def loss_of(images: Any) -> Any:
+        return F.cross_entropy(model(images), torch.zeros(len(images), dtype=torch.int64))
 
+    (images,) = few
     with torch.inference_mode():
-        total = [(float(loss_of(images, "sum")), len(images)) for images in few]
-    before = sum(loss for loss, _ in total) / sum(count for _, count in total)
+        before = float(loss_of(images))
     model.train()
 
     def epoch() -> None:
@@ -44,20 +40,25 @@ def contestant(model: Any, optimizer: Any, passes: Callable[[], Iterable[Any]], 
     return epoch, lambda: [[before]]
 
 
+def count(folder: str) -> int:
+    """All of a folder, as one batch: a loader for training leaves out what does not fill one."""
+    return len(list(Path(folder).iterdir()))
+
+
 def images_of(run: Callable[[], Iterator[tuple[Any, Any]]]) -> Callable[[], Iterator[Any]]:
     return lambda: (images for images, _ in run())
 
 
 def vit_streamed(model: str, folder: str, few: str, size: int, batch: int, workers: int) -> Built:
     """This project's, decoding in every epoch."""
-    whole, part = Loaded(folder, size, batch, workers, None), Loaded(few, size, FEW, workers, None)
+    whole, part = Loaded(folder, size, batch, workers, None), Loaded(few, size, count(few), workers, None)
     return contestant(*own(model, "adamw"), images_of(whole.passes()), images_of(part.passes(**SQUARE))())
 
 
 def vit_cached(model: str, folder: str, few: str, size: int, batch: int, workers: int) -> Built:
     """This project's with `data.cache=true`; the photographs are decoded before the first epoch."""
     cache = tempfile.TemporaryDirectory(prefix="epoch-", dir=Path(folder).parent)
-    whole, part = Loaded(folder, size, batch, workers, cache.name), Loaded(few, size, FEW, workers, cache.name)
+    whole, part = Loaded(folder, size, batch, workers, cache.name), Loaded(few, size, count(few), workers, cache.name)
     run = images_of(whole.passes())
     epoch, answer = contestant(*own(model, "adamw"), run, images_of(part.passes(**SQUARE))())
     return lambda: (epoch(), cache)[0], answer
@@ -66,7 +67,7 @@ def vit_cached(model: str, folder: str, few: str, size: int, batch: int, workers
 def timm(model: str, folder: str, few: str, size: int, batch: int, workers: int) -> Built:
     """timm's."""
     loader = timm_loader(folder, size, batch, workers)
-    part = timm_loader(few, size, FEW, 0, **TIMM_SQUARE)
+    part = timm_loader(few, size, count(few), 0, **TIMM_SQUARE)
     return contestant(*timms(model), images_of(lambda: iter(loader)), images_of(lambda: iter(part))())
 
 

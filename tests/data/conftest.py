@@ -1,4 +1,4 @@
-"""What the tests of the data room share: real image files, a cache folder of their own, a user without privileges."""
+"""What the tests of the data room share: real image files, a cache folder of their own, permissions that hold."""
 
 import contextlib
 import ctypes
