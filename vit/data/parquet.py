@@ -6,7 +6,7 @@ Notable:
 - The encoded images stay in memory if they fit in half of it; else row groups are read as they are needed, which is
   slow in random order, and the log says so.
 
-Needs pyarrow, which is optional (`pip install "vit[parquet]"`).
+Needs pyarrow, which is optional (`pip install "vit-classifier[parquet]"`).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         import pyarrow  # noqa: F401
     except ImportError as error:
         raise VitError(
-            "data=parquet needs pyarrow: pip install pyarrow (or vit with its extra: vit[parquet])"
+            'data=parquet needs pyarrow, which is not installed: pip install "vit-classifier[parquet]"'
         ) from error
     if config.root is None:
         raise VitError(f"data=parquet needs data.root=PATH: {LAYOUT}")

@@ -30,7 +30,9 @@ from vit.training import resume, sweep
 from vit.training.config import Config, check_model, load
 from vit.training.messages import Names, explain
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# inside the package where it was installed from a wheel, beside it in a checkout
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 _FULL = "HYDRA_FULL_ERROR"
 
 Task = Callable[[dict[str, Any], list[str]], Any]

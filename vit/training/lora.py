@@ -31,7 +31,7 @@ def add_lora(model: VisionTransformer, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError:
-        raise VitError('lora.rank needs peft, which is not installed: pip install "vit[lora]"') from None
+        raise VitError('lora.rank needs peft, which is not installed: pip install "vit-classifier[lora]"') from None
     inside = {name for name, _ in model.named_modules()}
     for target in config.targets:
         if f"blocks.0.{PLACES[target]}" not in inside:
