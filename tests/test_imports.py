@@ -36,7 +36,8 @@ ROOMS = {
     "model": Room(set(), {"torch"}, set()),
     "pretrained": Room(MODEL | {"data"}, {"torch", "numpy"}, {"timm", "safetensors", "huggingface_hub"}),
     "data": Room(MODEL, {"numpy", "PIL", "torch"}, {"torchvision", "sklearn", "scipy", "pyarrow", "rich"}),
-    "inference": Room(MIDDLE, {"numpy", "PIL"}, {"torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"}),
+    # above explain since a classifier explains its answers
+    "inference": Room(MIDDLE | {"explain"}, {"numpy", "PIL"}, {"torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"}),
     "explain": Room(MIDDLE, {"torch", "numpy", "PIL"}, {"matplotlib", "rich"}),
     "evaluation": Room(UPPER, {"numpy"}, {"torch", "torchmetrics", "matplotlib", "PIL", "rich"}),
     "dashboard": Room(set(), {"numpy", "tensorboard", "werkzeug"}, set()),

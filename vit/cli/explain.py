@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vit.cli import close_stdout
 from vit.cli.classify import progress
-from vit.cli.maps import Folder, class_index
+from vit.cli.maps import Folder
 from vit.cli.viewer import NAME, Viewer, is_page
 from vit.data.decode import printable
 from vit.errors import VitError
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.index:
         folder.own(folder.path / NAME, is_page)  # before the work
     model, description = load_torch(arguments.model, device=arguments.device, reduction=arguments.reduction)
-    from vit.explain.maps import Mapper
+    from vit.explain.maps import Mapper, class_index
     from vit.inference.torch_backend import TorchBackend
 
     target = class_index(arguments.target, description.class_names)

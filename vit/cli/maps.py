@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit.data.decode import printable
-from vit.errors import VitError, nearest
+from vit.errors import VitError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,25 +17,6 @@ if TYPE_CHECKING:
     from vit.inference.sources import Item
 
 _LONGEST = 240  # bytes of a stem: with "-999.png" it is still a file name
-
-
-def class_index(label: str | None, names: Sequence[str]) -> int | None:
-    """The class that `label` names, by its name or, where no class is called so, by its number; None for None.
-
-    Raises `VitError` where there is no such class, or several of that name.
-    """
-    if label is None:
-        return None
-    found = [index for index, name in enumerate(names) if name == label]
-    if len(found) > 1:
-        listed = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
-        raise VitError(f"--target: {len(found)} classes are called {label!r}: give the number ({listed})")
-    if found:
-        return found[0]
-    if label.isascii() and label.isdecimal() and len(label) < 9 and int(label) < len(names):
-        return int(label)
-    hint = f"numbers go from 0 to {len(names) - 1}" if label.isdecimal() else nearest(label, names)
-    raise VitError(f"--target: no class {label!r}; {hint}")
 
 
 class Folder:

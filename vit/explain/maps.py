@@ -1,12 +1,13 @@
 """Maps of many images: computed in batches that fit the memory, written as pictures and arrays.
 
 `Mapper` is one choice of method, class and layer for one model; `save_overlay` and `save_map` write what it gives,
-each file whole or not at all.
+each file whole or not at all; an `Explanation` is what `Classifier.explain` gives of one image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vit.data.preprocess import Preprocessing
-from vit.errors import VitError
+from vit.errors import VitError, nearest
 from vit.explain.methods import CLASS_SPECIFIC, METHODS, check_method, trace
 from vit.explain.record import find, resolve_layer
 from vit.explain.records import Observed, measure, observe
-from vit.explain.render import enlarge, overlay, picture
+from vit.explain.render import OPACITY, enlarge, overlay, panel, picture
 from vit.files import atomic_write
 
 _MEMORY = 1 << 30  # bytes of attention held at once, about
@@ -40,6 +41,61 @@ class Mapped:
     values: np.ndarray
     index: int
     probability: float
+
+
+def class_index(label: str | int | None, names: Sequence[str]) -> int | None:
+    """The class that `label` names, by its name or, where no class is called so, by its number; None for None.
+
+    A whole number is always the number.  Raises `VitError` where there is no such class, or several of that name.
+    """
+    if label is None:
+        return None
+    if isinstance(label, str):
+        found = [index for index, name in enumerate(names) if name == label]
+    else:
+        found, label = [], str(label)
+    if len(found) > 1:
+        listed = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+        raise VitError(f"target: {len(found)} classes are called {label!r}: give the number ({listed})")
+    if found:
+        return found[0]
+    if label.isascii() and label.isdecimal() and len(label) < 9 and int(label) < len(names):
+        return int(label)
+    hint = f"numbers go from 0 to {len(names) - 1}" if label.isdecimal() else nearest(label, names)
+    raise VitError(f"target: no class {label!r}; {hint}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a model attends to in one image; shows itself as a picture in a notebook.
+
+    Attributes
+        map: float32 (rows, columns) of the model's patch grid, at least 0, sum 1.
+        label, index, probability: the class that was asked for, or the predicted one.
+        method: the name of the map's method.
+        image: what the model saw, uint8 (H, W, C), resized and cropped to whole patches.
+    """
+
+    map: np.ndarray
+    label: str
+    index: int
+    probability: float
+    method: str
+    image: np.ndarray
+
+    def overlay(self, opacity: float = OPACITY) -> Image.Image:
+        """The map laid over the image, in RGB; a small image is enlarged.  `opacity` of the map: from 0 to 1."""
+        return overlay(enlarge(picture(self.image)), self.map, opacity)
+
+    def __repr__(self) -> str:
+        rows, columns = self.map.shape
+        return f"Explanation({self.label!r} {self.probability:.1%}, {self.method}, {rows} x {columns} patches)"
+
+    def _repr_png_(self) -> bytes:
+        shown = panel(self.image, self.map, label=self.label, probability=self.probability, method=self.method)
+        file = io.BytesIO()
+        shown.save(file, "PNG")
+        return file.getvalue()
 
 
 class Mapper:

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vit.errors import VitError
+from vit.errors import VitError, printable
 from vit.inference.description import Description
 from vit.inference.processors import available
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from vit.explain.maps import Explanation
 
     Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or why there are none
@@ -60,6 +62,9 @@ class Backend(Protocol):
         """Wait for what is prepared in the background.  Raises `VitError` when it failed; `logits` does so as well."""
 
     def logits(self, images: np.ndarray) -> np.ndarray: ...
+
+    def network(self) -> Any:
+        """The torch module of the same model, in evaluation mode.  Raises `VitError` where its weights are not here."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,9 @@ class Classifier:
             f"Classifier({len(self.description.class_names)} classes, backend={self.backend!r}, device={self.device!r})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_threads", "_network")}
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Normalised images float32 (B, C, H, W) -> logits float32 (B, K).  Raises `VitError` for another shape."""
         expected = (self.description.preprocessing.channels, *self.description.preprocessing.image_size)
@@ -138,6 +146,46 @@ class Classifier:
             return self._backend.logits(images)
         parts = [images[start : start + few] for start in range(0, len(images), few)]
         return np.concatenate(list(self._threads.map(self._backend.logits, parts)))
+
+    def explain(
+        self,
+        image: Input,
+        *,
+        method: str = "rollout",
+        target: str | int | None = None,
+        layer: int | None = None,
+    ) -> Explanation:
+        """Map what the model attends to in an image.  Imports torch, with the ONNX backend too.
+
+        Arguments
+            image: a path, encoded bytes, a Pillow image, or an array (H, W) or (H, W, C).
+            method: one of `vit.explain.METHODS`.
+            target: the class to explain, by name or number; None: the predicted one.
+            layer: as for `vit.explain.explain`.
+
+        Raises `VitError` for an image, method, class or layer that cannot be, and for an ONNX file without weights.
+        """
+        from vit.data.decode import ImageError
+        from vit.explain.maps import Explanation, Mapper, class_index
+
+        d, where = self.description, _path(image)
+        index = class_index(target, d.class_names)
+        mapper = Mapper(
+            self._network, d.preprocessing, method=method, target=index, layer=layer, temperature=d.temperature
+        )
+        pixels = self._prepare(image)
+        if isinstance(pixels, str):
+            raise ImageError(pixels, where and printable(where))
+        (mapped,) = mapper.maps([pixels])
+        if mapped is None:
+            raise ImageError(NO_NUMBER, where and printable(where))
+        label = d.class_names[mapped.index]
+        return Explanation(mapped.values, label, mapped.index, mapped.probability, method, mapper.seen(pixels))
+
+    @functools.cached_property
+    def _network(self) -> Any:
+        """The torch module, for what a session does not give away."""
+        return self._backend.network()
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -9,11 +9,12 @@ Notable
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.onnx_file import read_outline
 from vit.inference.processors import available
+
+if TYPE_CHECKING:
+    from vit.model import VisionTransformer
 
 INPUT, OUTPUT, ROLLOUT, METADATA_KEY = "image", "logits", "rollout", "vit"
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
@@ -103,7 +107,8 @@ def session_description(session: Any, path: str | os.PathLike[str]) -> Descripti
 class OnnxBackend:
     """Runs a session: float32 (B, C, H, W) -> logits float32 (B, K).
 
-    The session is built in the background; whatever is wrong with it is raised, as `VitError`, by `ready`.
+    The session is built in the background; whatever is wrong with it is raised, as `VitError`, by `ready`.  Pickled, it
+    is the path of its file and its description: the file is opened again where it is unpickled.
     """
 
     name = "onnx"
@@ -113,7 +118,7 @@ class OnnxBackend:
         self, path: str | os.PathLike[str], description: Description | None = None, *, many: bool = False
     ) -> None:
         """`many`: the images are more than the processors, so that each is computed by one, the others meanwhile."""
-        self._path = _checked(path)
+        self._path, self._many = _checked(path), many
         threads = 1 if many else available()
         self.at_once = available() if many else min(4, available())
         outline = _outline(self._path)
@@ -130,6 +135,10 @@ class OnnxBackend:
         own = described(metadata, path)
         self.description = description or own
         self._session: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a session cannot be pickled, its file can be opened again, wherever the other process works
+        return functools.partial(OnnxBackend, many=self._many), (self._path.absolute(), self.description)
 
     def ready(self) -> None:
         """Wait until the session is there.  Raises `VitError` when the file is not the model it should be."""
@@ -151,3 +160,15 @@ class OnnxBackend:
     def logits(self, images: np.ndarray) -> np.ndarray:
         self.ready()
         return self._session.run([OUTPUT], {INPUT: images})[0]
+
+    def network(self) -> VisionTransformer:
+        """The torch module of the bundle that the file lies in, or of the weights in the file itself, on the CPU.
+
+        Raises `VitError` where torch cannot read them.
+        """
+        from vit.inference.bundle import ONNX, WEIGHTS
+        from vit.inference.loading import load_torch
+
+        folder = self._path.parent
+        bundled = self._path.name == ONNX and (folder / WEIGHTS).is_file()
+        return load_torch(folder if bundled else self._path, device="cpu")[0]

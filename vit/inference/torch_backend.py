@@ -27,6 +27,9 @@ class TorchBackend:
     def ready(self) -> None:
         """Nothing to wait for."""
 
+    def network(self) -> VisionTransformer:
+        return self.model
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             try:
