@@ -37,7 +37,9 @@ ROOMS = {
     "pretrained": Room(MODEL | {"data"}, {"torch", "numpy"}, {"timm", "safetensors", "huggingface_hub"}),
     "data": Room(MODEL, {"numpy", "PIL", "torch"}, {"torchvision", "sklearn", "scipy", "pyarrow", "rich"}),
     # above explain since a classifier explains its answers
-    "inference": Room(MIDDLE | {"explain"}, {"numpy", "PIL"}, {"torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"}),
+    "inference": Room(
+        MIDDLE | {"explain"}, {"numpy", "PIL"}, {"torch", "onnx", "onnxruntime", "safetensors", "huggingface_hub"}
+    ),
     "explain": Room(MIDDLE, {"torch", "numpy", "PIL"}, {"matplotlib", "rich"}),
     "evaluation": Room(UPPER, {"numpy"}, {"torch", "torchmetrics", "matplotlib", "PIL", "rich"}),
     "dashboard": Room(set(), {"numpy", "tensorboard", "werkzeug"}, set()),

@@ -28,8 +28,8 @@ def test_an_explanation_is_what_the_command_saves(classifier, small_bundle, phot
     for method, target in (("rollout", None), ("relevance", "größe"), ("legrad", 1)):
         out = tmp_path / method
         typed = [] if target is None else ["--target", str(target)]
-        arguments = ["explain", small_bundle, photographs[3], "--output", out, "--save-maps", "--method", method, *typed]
-        assert main([str(each) for each in arguments]) == 0
+        arguments = ["explain", small_bundle, photographs[3], "--output", out, "--save-maps", "--method", method]
+        assert main([str(each) for each in [*arguments, *typed]]) == 0
         saved = np.load(out / "03.npz")
         found = classifier.explain(photographs[3], method=method, target=target)
         np.testing.assert_array_equal(found.map, saved["map"])
