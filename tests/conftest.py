@@ -1,16 +1,21 @@
-"""Fixtures for every room: a small model on disk, and real images."""
+"""For all tests: a limit to their time, a process that is left as it was found, a small model, real images."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
+import logging
 import os
-from collections.abc import Iterator
+import random
+import signal
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # one process a core: threads of their own would only wait for each other.  Read when the libraries are loaded
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One process a core: threads of their own would only wait for each other, and sums depend on how many there are.
+# Read when the libraries are loaded, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -23,6 +28,64 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 SAMPLE = Path(os.environ.get("VIT_IMAGE_SAMPLE", Path(__file__).parents[2] / "shared/data/imagenet_sample"))
+
+SLOW_SECONDS = 3600
+"""The time limit of a test marked `slow`; that of all others is in pyproject.toml."""
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_stderr] = os.dup(2)  # not yet captured, as it is while a test runs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process, every thread's stack printed, when a test does not hear the signal of pytest-timeout.
+
+    Compiled code that never returns to Python does not.  xdist starts another process for the tests that follow.
+    """
+    marker = item.get_closest_marker("timeout")
+    limit = float(marker.args[0] if marker else item.config.getoption("timeout") or item.config.getini("timeout"))
+    faulthandler.dump_traceback_later(limit + 60, exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def same_process() -> Iterator[None]:
+    """Leave the process as it was found, and its random numbers at their start: tests run in any order."""
+    torch = sys.modules.get("torch")
+    logger = logging.getLogger("vit")
+    environment, folder, arguments, path = dict(os.environ), os.getcwd(), sys.argv, list(sys.path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging_of_vit = list(logger.handlers), logger.level, logger.propagate
+    random.seed(0)
+    np.random.seed(0)
+    if torch is not None:
+        threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        torch.manual_seed(0)
+    yield
+    if torch is not None:
+        torch.set_num_threads(threads)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)
+    logger.handlers[:], level, logger.propagate = logging_of_vit
+    logger.setLevel(level)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.argv, sys.path[:] = arguments, path
+    os.chdir(folder)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment.items() - os.environ.items())
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,7 @@ def test_many_paths_in_little_memory(small_bundle, photographs):
             capture_output=True,
             env=ENVIRONMENT,
             check=True,
+            timeout=300,
         )
         assert done.stdout.count(b"\n") == count
         peaks.append(int(done.stderr))
@@ -227,6 +228,7 @@ def test_a_full_disk_behind_standard_output(small_bundle, photographs):
             stdout=full,
             stderr=subprocess.PIPE,
             env=ENVIRONMENT,
+            timeout=300,
         )
     assert done.returncode == 2
     assert done.stderr == b"vit: cannot write the results: No space left on device\n"

@@ -510,6 +510,7 @@ def test_many_images_in_little_memory(small_bundle, photographs, tmp_path):
             capture_output=True,
             env=ENVIRONMENT,
             check=True,
+            timeout=300,
         )
         assert len(os.listdir(tmp_path / str(count))) == count + 1
         peaks.append(int(done.stderr.splitlines()[-1]))
@@ -564,6 +565,7 @@ def test_a_full_disk_behind_standard_output(small_bundle, photographs, tmp_path)
             stdout=full,
             stderr=subprocess.PIPE,
             env=ENVIRONMENT,
+            timeout=300,
         )
     assert done.returncode == 2
     assert done.stderr == b"vit: cannot write the results: No space left on device\n"

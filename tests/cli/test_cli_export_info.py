@@ -153,6 +153,7 @@ def test_a_full_disk_behind_standard_output(small_bundle, tmp_path, arguments):
             stderr=subprocess.PIPE,
             cwd=tmp_path,
             env=ENVIRONMENT,
+            timeout=300,
         )
     assert done.returncode == 2
     assert done.stderr == b"vit: cannot write to standard output: No space left on device\n"

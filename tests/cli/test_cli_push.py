@@ -100,7 +100,7 @@ def test_a_run_arrives_byte_by_byte_and_is_used_from_there(hub, environment, run
         "model = timm.create_model('hf-hub:me/arrives', pretrained=True).eval()\n"
         "torch.save(model(torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)).detach(), sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "logits"], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code, tmp_path / "logits"], env=environment, check=True, timeout=300)
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
     model, _ = load_torch(bundle, device="cpu")
     with torch.no_grad():

@@ -106,6 +106,7 @@ def test_a_count_is_shown_to_a_person_and_only_on_standard_error(small_bundle, p
         stderr=theirs,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "xterm"},
         check=True,
+        timeout=300,
     )
     os.close(theirs)
     seen = os.read(ours, 100_000)

@@ -23,6 +23,7 @@ def imported(code: str, *arguments: object) -> set[str]:
         text=True,
         env=ENVIRONMENT,
         check=True,
+        timeout=300,
     )
     return set(done.stderr.split("MODULES ")[-1].split())
 
@@ -63,7 +64,11 @@ def test_every_public_name_is_there():
     code = "import vit\nfor name in vit.__all__:\n    assert getattr(vit, name) is not None and name in dir(vit)"
     assert "torch" in imported(code)
     done = subprocess.run(
-        [sys.executable, "-c", "import vit; vit.nothing"], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-c", "import vit; vit.nothing"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
     )
     assert "module 'vit' has no attribute 'nothing'" in done.stderr
 
@@ -79,6 +84,7 @@ def modules_of(*arguments: object) -> set[str]:
         text=True,
         env=plain,
         check=True,
+        timeout=300,
     )
     return set(done.stderr.split("MODULES ")[-1].split())
 
@@ -117,6 +123,7 @@ def test_numpy_starts_no_threads(small_bundle, photographs):
             text=True,
             env={**plain, **given},
             check=True,
+            timeout=300,
         )
         assert done.stderr.split("MODULES ")[-1].strip() == wanted
 
@@ -128,7 +135,7 @@ def test_the_process_leaves_with_everything_written(small_bundle, photographs, t
 
     def vit(*arguments):
         command = [sys.executable, "-m", "vit", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
     done = vit("classify", small_bundle, photographs[0], "--format", "csv")
     assert done.returncode == 0

@@ -259,7 +259,7 @@ def test_the_entry_point_is_the_loader_and_loads_lightly() -> None:
         "heavy = {'torch', 'lightning', 'tensorflow', 'PIL', 'werkzeug', 'tensorboard.backend'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 

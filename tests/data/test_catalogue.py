@@ -383,5 +383,5 @@ def test_nothing_heavy_is_imported():
         "heavy = [m for m in ('torch', 'torchvision', 'sklearn', 'pyarrow', 'timm', 'hydra') if m in sys.modules]; "
         "print(light, heavy)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[] []"

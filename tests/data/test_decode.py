@@ -136,7 +136,7 @@ def test_odd_metadata_is_not_worth_a_warning(picture, encoded, tmp_path):
     data = encoded(picture(16, 16))
     (tmp_path / "a.jpg").write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + data[2:])
     code = f"from vit.data.decode import decode; print(decode({str(tmp_path / 'a.jpg')!r}, channels=3).size)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert (done.stdout.strip(), done.stderr) == ("(16, 16)", "")
 
 

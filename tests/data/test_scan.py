@@ -160,7 +160,7 @@ def test_all_of_it_in_parallel(cache):
 
     def look(i):
         if i in (0, 64):  # the first of two tasks: they can only meet if two threads are at work
-            barrier.wait()
+            barrier.wait(20)
         threads.add(threading.get_ident())
         if i % 100 == 7:
             raise ImageError("number seven")

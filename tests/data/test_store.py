@@ -171,7 +171,7 @@ def test_killed_while_decoding_it_goes_on(files, root, decoded):
             break
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     process.stderr.close()
     opened = open_store(split_of(files), WHOLE, root, "data")
     assert 0 < len(decoded) < COUNT

@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import pickle
 import signal
-import time
-from multiprocessing import resource_tracker
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -229,22 +229,54 @@ def test_workers_outlive_ctrl_c(split) -> None:
     loader.close()
 
 
+FRESH = """
+import glob, multiprocessing, os, signal, sys, time
+from multiprocessing import resource_tracker
+import numpy as np
+from vit.data.dataset import FileImages, Split
+from vit.data.preprocess import Preprocessing
+from vit.data.streaming import StreamingEvalLoader
+
+folder, context, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+kind = multiprocessing.get_context(context).Process
+start = kind.start
+
+def start_and_interrupt(process):
+    start(process)
+    for _ in range(50):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.001)
+
+kind.start = start_and_interrupt
+paths = sorted(glob.glob(folder + "/*.png"))
+split = Split(labels=np.zeros(len(paths)), images=FileImages(paths), channels=3)
+size = Preprocessing(image_size=(16, 20), channels=3, interpolation="bilinear")
+loader = StreamingEvalLoader(split, size, 2, workers=workers, context=context)
+seen = sum(len(batch.index) for batch in loader)
+loader.close()
+print(seen, resource_tracker._resource_tracker._pid is not None, flush=True)
+os._exit(0)
+"""
+
+
+def in_a_new_process(split, context: str, workers: int) -> list[str]:
+    """How many images came, and whether multiprocessing's resource tracker was started for them.
+
+    Here it may run already, started by another test, and it ends only after every process that holds its pipe.
+    """
+    command = [sys.executable, "-c", FRESH, os.path.dirname(split.name(0)), context, str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
 @pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
-def test_workers_outlive_ctrl_c_while_they_start(split, monkeypatch, context) -> None:
-    resource_tracker._resource_tracker._stop()  # as in a new process: whoever starts it lets signals through again
-    kind = multiprocessing.get_context(context).Process
-    start = kind.start
+def test_workers_outlive_ctrl_c_while_they_start(split, context) -> None:
+    assert in_a_new_process(split, context, workers=2) == ["23", str(context != "fork")]
 
-    def start_and_interrupt(process) -> None:
-        start(process)
-        for _ in range(50):
-            os.kill(process.pid, signal.SIGINT)
-            time.sleep(0.001)
 
-    monkeypatch.setattr(kind, "start", start_and_interrupt)
-    loader = StreamingEvalLoader(split, SIZE, 2, workers=2, context=context)
-    assert sum(len(batch.index) for batch in loader) == 23
-    loader.close()
+def test_without_workers_no_process_starts(split) -> None:
+    assert in_a_new_process(split, "spawn", workers=0) == ["23", "False"]
 
 
 def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> None:
@@ -262,13 +294,6 @@ def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> Non
     monkeypatch.undo()
     assert sum(len(batch.index) for batch in loader) == 23  # nothing is left of the attempt
     loader.close()
-
-
-def test_without_workers_no_process_starts(split) -> None:
-    resource_tracker._resource_tracker._stop()
-    loader = StreamingEvalLoader(split, SIZE, 2, workers=0, context="spawn")
-    assert sum(len(batch.index) for batch in loader) == 23
-    assert resource_tracker._resource_tracker._pid is None
 
 
 def test_how_many_workers(monkeypatch) -> None:

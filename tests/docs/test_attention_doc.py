@@ -6,7 +6,6 @@ import ast
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +29,6 @@ def examples() -> list[Example]:
     return [
         Example(TEXT[: m.start()].count("\n") + 2, m[1], m[3] or "", m[2] is not None) for m in pattern.finditer(TEXT)
     ]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-    torch.set_num_threads(before)
 
 
 def lines(text: str) -> list[str]:
@@ -75,13 +64,13 @@ def test_every_block_is_found_with_what_it_prints():
         assert ("print(" in block.code) == bool(block.printed), f"{PAGE.name}, line {block.line}"
 
 
-def test_the_blocks_before_training_print_what_the_page_shows(one_thread):
+def test_the_blocks_before_training_print_what_the_page_shows():
     blocks = examples()
     run(blocks[: [block.varies for block in blocks].index(True)])
 
 
 @pytest.mark.slow
-def test_every_block_prints_what_the_page_shows(one_thread):
+def test_every_block_prints_what_the_page_shows():
     """With the training of step 11: some twenty seconds."""
     run(examples())
 

@@ -45,7 +45,8 @@ def test_every_command_runs(place, text):
         written = command.replace("MODEL", RUN)
         if "|" in command:
             inside = written.replace("vit ", f"{sys.executable} -m vit ")
-            subprocess.run(inside, shell=True, check=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"})
+            environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+            subprocess.run(inside, shell=True, check=True, env=environment, timeout=300)
         else:
             assert main(shlex.split(written)[1:]) == 0, command
         if "--output maps" in command or "--explain maps" in command:
@@ -70,7 +71,12 @@ def test_the_page_names_every_method_and_option():
     table = EXPLAIN[EXPLAIN.index("## The methods") : EXPLAIN.index("For a first look")]
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(METHODS)
     help_text = subprocess.run(
-        [sys.executable, "-m", "vit", "explain", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "vit", "explain", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     ).stdout
     for option in set(re.findall(r"--[a-z-]+", help_text)) - {"--help", "--recursive"}:
         assert f"`{option}" in EXPLAIN, option

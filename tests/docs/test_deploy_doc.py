@@ -216,6 +216,7 @@ def test_the_container_gets_the_repository(exported, tmp_path):
         capture_output=True,
         text=True,
         check=True,
+        timeout=300,
     )
     words = done.stdout.splitlines()
     here, _, there = words[words.index("-v") + 1].partition(":")

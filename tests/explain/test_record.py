@@ -42,13 +42,8 @@ both_paths = pytest.mark.parametrize("gradients", [False, True], ids=["beside", 
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def nothing_compiled() -> None:
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(before)
 
 
 def state_of(model: nn.Module) -> list[Any]:

@@ -107,7 +107,9 @@ def test_a_failure_leaves_the_earlier_bundle_and_nothing_else(tmp_path, monkeypa
 def test_a_really_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, timeout=300
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         model, description = make(width=128)
@@ -115,7 +117,7 @@ def test_a_really_full_disk(tmp_path):
             write_bundle(disk / "model", model, description)
         assert os.listdir(disk) == []
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", disk], check=True, timeout=300)
 
 
 def test_a_folder_with_other_things_is_never_replaced(tmp_path):

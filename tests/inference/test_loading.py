@@ -153,7 +153,7 @@ def test_what_does_not_look_like_a_name_costs_no_import_of_timm():
         "    try: locate(name)\n    except VitError as error: assert 'expected a run folder' in str(error), error\n"
         "print(*{'timm', 'torch'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == ""
 
 

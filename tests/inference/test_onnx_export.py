@@ -204,5 +204,5 @@ def test_it_runs_where_there_is_no_torch(tmp_path):
         "from vit.inference.onnx_backend import OnnxBackend\n"
         f"print(OnnxBackend({str(tmp_path / 'x.onnx')!r}).logits(np.zeros((4, 3, 24, 24), np.float32)).shape)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout == "(4, 3)\n"

@@ -39,7 +39,9 @@ def test_a_process_that_has_only_torch_gets_logits_and_description(tmp_path):
         "logits = torch.cat([program(images[:1]), program(images[1:])])\n"
         "numpy.save('logits.npy', logits.detach().numpy()); print(extra['vit.json'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
+    )
     assert Description.from_dict(json.loads(done.stdout)) == description
     with torch.no_grad():
         wanted = model(torch.from_numpy(given)).numpy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,15 +21,6 @@ from vit.model import VisionTransformer
 from vit.pretrained.architecture import read_architecture
 
 SMALL: dict[str, Any] = dict(img_size=16, patch_size=8, num_classes=3, embed_dim=24, depth=2, num_heads=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def shaken(model: Any) -> Any:

@@ -11,7 +11,6 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,6 @@ TOLERANCE = 1e-4
 """Of the largest logit."""
 PARTS = 4
 """The names are shared out, so that several processes can take their part."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def build(name: str, **changes: Any) -> Any:

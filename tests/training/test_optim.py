@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,6 @@ from torch import nn
 from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.training.optim import Muon, build_optimizer, layer_of, orthogonalise, parameter_groups
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def with_singular_values(values: torch.Tensor, rows: int, columns: int, seed: int) -> torch.Tensor:

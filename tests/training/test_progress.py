@@ -64,7 +64,7 @@ class Terminal:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self._shown = bytearray()
-        self._thread = threading.Thread(target=self._read)
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
@@ -74,7 +74,7 @@ class Terminal:
 
     def close(self) -> str:
         os.close(self.slave)
-        self._thread.join()
+        self._thread.join(60)
         os.close(self.master)
         return self._shown.decode()
 
