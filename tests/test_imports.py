@@ -65,6 +65,7 @@ ROOMS = {
 # files that are allowed more, or less, than their room
 FILES: dict[str, tuple[set[str], set[str]]] = {
     "data/decode.py": ({"numpy", "PIL"}, set()),
+    "data/filetype.py": (set(), {"PIL", "pillow_heif"}),
     "data/preprocess.py": ({"numpy", "PIL"}, set()),
     "inference/torch_backend.py": ({"numpy", "torch"}, {"safetensors"}),
     "inference/weights.py": ({"torch"}, {"safetensors"}),

@@ -6,12 +6,14 @@ import argparse
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vit.cli import close_stdout
 from vit.cli.output import FORMATS, formatter, open_output
-from vit.errors import VitError
+from vit.data.walk import describe
+from vit.errors import VitError, printable
 from vit.inference.classifier import Prepared
 from vit.inference.loading import load, load_torch
 from vit.inference.sources import paths
@@ -30,28 +32,40 @@ def run(arguments: argparse.Namespace) -> int:
     ending = os.path.splitext(arguments.output or "")[1].lower()
     lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
-    sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels)
+    passed_over, errors = Counter[str](), Counter[str]()
+    sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels, passed_over=passed_over)
     explain = _explainer(arguments) if arguments.explain is not None else None
     batches = classifier.answered(sources, arguments.top_k, arguments.batch_size)
-    done = failed = 0
+    done = 0
     try:
         with open_output(arguments.output) as output, progress(to_terminal=_shows(output)) as advance:
             for rows, results in batches:
                 for result in results:
                     output.write(((lines.head() if done == 0 else "") + lines.row(result)).encode())
                     output.flush()
-                    done, failed = done + 1, failed + (result.error is not None)
+                    done += 1
+                    if result.error is not None:
+                        errors[result.error] += 1
                     advance()
                 if explain is not None:
                     explain(rows)
     except BrokenPipeError:  # the reader has seen enough, as `head` does
         close_stdout()
-        return int(failed > 0)
+        return int(bool(errors))
     except OSError as error:
         raise VitError(f"cannot write the results: {error.strerror or error}") from error
-    if failed:
-        print(f"vit: {failed} of {done} inputs could not be used; their rows say why", file=sys.stderr)
-    return int(failed > 0)
+    report(passed_over)
+    if errors:
+        [(reason, count)] = errors.most_common(1)
+        most = f" (of {count}: {printable(reason)})" if count > 1 else ""
+        print(f"vit: {errors.total()} of {done} inputs could not be used; their rows say why{most}", file=sys.stderr)
+    return int(bool(errors))
+
+
+def report(passed_over: Counter[str]) -> None:
+    """Say on standard error what folders hold that is no image."""
+    if passed_over:
+        print(f"vit: passed over: {describe(passed_over)}", file=sys.stderr)
 
 
 def _explainer(arguments: argparse.Namespace) -> Callable[[Sequence[Prepared]], None]:

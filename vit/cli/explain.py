@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit.cli import close_stdout
-from vit.cli.classify import progress
+from vit.cli.classify import progress, report
 from vit.cli.maps import Folder
 from vit.cli.viewer import NAME, Viewer, is_page
 from vit.data.decode import printable
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     viewer = Viewer(mapper, description.class_names, arguments.model, arguments.index)
     work = _Work(folder, mapper, viewer, description.class_names, arguments.save_maps)
-    sources = paths(arguments.sources, recursive=arguments.recursive, channels=description.preprocessing.channels)
+    passed_over, channels = Counter[str](), description.preprocessing.channels
+    sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels, passed_over=passed_over)
     batches = Classifier(TorchBackend(model, description)).prepared(folder.others(sources), arguments.batch_size)
     with progress(to_terminal=sys.stdout.isatty()) as advance:
         for rows in batches:
@@ -61,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             advance(len(rows))
     if len(viewer):
         viewer.write(folder.own(folder.path / NAME, is_page))
+    report(passed_over)
     work.report(page=folder.path / NAME if len(viewer) else None)
     return int(work.failed > 0)
 

@@ -17,15 +17,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
 from vit.data.assemble import listing
 from vit.data.dataset import SPLITS, ImageData, Split
 from vit.data.draws import shuffled
+from vit.data.filetype import UNDECODED
 from vit.data.parallel import for_each
 from vit.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing
 from vit.data.splits import cap
+from vit.data.walk import describe
 from vit.errors import VitError, nearest
 from vit.options import convert, keys, option, unknown
 
@@ -191,21 +194,24 @@ def _match(data: ImageData, class_names: list[str]) -> ImageData:
     if data.class_names == class_names:
         return data
     present = np.sum(list(data.counts().values()), axis=0)
-    used = [name for k, name in enumerate(data.class_names) if present[k]]
-    unknown = [name for name in used if name not in class_names]
+    # an accent may be a letter's own or one behind it: names of either kind are the same
+    named = [normalize("NFC", name) for name in data.class_names]
+    modelled = [normalize("NFC", name) for name in class_names]
+    used = [name for k, name in enumerate(named) if present[k]]
+    unknown = [name for name in used if name not in modelled]
     if unknown:
-        missing = [name for name in class_names if name not in used]
+        missing = [name for name in modelled if name not in used]
         raise VitError(
             f"the classes of data={data.name} do not match the model's: the model does not know {listing(unknown)}"
             + (f"; the data does not have {listing(missing)}" if missing else "")
         )
-    twice = [name for name in used if class_names.count(name) > 1]
+    twice = [name for name in used if modelled.count(name) > 1]
     if twice:
         raise VitError(
             f"the model has several classes called {listing(twice)}: data={data.name} cannot be matched by name"
         )
-    position = {name: k for k, name in enumerate(class_names)}
-    table = np.array([position.get(name, -1) for name in data.class_names], dtype=np.int64)
+    position = {name: k for k, name in enumerate(modelled)}
+    table = np.array([position.get(name, -1) for name in named], dtype=np.int64)
     for split in data.splits.values():
         split.labels = table[split.labels]
         if split.object_labels is not None:
@@ -223,6 +229,20 @@ def _report(data: ImageData) -> None:
             log.warning("%s: no %s images of %s; labels are not affected", data.name, name, listing(absent))
     sizes = ", ".join(f"{len(data.splits[name]):,} {name}" for name in SPLITS)
     log.info("%s: %s images in %d classes", data.name, sizes, len(data.class_names))
+    log.info("%s: %s", data.name, _class_sizes(data.class_names, np.sum(list(counts.values()), axis=0)))
+    if data.passed_over:
+        lost = any(kind in UNDECODED for kind in data.passed_over)
+        log.log(logging.WARNING if lost else logging.INFO, "passed over: %s", describe(data.passed_over))
+
+
+def _class_sizes(names: Sequence[str], counts: np.ndarray, most: int = 10) -> str:
+    """The classes with their numbers of images; of many, the first ones, the smallest and the largest."""
+    if len(names) <= most:
+        order, words = list(range(len(names))), [""] * len(names)
+    else:
+        order = [*range(most - 3), int(counts.argmin()), int(counts.argmax())]
+        words = [""] * (most - 3) + ["..., fewest: ", "most: "]
+    return ", ".join(f"{word}{names[k]!r} {counts[k]:,}" for k, word in zip(order, words, strict=True))
 
 
 def statistics(split: Split, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -201,6 +201,7 @@ class ImageData:
         class_names: the one class map; label k means class_names[k] in every split.
         splits: "train", "val", "test"; the last two may be empty, none is ever absent.
         bad_files: (path, reason) of every file left out of every split.
+        passed_over: how many files and folders of it were not taken for images of a class, by kind.
         source: plain JSON; `DataConfig.from_dict(source)` reopens the same data.
         channels: what images are decoded to.
     """
@@ -209,6 +210,7 @@ class ImageData:
     class_names: list[str]
     splits: dict[str, Split]
     bad_files: list[tuple[str, str]] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     channels: int = 3
 

@@ -29,6 +29,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vit.data.filetype import HEAD, UNDECODED, content_kind, decodable, load_heif
 from vit.errors import VitError
 from vit.errors import printable as printable  # for those who read images and speak of their files
 
@@ -54,8 +55,7 @@ _UPRIGHT = {  # EXIF orientation -> what makes the image upright (EXIF 2.32, tag
 _SIDEWAYS = (5, 6, 7, 8)
 _COMMON = {".bmp", ".gif", ".jpeg", ".jpg", ".png"}
 # Formats that Pillow recognises by name only, for programs that bring a decoder of their own
-_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC", "PDF"}
-_NPY_MAGIC = b"\x93NUMPY"
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC", "PDF"}
 
 
 class ImageError(VitError):
@@ -78,7 +78,7 @@ def extensions(channels: int = 3) -> frozenset[str]:
     """The lower-case file name extensions taken for images.  Loads all of Pillow's readers."""
     Image.init()
     known = Image.registered_extensions().items()
-    found = {ext for ext, kind in known if kind in Image.OPEN and kind not in _NOT_DECODED}
+    found = {ext for ext, kind in known if kind in Image.OPEN and kind not in NOT_DECODED}
     return frozenset(found if channels in (1, 3) else found | {".npy"})
 
 
@@ -179,18 +179,27 @@ def _read(
     file: BinaryIO, channels: int, target: tuple[int, int] | None
 ) -> tuple[Image.Image | np.ndarray, tuple[int, int]]:
     """The decoded image, and its upright size (H, W) in the file."""
-    if file.read(len(_NPY_MAGIC)) == _NPY_MAGIC:
-        file.seek(0)
+    head = file.read(HEAD)
+    kind = content_kind(head, str(getattr(file, "name", "")))
+    file.seek(0)
+    if kind == "NumPy file":
         try:
             array = np.load(file, allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ImageError(f"damaged .npy file: {error}") from error
         return _from_array(array, channels), (array.shape[0], array.shape[1])
-    file.seek(0)
+    if kind == "HEIC file" and decodable(kind):
+        load_heif()
+    if kind == "RAW file":  # Pillow would give the small preview in it
+        raise ImageError(f"{kind}: {UNDECODED[kind]}")
     try:
         image = Image.open(file)
     except UnidentifiedImageError as error:
-        raise ImageError("not an image, or damaged at its beginning") from error
+        if kind in UNDECODED:
+            reason = f"{kind}: {UNDECODED[kind]}" if not decodable(kind) else f"damaged {kind}"
+        else:
+            reason = "not an image, or damaged at its beginning" + (f" ({kind})" if kind not in (None, "image") else "")
+        raise ImageError(reason) from error
     except Exception as error:
         raise ImageError(_fault(error, "image")) from error
     try:

@@ -3,7 +3,10 @@
 Notable:
 - One class map: the sorted names of the training folders.  A class that a later split lacks shifts nothing; a class
   that only a later split has is an error, because nothing could be learned of it.
-- Names of any encoding work; class names become valid Unicode (odd bytes as backslash escapes).
+- Names of any encoding work; class names become valid Unicode (odd bytes as backslash escapes) in its composed form
+  (NFC), so that no two classes print the same.
+- Each real folder is in one class at most, and whatever is no image of a class is counted (`vit.data.walk`).
+- Splits go by many names; where it is not plain whether a folder is a split or a class, it is refused.
 - Whatever the layout, what the person gets to read is what was found and what was expected.
 """
 
@@ -11,13 +14,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 from vit.data.assemble import assemble, listing
 from vit.data.dataset import SPLITS, FileImages, ImageData
-from vit.data.decode import extensions, printable
+from vit.data.decode import printable
+from vit.data.filetype import BROKEN_LINK, NOT_READ
 from vit.data.scan import scan_files
+from vit.data.walk import Listing, Walk, describe
+from vit.data.walk import listing as list_folder
 from vit.errors import VitError
 
 if TYPE_CHECKING:
@@ -25,10 +33,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vit")
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""What folders of splits are called, in capitals or not, and with or without "set" behind."""
 LAYOUT = "expected one folder a class (ROOT/cat/*.jpg, ROOT/dog/*.jpg), or those inside ROOT/train, ROOT/val, ROOT/test"
-
-_SPLIT_OF = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
+_NO_LABEL = "image without a label"
 
 
 def folder(config: DataConfig, class_names: list[str] | None) -> ImageData:
@@ -37,26 +54,30 @@ def folder(config: DataConfig, class_names: list[str] | None) -> ImageData:
         raise VitError(f"data=folder needs data.root=FOLDER: {LAYOUT}")
     root = os.path.abspath(config.root)
     shown = printable(config.root)
-    inside, loose = _look(root)
-    if _is_split(root, inside):
-        found = _splits(root, inside)
+    walk = Walk(config.channels, say=log.info)
+    inside = _list(root)
+    found = _splits(root, inside.folders, walk, {normalize("NFC", name) for name in class_names or ()})
+    if found:
         if "train" not in found and class_names is None:
             raise VitError(f"{shown} has {' and '.join(sorted(found))} but no train folder: {LAYOUT}")
-        classes = {split: class_files(path, config, strict=split == "train") for split, path in found.items()}
+        _count_loose(root, inside, walk)
+        classes = {split: class_files(path, walk, strict=split == "train") for split, path in found.items()}
         for split in [split for split in classes if not classes[split]]:
             # often a test set to hand in: images without labels
             log.warning("%s holds no labelled images; as if it were not there", printable(found[split]))
             del classes[split]
     else:
-        if not inside and loose:
+        classes = {"train": class_files(root, walk, strict=True)}
+        if not classes["train"] and walk.passed_over[_NO_LABEL]:
             raise VitError(f"{shown} holds images but no class folders, so they have no labels: {LAYOUT}")
-        classes = {"train": class_files(root, config, strict=True)}
     if not any(classes.values()):
-        raise VitError(f"{shown} holds no images: {LAYOUT}")
+        raise VitError(f"{shown} holds no images{_aside(walk)}: {LAYOUT}")
     files = {split: _flatten(by_class) for split, by_class in classes.items()}
     if sum(len(paths) for paths, _ in files.values()) == 1 and class_names is None:
-        raise VitError(f"{shown} holds one image only: nothing can be learned from it")
-    return from_files("folder", files, config, class_names, where=shown)
+        raise VitError(f"{shown} holds one image only{_aside(walk)}: nothing can be learned from it")
+    data = from_files("folder", files, config, class_names, where=shown)
+    data.passed_over = dict(walk.passed_over)
+    return data
 
 
 def from_files(
@@ -85,84 +106,151 @@ def from_files(
     )
 
 
-def _look(path: str) -> tuple[list[str], int]:
-    """The names of the folders in `path`, sorted, and the number of image files directly in it."""
+def _list(path: str) -> Listing:
+    """What is directly in `path`.  Raises `VitError`."""
     try:
-        with os.scandir(path) as entries:
-            seen = [(e.name, e.is_dir()) for e in entries if not _hidden(e.name)]
+        return list_folder(path)
     except FileNotFoundError as error:
         raise VitError(f"data.root={printable(path)}: no such folder") from error
     except NotADirectoryError as error:
         raise VitError(f"data.root={printable(path)} is a file: {LAYOUT}") from error
     except OSError as error:
-        raise VitError(f"{printable(path)} cannot be read: {error.strerror or error}") from error
-    known = extensions()
-    loose = sum(not is_dir and os.path.splitext(name)[1].lower() in known for name, is_dir in seen)
-    return sorted(name for name, is_dir in seen if is_dir), loose
+        raise _unreadable(error) from error
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def _unreadable(error: OSError) -> VitError:
+    return VitError(f"{printable(error.filename)} cannot be read: {error.strerror or error}")
 
 
-def _is_split(root: str, inside: list[str]) -> bool:
-    """Whether these folders are splits, not classes: a split holds class folders, a class (even "train") images."""
-    if "train" in inside:
-        return bool(_look(os.path.join(root, "train"))[0])
-    return bool(inside) and all(name in _SPLIT_OF and _look(os.path.join(root, name))[0] for name in inside)
+def _aside(walk: Walk) -> str:
+    return f" (passed over: {describe(walk.passed_over)})" if walk.passed_over else ""
 
 
-def _splits(root: str, inside: list[str]) -> dict[str, str]:
+def _split_of(name: str) -> str | None:
+    return SPLIT_NAMES.get(name.casefold().removesuffix("set").rstrip(" _-"))
+
+
+def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> dict[str, str]:
+    """The folder of each split; none where the folders are classes.  A split holds class folders, a class images.
+
+    Args:
+        inside: the names of the folders in `root`.
+        known: the classes of the model, if there is one: such a folder is that class.
+
+    Raises:
+        VitError: where the folders may be either, or there are two for a split.
+    """
+    named = [(name, split) for name in inside if (split := _split_of(name))]
+    nested = [name for name, _ in named if _list(os.path.join(root, name)).folders]
+    others = [name for name in inside if not _split_of(name)]
+    flat = [name for name, split in named if name not in nested and normalize("NFC", name) not in known]
+    shown = printable(root)
+    if not nested:
+        # a class may well be called "train", but not all of them are, nor is "test" one
+        if doubtful := flat if not others else [name for name in flat if _split_of(name) != "train"]:
+            images = [name for name in doubtful if _holds_images(os.path.join(root, name), Walk(walk.channels))]
+            if images and others:
+                raise VitError(
+                    f"{shown} has {listing(images)} beside the class folders {listing(others, 5)}: if that is a "
+                    "split, put the class folders inside splits; if it is a class, give it another name"
+                )
+            if images:
+                raise VitError(f"{shown}: {listing(images)} hold images but no class folders: {LAYOUT}")
+        return {}
     found: dict[str, str] = {}
-    for name in inside:
-        split = _SPLIT_OF.get(name)
-        if split is None:
-            log.warning("%s: the folder %r is neither train, val nor test; it is not used", printable(root), name)
-        elif split in found:
-            raise VitError(f"{printable(root)} has both {os.path.basename(found[split])} and {name}: keep one of them")
-        else:
-            found[split] = os.path.join(root, name)
+    for name, split in named:
+        if split in found:
+            raise VitError(f"{shown} has both {os.path.basename(found[split])} and {name}: keep one of them")
+        found[split] = os.path.join(root, name)
+    for name in others:
+        if _holds_images(os.path.join(root, name), walk):
+            raise VitError(
+                f"{shown} has {listing(nested)} with folders inside, as splits have, and {listing(others)} beside: put "
+                f"all classes inside train, or move what is neither train, val nor test out of it"
+            )
+        log.warning("%s: the folder %r is neither train, val nor test, and holds no images", shown, name)
     return found
 
 
-def class_files(path: str, config: DataConfig, strict: bool) -> dict[str, list[str]]:
+def _holds_images(path: str, walk: Walk) -> bool:
+    for found in walk.files(path):
+        if isinstance(found, OSError):
+            raise _unreadable(found)
+        if found.kind is None:
+            return True
+        walk.passed_over[found.kind] += 1
+    return False
+
+
+def _count_loose(path: str, inside: Listing, walk: Walk) -> None:
+    """Count what lies beside the folders in `path`.  Raises `VitError` for a link that may have been a folder."""
+    walk.enter(path)
+    walk.passed_over.update(inside.passed_over)
+    kinds = Counter[str]()
+    for found in walk.kinds(path, inside.files):
+        if found.kind in (BROKEN_LINK, NOT_READ) and os.path.islink(found.path):
+            target = printable(os.readlink(found.path))
+            raise VitError(f"{printable(found.path)} is a link to {target}, which cannot be read: mend or remove it")
+        kinds[found.kind or _NO_LABEL] += 1
+    if loose := kinds[_NO_LABEL]:
+        log.warning(
+            "%s: %d images lie beside the class folders; they have no label and are not used", printable(path), loose
+        )
+    walk.passed_over.update(kinds)
+
+
+def class_files(path: str, walk: Walk, strict: bool) -> dict[str, list[str]]:
     """The image files, however deep, of each class folder in `path`: sorted paths by class name.
 
-    Raises `VitError` for a folder that cannot be read and, if `strict`, for a class without images.
+    Raises `VitError` for a folder that cannot be read or is reached by two names and, if `strict`, for a class without
+    images.
     """
-    inside, loose = _look(path)
+    inside = _list(path)
     shown = printable(path)
-    if loose:
-        log.warning("%s: %d images lie beside the class folders; they have no label and are not used", shown, loose)
+    _count_loose(path, inside, walk)
     classes: dict[str, list[str]] = {}
-    for name in inside:
-        # two names may become one when odd bytes are escaped: then they are one class, and no image is lost
-        classes.setdefault(printable(name), []).extend(_files(os.path.join(path, name), extensions(config.channels)))
+    spelled: dict[str, list[str]] = {}
+    for name in inside.folders:
+        whole = os.path.join(path, name)
+        try:
+            if earlier := walk.met(whole):
+                raise VitError(
+                    f"{printable(whole)} and {printable(earlier)} are the same folder, by a link: remove one of them"
+                )
+        except OSError as error:
+            raise _unreadable(error) from error
+        # names may become one when odd bytes are escaped or accents composed: then they are one class, nothing is lost
+        label = normalize("NFC", printable(name))
+        spelled.setdefault(label, []).append(name)
+        images = classes.setdefault(label, [])
+        for found in walk.files(whole):
+            if isinstance(found, OSError):
+                raise _unreadable(found)
+            if found.kind is None:
+                images.append(found.path)
+            else:
+                walk.passed_over[found.kind] += 1
     empty = [name for name, files in classes.items() if not files]
     if strict and empty and len(empty) < len(classes):
-        raise VitError(f"{shown}: no images in {listing(empty)}; add some, or remove the folder")
+        raise VitError(f"{shown}: no images in {listing(empty)}; add some, or remove the folder{_aside(walk)}")
+    for label, names in spelled.items():
+        if len(names) > 1:
+            forms = ", ".join(ascii(name) for name in names)
+            log.warning("%s: %s are one class, %r: the same letters in several encodings", shown, forms, label)
+    _warn_of_names(shown, classes)
     return {name: files for name, files in classes.items() if files}
 
 
-def _files(path: str, known: frozenset[str]) -> list[str]:
-    def refuse(error: OSError) -> None:
-        raise VitError(f"{printable(error.filename)} cannot be read: {error.strerror or error}") from error
-
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for where, folders, names in os.walk(path, followlinks=True, onerror=refuse):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not _hidden(name)]
-        found += [
-            os.path.join(where, name)
-            for name in names
-            if not _hidden(name) and os.path.splitext(name)[1].lower() in known
-        ]
-    return sorted(found)
+def _warn_of_names(shown: str, names: Iterable[str]) -> None:
+    """Log names that are easily taken for one another."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.casefold().split()), []).append(name)
+        if name != name.strip():
+            log.warning("%s: the class name %r begins or ends with a blank", shown, name)
+    for twins in alike.values():
+        if len(twins) > 1:
+            log.warning("%s: %s are classes of their own: they differ in capitals or blanks", shown, listing(twins))
 
 
 def _flatten(by_class: dict[str, list[str]]) -> tuple[list[str], list[str]]:

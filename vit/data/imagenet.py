@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,10 +23,13 @@ import numpy as np
 from vit.data.dataset import ImageData
 from vit.data.decode import printable
 from vit.data.folder import class_files, from_files
+from vit.data.walk import Walk
 from vit.errors import VitError
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
+
+log = logging.getLogger("vit")
 
 LAYOUT = "expected ROOT/train/n01440764/*.JPEG and ROOT/val/n01440764/*.JPEG, one folder a synset in both"
 
@@ -35,11 +39,11 @@ def imagenet(config: DataConfig, class_names: list[str] | None) -> ImageData:
     if config.root is None:
         raise VitError(f"data=imagenet cannot be downloaded, it needs data.root=FOLDER: {LAYOUT}")
     root = os.path.abspath(config.root)
-    found = {}
+    found, walk = {}, Walk(config.channels, say=log.info)
     for split, name in (("train", "train"), ("test", "val")):
         path = os.path.join(root, name)
         if os.path.isdir(path):
-            found[split] = class_files(path, config, strict=split == "train")
+            found[split] = class_files(path, walk, strict=split == "train")
             if not found[split]:
                 raise VitError(f"{printable(path)} holds no images in class folders: {LAYOUT}")
         elif class_names is None or split == "test":
@@ -53,6 +57,7 @@ def imagenet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         for split, by_class in found.items()
     }
     data = from_files("imagenet", files, config, class_names, where=printable(config.root))
+    data.passed_over = dict(walk.passed_over)
     synsets = data.class_names
     places = _places(synsets, class_names) if class_names is not None else None
     if places is None:

@@ -3,18 +3,23 @@
 Notable
 - A stream: nothing is listed ahead but the one folder that is being read, so a million paths on standard input take
   no more memory than ten.
-- Folders are walked in plain order of their full paths; hidden entries are skipped; only names with the extension of
-  an image count, while a file that is named is always tried.
+- Folders are walked as `vit.data.walk` says: in plain order of full paths, each folder once.  What is no image is
+  passed over and counted; an image that cannot be read here is given, so that its row says why.  A file that is named
+  is always tried.
 - Names are bytes on Linux: what is not UTF-8 passes through unharmed (as Python's surrogate escapes).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from vit.data.walk import Found, Walk, describe, system_name
 from vit.errors import VitError, printable
 from vit.inference.classifier import Pause, Unusable
 
@@ -24,20 +29,28 @@ _LONGEST_LINE = 1 << 16  # far over any path; keeps input without line ends from
 _PATIENCE = 0.05  # seconds without new paths before those that came are answered
 
 
-def paths(sources: Sequence[str], *, recursive: bool = True, channels: int = 3, stdin: int = 0) -> Iterator[Item]:
+def paths(
+    sources: Sequence[str],
+    *,
+    recursive: bool = True,
+    channels: int = 3,
+    stdin: int = 0,
+    passed_over: Counter[str] | None = None,
+) -> Iterator[Item]:
     """The inputs that `sources` name, in their order.
 
     A source is a file; a folder (all levels of it, or only the first with `recursive=False`); a glob, where no file
     has that very name (`**` for any depth); a `.txt` list with one path a line, relative to the current directory; or
     `-` for such lines on the file descriptor `stdin`.  `channels` are the model's: one of more or less than 1 or 3
-    also takes `.npy` files from folders.
+    also takes `.npy` files from folders.  `passed_over` counts what folders hold that is no image, by kind.
 
     What is missing is passed on as `Unusable`, but `VitError` is raised, before anything is given, when all is:
     no source named anything that is there.
     """
     found, missing = False, list[Unusable]()
+    reader = _Sources(recursive, channels, stdin, Counter() if passed_over is None else passed_over)
     for source in sources:
-        for item in _expand(source, recursive, channels, stdin):
+        for item in reader.expand(source):
             if found:
                 yield item
             elif isinstance(item, Unusable):
@@ -57,28 +70,89 @@ def _nothing(missing: list[Unusable]) -> str:
     return f"no input: {first}" + (f" (and {len(missing) - 1} more like it)" if len(missing) > 1 else "")
 
 
-def _expand(source: str, recursive: bool, channels: int, stdin: int) -> Iterator[Item]:
-    if source == "-":
-        yield from _or_nothing(_read_lines(stdin), "standard input", "no paths came")
-        return
-    try:
-        mode = os.stat(source).st_mode
-    except (OSError, ValueError):
-        if glob.has_magic(source) and not os.path.lexists(source):
-            yield from _or_nothing(_matches(source, recursive), source, "no file matches")
-        else:
-            yield Unusable(source, "no such file" if not os.path.lexists(source) else "cannot be read")
-        return
-    if stat.S_ISDIR(mode):
-        depth = "" if recursive else " (subfolders were left out)"
-        yield from _or_nothing(_walk(source, recursive, channels), source, f"no images in this folder{depth}")
-    elif source.lower().endswith(".txt"):
-        yield from _or_nothing(_list(source), source, "no paths in this list")
-    else:
-        yield source
+class _Sources:
+    """The sources of one call; see `paths`."""
+
+    def __init__(self, recursive: bool, channels: int, stdin: int, passed_over: Counter[str]) -> None:
+        self._recursive, self._channels, self._stdin, self._passed_over = recursive, channels, stdin, passed_over
+
+    def expand(self, source: str) -> Iterator[Item]:
+        """The inputs of one source."""
+        if source == "-":
+            return _or_nothing(_read_lines(self._stdin), source="standard input", reason=lambda: "no paths came")
+        try:
+            mode = os.stat(source).st_mode
+        except (OSError, ValueError):
+            if glob.has_magic(source) and not os.path.lexists(source):
+                return _or_nothing(self._matches(source), source, lambda: "no file matches")
+            return iter([Unusable(source, "no such file" if not os.path.lexists(source) else "cannot be read")])
+        if stat.S_ISDIR(mode):
+            walk = Walk(self._channels, say=_say)
+            return _or_nothing(self._images(walk, source), source, lambda: self._no_images(walk))
+        if source.lower().endswith(".txt"):
+            return _or_nothing(_list(source), source, lambda: "no paths in this list")
+        return iter([source])
+
+    def _images(self, walk: Walk, folder: str) -> Iterator[Item]:
+        from vit.data.filetype import UNDECODED
+
+        for found in walk.files(folder, self._recursive):
+            if isinstance(found, OSError):
+                yield Unusable(str(found.filename), f"cannot read this folder: {found.strerror or found}")
+            elif found.kind is None or found.kind in UNDECODED:
+                yield found.path
+            else:
+                walk.passed_over[found.kind] += 1
+        self._passed_over.update(walk.passed_over)
+
+    def _no_images(self, walk: Walk) -> str:
+        left_out = [] if self._recursive else ["subfolders were left out"]
+        left_out += [f"passed over: {describe(walk.passed_over)}"] if walk.passed_over else []
+        return "no images in this folder" + (f" ({'; '.join(left_out)})" if left_out else "")
+
+    def _matches(self, pattern: str) -> Iterator[str]:
+        """The files that a glob names; below `**` each real folder is met once."""
+        parts = pattern.split(os.sep)
+        depth = parts.index("**") if self._recursive and "**" in parts else len(parts)
+        if depth < len(parts) and not _system_names(parts[depth:]):
+            above = os.sep.join(parts[:depth])
+            tops = [f"{top}{os.sep}" for top in glob.glob(above)] if above else [os.sep if depth else ""]
+            walk = Walk(say=_say, by_name=True)
+            for top in sorted(tops):
+                start = os.path.join(top or os.curdir, "")
+                for found in walk.files(start) if os.path.isdir(start) else ():
+                    if isinstance(found, Found):
+                        path = found.path.removeprefix(start)
+                        if _fits(path.split(os.sep), parts[depth:]):
+                            yield top + path
+            self._passed_over.update(walk.passed_over)
+            return
+        for path in sorted(glob.glob(pattern, recursive=self._recursive)):
+            if passed := _system_names(path.split(os.sep)) - _system_names(parts):
+                self._passed_over.update(passed)
+            elif not os.path.isdir(path):
+                yield path
 
 
-def _or_nothing(items: Iterable[Item], source: str, reason: str) -> Iterator[Item]:
+def _system_names(parts: Sequence[str]) -> set[str]:
+    """The names in a path that walks pass over."""
+    return {name for part in parts if part.strip(".") and (name := system_name(part))}
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return len(pattern) == 1 or any(_fits(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _say(text: str) -> None:
+    print(f"vit: {text}", file=sys.stderr, flush=True)
+
+
+def _or_nothing(items: Iterable[Item], source: str, reason: Callable[[], str]) -> Iterator[Item]:
     """`items`, or that there were none."""
     some = False
     for item in items:
@@ -86,39 +160,7 @@ def _or_nothing(items: Iterable[Item], source: str, reason: str) -> Iterator[Ite
         if some:
             yield item
     if not some:
-        yield Unusable(source, reason)
-
-
-def _matches(pattern: str, recursive: bool) -> Iterator[Item]:
-    for path in sorted(glob.glob(pattern, recursive=recursive)):
-        if not os.path.isdir(path):
-            yield path
-
-
-def _walk(folder: str, recursive: bool, channels: int, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Item]:
-    """Images under `folder`; `above` are the folders on the way here, so that a link to one of them is no loop."""
-    from vit.data.decode import named_as_image
-
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in above:
-            return
-        with os.scandir(folder) as entries:
-            # a folder sorts as its name with the separator, which makes the walk's order that of the full paths
-            names = sorted(
-                entry.name + (os.sep if entry.is_dir() else "") for entry in entries if not entry.name.startswith(".")
-            )
-    except OSError as error:
-        yield Unusable(folder, f"cannot read this folder: {error.strerror or error}")
-        return
-    here = (*above, (status.st_dev, status.st_ino))
-    for name in names:
-        path = os.path.join(folder, name)
-        if name.endswith(os.sep):
-            if recursive:
-                yield from _walk(path[: -len(os.sep)], recursive, channels, here)
-        elif named_as_image(name, channels):
-            yield path
+        yield Unusable(source, reason())
 
 
 def _list(file: str) -> Iterator[Item]:

@@ -57,9 +57,7 @@ def _train(values: dict[str, Any], overrides: list[str]) -> Any:
     return train(config, overrides)
 
 
-def launch(
-    task: Task, config_name: str, schema: type, argv: Sequence[str] | None = None, *, conf: Path = CONF
-) -> int:
+def launch(task: Task, config_name: str, schema: type, argv: Sequence[str] | None = None, *, conf: Path = CONF) -> int:
     """Compose `conf/<config_name>.yaml` with the overrides in `argv` and give the resolved values to `task`.
 
     Args:

@@ -138,7 +138,7 @@ def _composition(error: ConfigCompositionException, names: Names) -> str:
         key = re.search(r"argument '([^']*)'", message)
         text = key.group(1) if key else ""
         quoted = text.replace("=", "='", 1) + "'"
-        return f"{text}: several values: add --multirun to try each, or quote them to mean one text: \"{quoted}\""
+        return f'{text}: several values: add --multirun to try each, or quote them to mean one text: "{quoted}"'
     several = re.match(r"Multiple values for ([\w/]+)", message)
     if several:
         return f"{several.group(1)}: is chosen already: write {several.group(1)}=... once, and without a +"

@@ -159,6 +159,7 @@ def _probe(
             "parameters": plain_size(model),
             "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS)),
             "bad_files": len(data.bad_files),
+            "passed_over": data.passed_over,
             "seed": config.seed,
             "versions": versions(),
         }
@@ -311,6 +312,7 @@ def _fit_and_finish(
         "parameters": plain_size(module.model),
         "trained_parameters": module.trained,
         "bad_files": len(data.bad_files),
+        "passed_over": data.passed_over,
         "seed": config.seed,
         "versions": versions(),
     }

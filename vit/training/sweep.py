@@ -105,7 +105,7 @@ class Sweep:
 
 
 def metric(metrics: Mapping[str, Any], name: str) -> float | None:
-    """"val/top1" of nested metrics."""
+    """ "val/top1" of nested metrics."""
     value: Any = metrics
     for part in name.split("/"):
         value = value.get(part) if isinstance(value, Mapping) else None

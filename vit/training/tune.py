@@ -74,9 +74,7 @@ def steepest(factors: list[float], losses: list[float]) -> float:
     return factors[best + 2] if slopes[best] < 0 else 1.0
 
 
-def busy_batch_size(
-    step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3
-) -> int:
+def busy_batch_size(step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3) -> int:
     """The batch size beyond which doubling brings less than `gain` in images a second, or does not fit in memory.
 
     `step(n)` trains on a batch of n images and waits for the device.  `most` is the number of training images.
