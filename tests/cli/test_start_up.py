@@ -96,6 +96,7 @@ def test_one_photograph_loads_nothing_that_it_does_not_need(small_bundle, photog
         ours = {name for name in names if name.startswith("vit.")}
         assert ours <= {
             *("vit.cli", "vit.cli.classify", "vit.cli.output", "vit.cli.parser", "vit.data", "vit.data.decode"),
+            *("vit.data.filetype", "vit.data.walk"),
             *("vit.data.preprocess", "vit.errors", "vit.files", "vit.inference", "vit.inference.bundle"),
             *("vit.inference.classifier", "vit.inference.description", "vit.inference.loading"),
             *("vit.inference.onnx_backend", "vit.inference.onnx_file", "vit.inference.processors"),

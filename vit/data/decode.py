@@ -191,12 +191,12 @@ def _read(
     if kind == "HEIC file" and decodable(kind):
         load_heif()
     if kind == "RAW file":  # Pillow would give the small preview in it
-        raise ImageError(f"{kind}: {UNDECODED[kind]}")
+        raise ImageError(f"{kind}; {UNDECODED[kind]}")
     try:
         image = Image.open(file)
     except UnidentifiedImageError as error:
         if kind in UNDECODED:
-            reason = f"{kind}: {UNDECODED[kind]}" if not decodable(kind) else f"damaged {kind}"
+            reason = f"{kind}; {UNDECODED[kind]}" if not decodable(kind) else f"damaged {kind}"
         else:
             reason = "not an image, or damaged at its beginning" + (f" ({kind})" if kind not in (None, "image") else "")
         raise ImageError(reason) from error

@@ -23,7 +23,7 @@ HEAD = 512
 
 _CONVERT = "convert it to JPEG or PNG"
 UNDECODED = {
-    "HEIC file": "pip install pillow-heif to read it",
+    "HEIC file": "to read it: pip install pillow-heif",
     "AVIF file": "Pillow from 11.3 on reads it",
     "JPEG XL file": _CONVERT,
     "RAW file": _CONVERT,

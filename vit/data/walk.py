@@ -86,7 +86,7 @@ def listing(folder: str) -> Listing:
 
 
 def describe(passed_over: Mapping[str, int], most: int = 12) -> str:
-    """Counts of what was passed over as a phrase: "40 HEIC files (pip install pillow-heif to read them), 1 @eaDir"."""
+    """Counts of what was passed over as a phrase: "40 HEIC files (to read them: pip install pillow-heif), 1 @eaDir"."""
     from vit.data.filetype import UNDECODED
 
     ordered = sorted(passed_over.items(), key=lambda item: (item[0] not in UNDECODED, -item[1], item[0]))
