@@ -7,8 +7,11 @@ that line and leave with status 2; a traceback is for faults of the program itse
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
+
+_LONGEST = 1000  # characters of a line; what a person typed or a file holds may have millions
 
 
 class VitError(Exception):
@@ -18,7 +21,15 @@ class VitError(Exception):
     """The exit status of a command that ends with this error."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and other control characters, its middle left out where it is very long."""
+    text = " ".join(text.split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}"
+    return printable(text)
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
@@ -46,5 +57,6 @@ def printable(path: object) -> str:
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
     if text.isascii() and text.isprintable():  # nearly every name, and there may be thousands
         return text
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair, which stands for no byte
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -218,10 +218,13 @@ def _fit(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
     if kind is str:
         # `precision=32` and `name=2024` arrive as numbers and mean text
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        return isinstance(text, str) and (not rule.choices or text in rule.choices), text
+        # a zero byte ends every path and every line that the text would go into
+        return isinstance(text, str) and "\0" not in text and (not rule.choices or text in rule.choices), text
     if kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (kind is float and isinstance(value, float)):
+            return False, value
+        if whole and not -(2**63) <= value < 2**63:  # which no library takes
             return False, value
         return _in_range(value, rule), kind(value)
     if get_origin(kind) is tuple:

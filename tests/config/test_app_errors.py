@@ -233,7 +233,7 @@ def slips(draw):
     return key, typed
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(slips())
 def test_a_slip_of_the_hand_finds_its_key(pair):
     key, typed = pair

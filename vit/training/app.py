@@ -25,7 +25,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vit.errors import VitError
+from vit import options
+from vit.errors import VitError, one_line
 from vit.training import resume, sweep
 from vit.training.config import Config, check_model, load
 from vit.training.messages import Names, explain
@@ -45,6 +46,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _train(values: dict[str, Any], overrides: list[str]) -> Any:
     if values.get("resume"):
+        options.convert("resume", values["resume"], str | None, options.Rule())
         values = resume.configuration(values, overrides)
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
@@ -115,6 +117,7 @@ class _Session:
 
     def job(self, composed: DictConfig) -> float | None:
         """Run one job, or hand it to a process of its own; what it raises is reported here, not by Hydra."""
+        composing = True
         with self.errors.of_the_program():
             try:
                 settings = HydraConfig.get()
@@ -122,11 +125,13 @@ class _Session:
                 overrides = [str(text) for text in OmegaConf.to_container(settings.overrides.task) or ()]
                 if self.jobs is not None:
                     return self.jobs.run(overrides, int(settings.job.num), OmegaConf.select(composed, "monitor"))
-                result = self.task(resolve(composed), overrides)
+                values = resolve(composed)
+                composing = False
+                result = self.task(values, overrides)
                 sweep.report(result)
                 self.status = getattr(result, "status", 0)
             except Exception as error:
-                self.status = self.errors.report(error, self.names)
+                self.status = self.errors.report(error, self.names, composing=composing)
         return None
 
 
@@ -162,6 +167,8 @@ class _Errors:
     def report(self, error: Exception, names: Names, *, composing: bool = False) -> int:
         """Print `error` as one line, or its traceback for a fault of the program; returns the exit status."""
         line = explain(error, names, composing=composing)
+        if line is not None:
+            line = one_line(line)
         if line is None or self.users == "1":
             traceback.print_exception(error)
         else:

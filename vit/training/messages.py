@@ -6,6 +6,7 @@ each becomes: the key or file, what is wrong with it, the nearest thing that wou
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from omegaconf.errors import (
 )
 
 from vit import options
-from vit.errors import VitError, nearest
+from vit.errors import VitError, nearest, printable
 
 
 class Names:
@@ -54,7 +55,7 @@ class Names:
 def explain(error: BaseException, names: Names, *, composing: bool = False) -> str | None:
     """The line for `error`, or None where it is a fault of the program that deserves its traceback.
 
-    `composing` tells that nothing but Hydra has run yet, so that plain Python errors are its complaints too.
+    `composing` tells that nothing but Hydra has run yet, so that any Python error is its complaint too.
     """
     if isinstance(error, VitError):
         return str(error)
@@ -77,9 +78,23 @@ def explain(error: BaseException, names: Names, *, composing: bool = False) -> s
         return f"a file of {names.conf.name}/ is not text in UTF-8: {_flat(str(error))}"
     if composing and str(error).startswith("Config group override must be"):
         return _choice(names)
-    if composing and isinstance(error, ValueError | OSError | TypeError):
+    if composing and isinstance(error, ValueError | OSError | TypeError) and str(error):
         return _flat(str(error))
+    if composing:
+        return _not_composed(error, names)
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"cannot read or write {printable(error.filename)}: {error.strerror}"
     return None
+
+
+def _not_composed(error: BaseException, names: Names) -> str:
+    """The line for an error inside Hydra that says nothing a person could use."""
+    typed = [text for text in names.arguments if "=" in text and not text.startswith("-")]
+    suspects = [text for text in typed if re.search(r"[@$\[{]", text)] or typed
+    return (
+        f"{' '.join(suspects) or 'the configuration'}: Hydra cannot compose this ({type(error).__name__}); write "
+        "group=name, such as data=cifar10, or key=value, such as seed=1"
+    )
 
 
 def _override(error: OverrideParseException, names: Names) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,9 @@ def checkpoint_of(resume: str) -> Path:
     """The checkpoint that `resume=` means: a `.ckpt`, or the last one of a run folder.  Raises `VitError`."""
     path = Path(resume)
     for candidate in (path, path / "checkpoints" / "last.ckpt"):
-        if candidate.is_file():
-            return candidate
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if candidate.is_file():
+                return candidate
     raise VitError(f"resume={resume}: expected a .ckpt file or a run folder that holds checkpoints/last.ckpt")
 
 
