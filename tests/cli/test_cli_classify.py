@@ -63,6 +63,40 @@ def test_jsonl_is_the_contract(small_bundle, photos):
     assert done.stderr.decode() == "vit: 3 of 15 inputs could not be used; their rows say why\n"
 
 
+def test_what_a_folder_holds_beside_images_is_counted_on_standard_error(small_bundle, photographs, tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "@eaDir").mkdir(parents=True)
+    shutil.copy(photographs[0], folder / "scraped.JPG_large")
+    shutil.copy(photographs[0], folder / "@eaDir" / "small.jpg")
+    (folder / "README.txt").write_text("words")
+    done = vit("classify", small_bundle, folder, "--format", "jsonl")
+    assert done.returncode == 0
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == [str(folder / "scraped.JPG_large")]
+    assert done.stderr == b"vit: passed over: 1 @eaDir, 1 text file\n"
+    for name in ("1.jxl", "2.jxl"):
+        (folder / name).write_bytes(b"\xff\x0a\xfa")
+    done = vit("classify", small_bundle, folder, "--format", "jsonl")
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 3
+    assert done.stderr.decode().splitlines()[1] == (
+        "vit: 2 of 3 inputs could not be used; their rows say why (of 2: JPEG XL file; convert it to JPEG or PNG)"
+    )
+
+
+def test_a_long_walk_says_so_and_takes_ctrl_c(small_bundle, tmp_path):
+    code = "import sys\nfrom vit.data import walk\nfrom vit.cli import main\nwalk._PATIENCE = 0.01\nsys.exit(main())"
+    arguments = [sys.executable, "-c", code, "classify", small_bundle, "/", "--output", tmp_path / "all.jsonl"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path)
+    try:
+        assert process.stderr.readline().startswith(b"vit: still looking for images in /: ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_both_backends_and_every_kind_of_model_give_the_same_rows(small_bundle, photos, tmp_path):
     assert vit("export", small_bundle, tmp_path / "x.onnx").returncode == 0
     tables = []

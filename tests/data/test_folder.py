@@ -2,15 +2,20 @@
 
 import logging
 import os
+import tempfile
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS
 from vit.data.preprocess import Preprocessing
-from vit.errors import VitError
+from vit.errors import VitError, printable
 
 
 def opened(root, class_names=None, **keys):
@@ -51,16 +56,47 @@ def test_one_folder_a_class_is_split_in_three(make_folder):
     assert labelled(opened(root, split_seed=1), "test") != labelled(data, "test")
 
 
-@pytest.mark.parametrize("val", ["val", "validation", "valid"])
-def test_split_folders(make_folder, val):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "Validation", "Test"),
+        ("TRAIN", "valid", "Testing"),
+        ("training_set", "dev", "test_set"),
+        ("trainset", "Dev Set", "TestSet"),
+    ],
+)
+def test_split_folders(make_folder, train, val, test):
     root = make_folder(
-        many(["b", "a"], 4, "train/") | many(["b", "a"], 2, f"{val}/") | many(["b", "a"], 3, "test/", ".png")
+        many(["b", "a"], 4, f"{train}/") | many(["b", "a"], 2, f"{val}/") | many(["b", "a"], 3, f"{test}/", ".png")
     )
     data = opened(root)
     assert data.class_names == ["a", "b"]
     assert [len(data.splits[name]) for name in SPLITS] == [8, 4, 6]
     for split in SPLITS:
         assert all(name.startswith(label) for label, name in labelled(data, split))
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (many(["cat", "dog"], 3) | many(["cat", "dog"], 2, "Test/"), ["Test", "cat"]),
+        (many(["cat", "dog", "test"], 3), ["test", "cat"]),
+        (many(["cat", "dog", "Validation"], 3), ["Validation", "cat"]),
+        (many(["train", "test"], 3), ["train", "test"]),
+        (many("ab", 2, "train/") | many("ab", 2, "Train/"), ["train", "Train"]),
+        (many("ab", 2, "train/") | many("ab", 2, "val/") | many("ab", 2, "dev_set/"), ["val", "dev_set"]),
+        (many("ab", 2, "train/") | many("cd", 2), ["train", "c"]),
+    ],
+)
+def test_what_may_be_a_split_or_a_class_is_refused(make_folder, files, named):
+    message = refused(make_folder(files))
+    assert all(name in message for name in named)
+
+
+def test_a_class_of_the_model_is_no_split(make_folder):
+    data = opened(make_folder(many(["train", "test"], 3)), ["bus", "test", "train"], test_fraction=1.0)
+    assert data.counts()["test"].tolist() == [0, 3, 3]
 
 
 def test_missing_splits_come_out_of_train(make_folder, tmp_path):
@@ -93,21 +129,50 @@ def test_images_may_lie_deeper(make_folder):
     assert labelled(data, "train") == [("cats", "a.jpg"), ("cats", "b.jpg"), ("dogs", "c.jpg"), ("dogs", "d.jpg")]
 
 
-def test_what_is_not_an_image_by_its_name_is_not_looked_at(make_folder):
+def test_what_is_no_image_is_passed_over_and_counted(make_folder, encoded, picture, caplog):
+    jpeg = encoded(picture(20, 20))
     files = many("ab", 3) | {
+        "a/scraped.JPG_large": jpeg,
+        "b/no_ending": jpeg,
+        "b/renamed.txt": jpeg,
         "a/notes.txt": b"x",
         "a/.hidden.jpg": b"x",
+        "a/._a_1.jpg": b"x",
         ".git/c.jpg": None,
         "__MACOSX/a/d.jpg": None,
+        "b/@eaDir/b_1.jpg/SYNOPHOTO_THUMB_M.jpg": None,
+        "$RECYCLE.BIN/e.jpg": None,
         "b/Thumbs.db": b"x",
-        "b/weights.npy": b"x",
-        "a/.thumbs/e.jpg": None,
+        "b/clip.MOV": b"\0\0\0\x14ftypqt  \0\0\0\0qt  ",
+        "b/new.jxl": b"\xff\x0a\xfa",
         "README": b"x",
     }
-    data = opened(make_folder(files))
+    with caplog.at_level(logging.INFO, "vit"):
+        data = opened(make_folder(files))
     assert data.class_names == ["a", "b"]
     assert data.bad_files == []
-    assert sum(len(split) for split in data.splits.values()) == 6
+    assert sum(data.counts().values()).tolist() == [4, 5]
+    assert data.passed_over == {
+        "text file": 2,
+        "hidden file or folder": 3,
+        "__MACOSX": 1,
+        "@eaDir": 1,
+        "$RECYCLE.BIN": 1,
+        "Thumbs.db": 1,
+        "video file": 1,
+        "JPEG XL file": 1,
+    }
+    assert "'a' 4, 'b' 5" in caplog.text
+    [record] = [record for record in caplog.records if "passed over" in record.message]
+    assert "1 JPEG XL file (convert it to JPEG or PNG)" in record.message
+    assert record.levelname == "WARNING"  # photographs were left out
+
+
+def test_a_class_of_nothing_but_what_cannot_be_read_is_refused_with_the_kinds(make_folder):
+    root = make_folder(many("ab", 3) | {"c/1.jxl": b"\xff\x0a\xfa", "c/2.jxl": b"\xff\x0a\xfa"})
+    message = refused(root)
+    assert "no images in 'c'" in message
+    assert "2 JPEG XL files" in message
 
 
 def test_capital_extensions_and_all_formats(make_folder, picture, encoded):
@@ -132,6 +197,32 @@ def test_links_are_followed_and_circles_are_not(make_folder, tmp_path):
     (root / "a" / "again").symlink_to(root / "a", target_is_directory=True)
     data = opened(root, val_fraction=0.0, test_fraction=0.0)
     assert data.counts()["train"].tolist() == [3, 3]
+
+
+def test_a_class_with_two_names_is_refused(make_folder):
+    root = make_folder(many("ab", 3))
+    (root / "kitty").symlink_to(root / "a", target_is_directory=True)
+    message = refused(root)
+    assert f"{root / 'kitty'} and {root / 'a'} are the same folder" in message
+    (root / "kitty").unlink()
+    (root / "b" / "more").symlink_to(root / "a", target_is_directory=True)
+    assert opened(root).passed_over == {"folder linked a second time": 1}
+
+
+def test_a_split_linked_to_another_is_refused(make_folder):
+    root = make_folder(many("ab", 3, "train/"))
+    (root / "val").symlink_to("train", target_is_directory=True)
+    assert "are the same folder" in refused(root)
+
+
+@pytest.mark.parametrize("target", ["/nowhere/cat", "cat"])
+@pytest.mark.parametrize("prefix", ["", "train/", "val/"])
+def test_a_class_behind_a_broken_link_is_refused(make_folder, target, prefix):
+    files = many("ab", 3, prefix) if prefix != "val/" else many("ab", 3, "train/") | many("ab", 3, prefix)
+    root = make_folder(files)
+    (root / prefix / "cat").symlink_to(target)
+    message = refused(root)
+    assert f"{root / prefix / 'cat'} is a link to {target}" in message
 
 
 def test_a_relative_root_reopens_from_elsewhere(make_folder, monkeypatch, tmp_path):
@@ -186,6 +277,95 @@ def test_a_trained_model_brings_its_classes(make_folder, tmp_path):
     data = opened(judged, ["cat", "dog"])
     assert data.splits["test"].labels.tolist() == [1] * 4
     assert "no train folder" in refused(judged)
+
+
+def test_accents_in_two_spellings_are_one_class(make_folder, caplog):
+    root = make_folder(
+        {f"{name}/{k}.jpg": None for k, name in enumerate(["caf\u00e9", "cafe\u0301"] * 4 + ["tea"] * 4)}
+    )
+    assert len(list(root.iterdir())) == 3
+    with caplog.at_level(logging.WARNING, "vit"):
+        data = opened(root)
+    assert data.class_names == ["caf\u00e9", "tea"]
+    assert sum(data.counts().values()).tolist() == [8, 4]
+    assert "'cafe\\u0301', 'caf\\xe9' are one class" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["caf\u00e9", "cafe\u0301"])
+@pytest.mark.parametrize("known", ["caf\u00e9", "cafe\u0301"])
+def test_a_model_s_names_match_in_either_spelling_and_stay(make_folder, form, known):
+    data = opened(make_folder(many([form, "tea"], 3)), ["water", known, "tea"], test_fraction=1.0)
+    assert data.class_names == ["water", known, "tea"]
+    assert data.counts()["test"].tolist() == [0, 3, 3]
+
+
+def test_splits_may_spell_a_class_differently(make_folder):
+    data = opened(make_folder(many(["caf\u00e9", "tea"], 4, "train/") | many(["cafe\u0301", "tea"], 2, "test/")))
+    assert data.counts()["test"].tolist() == [2, 2]
+
+
+def test_names_that_are_easily_confused_are_named(make_folder, caplog):
+    with caplog.at_level(logging.WARNING, "vit"):
+        assert len(opened(make_folder(many(["Cat", "cat", "dog "], 3))).class_names) == 3
+    assert "'Cat', 'cat' are classes of their own" in caplog.text
+    assert "'dog ' begins or ends with a blank" in caplog.text
+
+
+def test_many_classes_are_shortened_in_the_log(make_folder, caplog):
+    files = {f"c{k:02}/{n}.jpg": None for k in range(40) for n in range(9 if k == 20 else 1 if k == 30 else 3)}
+    with caplog.at_level(logging.INFO, "vit"):
+        opened(make_folder(files))
+    assert "'c00' 3, " in caplog.text
+    assert "fewest: 'c30' 1, most: 'c20' 9" in caplog.text
+    assert "'c25'" not in caplog.text.split("fewest")[0].splitlines()[-1]
+
+
+trees = st.dictionaries(
+    st.sampled_from(["ant", "Caf\u00e9", "Cafe\u0301", "train", "@eaDir", ".x", "d\ne", "z "]),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", "deep/", "deep/er/", "@eaDir/", "test/"]),
+            st.sampled_from(["1.jpg", "2", "3.txt", "4.PNG_large", "._5.jpg", "6.jpg"]),
+            st.sampled_from(["image", "image", "image", "text", "empty"]),
+        ),
+        max_size=8,
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(trees, st.booleans())
+def test_every_image_is_in_one_class_or_counted(encoded, picture, tree, in_splits):
+    image = encoded(picture(8, 8), "PNG")
+    with tempfile.TemporaryDirectory() as name:
+        root, wanted = Path(name), {}
+        for top in ("train", "Test") if in_splits else ("",):
+            for folder, files in ({"ant": [], "bee": []} | tree).items():
+                for below, file, kind in [("", "0.jpg", "image"), *files]:
+                    path = root / top / folder / below / file
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(image if kind == "image" else b"words" if kind == "text" else b"")
+        for path in root.rglob("*"):
+            parts = path.relative_to(root).parts
+            walked = path.is_file() and not any(part == "@eaDir" or part.startswith(".") for part in parts)
+            if walked and (path.suffix == ".jpg" or path.read_bytes() == image):
+                wanted[str(path)] = path.read_bytes() == image
+        try:
+            data = opened(root, max_bad_fraction=1.0)
+        except VitError:  # refused: nothing was taken, nothing is lost
+            reject()
+        found = [split.name(i) for split in data.splits.values() for i in range(len(split))]
+        loose = data.passed_over.get("image without a label", 0)
+        assert len(found) == len(set(found))
+        assert set(found) <= {path for path, whole in wanted.items() if whole}
+        assert {path for path, _ in data.bad_files} <= {path for path, whole in wanted.items() if not whole}
+        assert len(found) + len(data.bad_files) + loose == len(wanted)
+        assert len({unicodedata.normalize("NFC", name) for name in data.class_names}) == len(data.class_names)
+        for split in data.splits.values():
+            for i in range(len(split)):
+                inside = os.path.relpath(split.name(i), root).split(os.sep)[1 if in_splits else 0]
+                assert unicodedata.normalize("NFC", printable(inside)) == data.class_names[split.labels[i]]
 
 
 # --- too little
@@ -244,11 +424,6 @@ def test_a_class_with_a_single_image_goes_to_train(make_folder, caplog):
 def test_two_classes_of_one_image(make_folder):
     data = opened(make_folder({"a/1.jpg": None, "b/1.jpg": None}))
     assert [len(data.splits[name]) for name in SPLITS] == [2, 0, 0]
-
-
-def test_two_validation_folders(make_folder):
-    root = make_folder(many("ab", 2, "train/") | many("ab", 2, "val/") | many("ab", 2, "valid/"))
-    assert "val and valid" in refused(root)
 
 
 def test_another_folder_beside_the_splits(make_folder, caplog):

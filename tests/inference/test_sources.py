@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vit.errors import VitError
 from vit.inference.classifier import Pause, Unusable
@@ -128,6 +131,60 @@ def test_links_in_a_circle_end(tree):
     assert "a/z.PNG" in names
     assert "a/dangling.jpg" in names  # named, so that its row says what is wrong
     assert len(names) < 20
+
+
+def test_each_folder_once_whatever_links_to_it(tree):
+    for one in range(12):
+        (tree / "net" / f"d{one}").mkdir(parents=True)
+        for other in range(12):
+            (tree / "net" / f"d{one}" / f"l{other}").symlink_to(f"../d{other}")
+    (tree / "net" / "d7" / "x.jpg").touch()
+    passed_over = Counter()
+    assert len(listed("net", passed_over=passed_over)) == 1
+    assert passed_over == {"folder linked a second time": 144}
+    assert len(listed("net/**/*.jpg")) == len(listed(f"{tree}/net/**")) == 1
+
+
+def test_folders_hold_images_by_content_and_the_rest_is_counted(tree):
+    photo = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(photo, "JPEG")
+    for name in ("c/scraped.JPG_large", "c/bare", "c/wrong.txt"):
+        (tree / "c").mkdir(exist_ok=True)
+        (tree / name).write_bytes(photo.getvalue())
+    (tree / "c" / "words").write_text("words")
+    (tree / "c" / "raw.CR2").write_bytes(b"II*\0" + bytes(99))
+    for name in ("@eaDir", "$RECYCLE.BIN", ".thumbnails", "d"):
+        (tree / "c" / name).mkdir()
+        (tree / "c" / name / "x.jpg").touch()
+    passed_over = Counter()
+    items = listed("c", passed_over=passed_over)
+    # an image that cannot be read here has a row, which says so
+    assert items == ["c/bare", "c/d/x.jpg", "c/raw.CR2", "c/scraped.JPG_large", "c/wrong.txt"]
+    assert passed_over == {"text file": 1, "@eaDir": 1, "$RECYCLE.BIN": 1, "hidden file or folder": 1}
+    assert listed("c/@eaDir") == ["c/@eaDir/x.jpg"]
+    assert listed("c/.thumbnails", "c/words") == ["c/.thumbnails/x.jpg", "c/words"]
+
+
+def test_globs_pass_over_what_folders_pass_over(tree):
+    for name in ("a/@eaDir", "a/ok"):
+        (tree / name).mkdir()
+        (tree / name / "t.jpg").touch()
+    passed_over = Counter()
+    for pattern in ("a/*/t.jpg", "a/**/t.jpg", "**/t.jpg", f"{tree}/**/t.jpg", "./**/t.jpg", "a/**/ok/*"):
+        assert [os.path.normpath(path) for path in listed(pattern, passed_over=passed_over)] in (
+            ["a/ok/t.jpg"],
+            [f"{tree}/a/ok/t.jpg"],
+        )
+    assert passed_over["@eaDir"] == 6
+    assert listed("a/@eaDir/*", "a/**/@eaDir/*", ".git/**/*.jpg") == ["a/@eaDir/t.jpg"] * 2 + [".git/y.jpg"]
+    assert listed("**/.git/*") == [".git/y.jpg"]
+
+
+def test_a_folder_without_images_says_what_it_holds(tree):
+    (tree / "words").mkdir()
+    (tree / "words" / "a").write_text("a")
+    with pytest.raises(VitError, match=r"no images in this folder \(passed over: 1 text file\)"):
+        listed("words")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -54,8 +54,9 @@ _UPRIGHT = {  # EXIF orientation -> what makes the image upright (EXIF 2.32, tag
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _COMMON = {".bmp", ".gif", ".jpeg", ".jpg", ".png"}
-# Formats that Pillow recognises by name only, for programs that bring a decoder of their own
-NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC", "PDF"}
+# Formats that Pillow recognises by name only, for programs that bring a decoder of their own; and HEIF, whose reader is
+# loaded when the first such file is met: what an ending says must not depend on that
+NOT_DECODED = {"BUFR", "GRIB", "HDF5", "HEIF", "MPEG", "WMF", "IPTC", "PDF"}
 
 
 class ImageError(VitError):
