@@ -158,9 +158,9 @@ class Model:
         return by_weights, _differences(lambda readout: self.answer(starts[-1], readout)[0][target], done.readout)
 
     def own_gradients(self, image_CHW: Array, target: int) -> list[Array]:
-        """LeGrad's: layer l's output read as if it were the last; of that logit by layer l's weights (H, N, N).
+        """LeGrad's: the mean of layer l's output read as if it were the class token; by layer l's weights (H, N, N).
 
-        With a pooling head, by that head's weights (R, N) instead.
+        With a pooling head, by that head's weights (R, N) instead; with mean pooling, read as the model reads.
         """
         done = self.run(image_CHW)
         starts = [self.embed(image_CHW), *done.tokens]
@@ -173,7 +173,10 @@ class Model:
             else:
 
                 def read(given: Array, layer: int = layer) -> float:
-                    return self.answer(self.block(starts[layer], layer, given)[0])[0][target]
+                    x_ND = self.block(starts[layer], layer, given)[0]
+                    if self.a["pool"] == "token":
+                        x_ND = np.repeat(x_ND.sum(axis=0, keepdims=True) / len(x_ND), len(x_ND), axis=0)
+                    return self.answer(x_ND)[0][target]
 
                 found.append(_differences(read, done.weights[layer]))
         return found
@@ -284,9 +287,9 @@ def relevance(
 
 
 def legrad(own_gradients: Sequence[Array], prefix: int, grid: tuple[int, int]) -> Array:
-    """Bousselham et al. 2024: sum over layers of the mean over heads (and rows) of (∂s_l/∂A_l)⁺."""
+    """Bousselham et al. 2024: sum over the last two layers of the mean over heads (and rows) of (∂s_l/∂A_l)⁺."""
     total = np.zeros(own_gradients[0].shape[-1])
-    for gradient in own_gradients:
+    for gradient in own_gradients[-2:]:
         rows = np.maximum(gradient, 0).reshape(-1, gradient.shape[-1])
         total += sum(rows) / len(rows)
     return as_map(total, prefix, grid)

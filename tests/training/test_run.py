@@ -33,7 +33,7 @@ def test_the_run_folder_holds_what_the_contract_lists(run):
     folder = result.folder
     assert folder.parent.name == "digits"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "metrics.json", "train.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    expected = {"config.yaml", "metrics.json", "train.log", "splits.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     bundle = {f"model/{name}" for name in ("model.safetensors", "config.json", "README.md", "model.onnx")}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
@@ -71,8 +71,9 @@ def test_the_figures_are_those_of_the_chosen_checkpoint_on_the_test_split(run):
 def test_best_is_chosen_by_validation(run):
     result = run("trainer.max_epochs=4", "monitor=val/loss")
     best = torch.load(result.folder / "checkpoints" / "best.ckpt", weights_only=True)
-    keeper = next(state for name, state in best["callbacks"].items() if name.startswith("ModelCheckpoint"))
-    assert float(keeper["best_model_score"]) == pytest.approx(float(keeper["current_score"]))
+    state = best["callbacks"]["Checkpoints(val/loss)"]
+    assert state["since"] == 0
+    assert state["best_model_score"] == pytest.approx(best["vit"]["metrics"]["val"]["loss_uncalibrated"], abs=1e-5)
     last = torch.load(result.folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert best["vit"]["metrics"]["val"]["loss_uncalibrated"] <= last["vit"]["metrics"]["val"]["loss"] + 1e-6
 

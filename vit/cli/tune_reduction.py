@@ -65,11 +65,12 @@ def images(arguments: argparse.Namespace, description: Description) -> tuple[Sam
     Raises `VitError` when there are no validation images.
     """
     from vit.data.catalogue import open_data
-    from vit.evaluation.report import data_config
+    from vit.evaluation.report import data_config, trained_splits
     from vit.inference.sample import from_split
 
-    config = data_config(description, _overrides(arguments.data))
-    data = open_data(config, description.class_names)
+    given = _overrides(arguments.data)
+    config = data_config(description, given)
+    data = open_data(config, description.class_names, trained_splits(arguments.model, description, config, given))
     if not len(data.splits["val"]):
         raise VitError(
             f"{data.name} has no validation images to judge by: set --data val_fraction=0.1, or name other data, such "

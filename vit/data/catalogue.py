@@ -27,6 +27,7 @@ from vit.data.draws import shuffled
 from vit.data.filetype import UNDECODED
 from vit.data.parallel import for_each
 from vit.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing
+from vit.data.run_splits import restore_splits
 from vit.data.splits import cap
 from vit.data.walk import describe
 from vit.errors import VitError, nearest
@@ -154,7 +155,9 @@ class DataConfig:
         return cls(**values)
 
 
-def open_data(config: DataConfig, class_names: Sequence[str] | None = None) -> ImageData:
+def open_data(
+    config: DataConfig, class_names: Sequence[str] | None = None, splits: str | os.PathLike[str] | None = None
+) -> ImageData:
     """Open the data set that `config` describes.
 
     Args:
@@ -162,6 +165,7 @@ def open_data(config: DataConfig, class_names: Sequence[str] | None = None) -> I
         class_names: the classes of an already trained model.  The data's classes are then matched to them by name:
             labels index this list, classes that the data lacks are reported, and a class that the model does not
             know is refused.
+        splits: the file that says which image is in which split, of the run that `class_names` are of.
 
     Raises:
         VitError: files that are missing or unreadable, a layout that is not understood, fewer than two classes, or
@@ -176,16 +180,17 @@ def open_data(config: DataConfig, class_names: Sequence[str] | None = None) -> I
     elif len(data.class_names) < 2:
         only = f" ({data.class_names[0]!r})" if data.class_names else ""
         raise VitError(f"data={config.name} has one class only{only}: a classifier needs at least two")
-    if config.max_images is not None:
+    data.source = config.to_dict()
+    if config.root is not None:
+        data.source["root"] = os.path.abspath(config.root)
+    if splits is not None:
+        data = restore_splits(splits, data)
+    elif config.max_images is not None:
         for name, split in data.splits.items():
             data.splits[name] = split.subset(cap(split.labels, config.max_images, config.split_seed))
     if not any(len(split) for split in data.splits.values()):
         raise VitError(f"data={config.name} holds no images")
     _report(data)
-    source = config.to_dict()
-    if source["root"] is not None:
-        source["root"] = os.path.abspath(source["root"])
-    data.source = source
     return data
 
 

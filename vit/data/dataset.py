@@ -10,6 +10,7 @@ Notable:
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ from PIL import Image
 from vit.data.decode import ImageError, decode
 from vit.data.parallel import for_each
 from vit.data.preprocess import Preprocessing
-from vit.data.scan import file_fingerprint, name_fingerprint
+from vit.data.scan import file_content, file_fingerprint, name_fingerprint
 
 SPLITS = ("train", "val", "test")
 
@@ -62,6 +63,10 @@ class ArrayImages:
     def name(self, i: int) -> str:
         return f"{self.label}/{i}"
 
+    def content(self, i: int) -> str:
+        """See `vit.data.run_splits`."""
+        return f"{zlib.crc32(self.pixels[i].tobytes()):08x}"
+
 
 class FileImages:
     """Images in files.
@@ -81,6 +86,18 @@ class FileImages:
 
     def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
         return decode(self.name(i), channels=channels, target=target)
+
+    def content(self, i: int) -> str:
+        """See `vit.data.run_splits`."""
+        return file_content(self.name(i))
+
+    def stamp(self, i: int) -> str:
+        """Size and time of change, by which a file is taken to be what it was."""
+        try:
+            status = os.stat(self.name(i))
+        except OSError:
+            return ""
+        return f"{status.st_size}-{status.st_mtime_ns}"
 
     def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
         paths = [self.name(int(i)) for i in rows]

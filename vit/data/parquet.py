@@ -28,7 +28,7 @@ from PIL import Image
 from vit.data.assemble import assemble
 from vit.data.dataset import SPLITS, ImageData
 from vit.data.decode import ImageError, decode, measure, printable
-from vit.data.scan import file_fingerprint, name_fingerprint, scan
+from vit.data.scan import file_content, file_fingerprint, name_fingerprint, scan
 from vit.errors import VitError, nearest
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class ParquetImages:
             first_of.setdefault(path, int(start))
         self._first_of = first_of
         self._column = column
+        self._contents: dict[str, str] = {}
         self._held = held
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -78,6 +79,13 @@ class ParquetImages:
     def name(self, i: int) -> str:
         path = self._groups[self._group_of(i)][0]
         return f"{path}, row {i - self._first_of[path]}"
+
+    def content(self, i: int) -> str:
+        """See `vit.data.run_splits`."""
+        path = self._groups[self._group_of(i)][0]
+        if path not in self._contents:
+            self._contents[path] = file_content(path)
+        return f"{self._contents[path]}/{i - self._first_of[path]}"
 
     def encoded(self, i: int) -> bytes:
         """The bytes of image `i` as they are in the file; raises `ImageError` where there are none."""

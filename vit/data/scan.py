@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -31,6 +32,7 @@ from vit.files import atomic_write
 log = logging.getLogger("vit")
 
 _FORMAT = "1"
+_BLOCK = 4096  # bytes
 
 
 def cache_root() -> Path:
@@ -60,6 +62,22 @@ def file_fingerprint(path: str, channels: int) -> int:
         return fingerprint(os.path.abspath(path), status.st_size, status.st_mtime_ns, channels)
     except (OSError, ValueError):
         return 0
+
+
+def file_content(path: str) -> str:
+    """Size and CRC-32 of a file's start, middle and end (of all of a short one); "" for one that cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= 3 * _BLOCK:
+                return f"{size}-{zlib.crc32(file.readall()):08x}"
+            crc = 0
+            for start in (0, size // 2, size - _BLOCK):
+                file.seek(start)
+                crc = zlib.crc32(file.read(_BLOCK), crc)
+        return f"{size}-{crc:08x}"
+    except OSError:
+        return ""
 
 
 _most: ContextVar[int | None] = ContextVar("most", default=None)

@@ -23,6 +23,7 @@ import numpy as np
 
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS, ImageData
+from vit.data.run_splits import FILE
 from vit.errors import VitError, nearest
 from vit.evaluation.collect import collect_logits
 from vit.evaluation.figures import confusion_figure, reliability_figure, save_png
@@ -87,7 +88,7 @@ def evaluate(
         raise VitError(f"batch_size={batch_size}: expected at least 1")
     scorer, description, where = _load(model, device, reduction)
     config = data_config(description, data)
-    opened = open_data(config, description.class_names)
+    opened = open_data(config, description.class_names, trained_splits(model, description, config, data))
     chosen = opened.splits[split]
     if not len(chosen):
         raise VitError(_empty(opened, split))
@@ -171,6 +172,22 @@ def data_config(description: Description, data: DataConfig | Mapping[str, Any] |
     return DataConfig.from_dict({**base, **given, **size})
 
 
+def trained_splits(
+    model: str | os.PathLike[str], description: Description, config: DataConfig, data: Any = None
+) -> Path | None:
+    """The file that says which image was in which split, where `config` is the data that `model` was trained on.
+
+    `data` is what was given for it: `data.root` alone says that the data has moved.  None where it is other data, or
+    cut otherwise, or the model lies in no run folder.
+    """
+    folder = _run_folder(Path(os.path.abspath(model)))
+    if folder is None or not (folder / FILE).is_file():
+        return None
+    differ = {key for key, value in config.to_dict().items() if value != description.data.get(key)} & _DECIDES_SPLIT
+    moved = differ == {"root"} and not isinstance(data, DataConfig) and "name" not in (data or {})
+    return folder / FILE if not differ or moved else None
+
+
 def at_training(description: Description, config: DataConfig, split: str) -> dict[str, Any] | None:
     """The figures that training measured on this very split; None where `config` is not the data trained on.
 
@@ -187,17 +204,19 @@ def at_training(description: Description, config: DataConfig, split: str) -> dic
 def default_output(model: str | os.PathLike[str]) -> Path:
     """Where results go: `evaluation/` in the run folder that the model is, or is in; else `./evaluation/<its name>`."""
     path = Path(os.path.abspath(model))
-    if path.exists():
-        # RUN, RUN/model, RUN/model/model.onnx, RUN/checkpoints/best.ckpt
-        for folder in (path, path.parent, path.parent.parent):
-            if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
-                relative = folder == path or path.relative_to(folder).parts[0] in ("checkpoints", "model")
-                if relative:
-                    return Path(os.path.relpath(folder)) / "evaluation" if _below(folder) else folder / "evaluation"
-        name = path.stem if path.is_file() else path.name
-    else:
-        name = os.fspath(model)
+    if (folder := _run_folder(path)) is not None:
+        return Path(os.path.relpath(folder)) / "evaluation" if _below(folder) else folder / "evaluation"
+    name = (path.stem if path.is_file() else path.name) if path.exists() else os.fspath(model)
     return Path("evaluation") / (name.replace(os.sep, "_").replace(":", "_").strip(". ") or "model")
+
+
+def _run_folder(path: Path) -> Path | None:
+    """The run folder that a model is, or is in: RUN, RUN/model, RUN/model/model.onnx, RUN/checkpoints/best.ckpt."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "checkpoints").is_dir() and (folder / "config.yaml").is_file():
+            inside = path.exists() and (folder == path or path.relative_to(folder).parts[0] in ("checkpoints", "model"))
+            return folder if inside else None
+    return None
 
 
 def write_confusion(path: str | os.PathLike[str], confusion: np.ndarray, class_names: Sequence[str]) -> None:

@@ -9,12 +9,19 @@ sum 1; `trace` runs the model once for several of them.
 | `rollout` | the head's row of Â_L ... Â_1, Â = rownorm(fuse_h A + I) (Abnar & Zuidema 2020) | where information comes from |
 | `gradient_rollout` | the same with fuse = mean_h (A ∘ ∂s/∂A)⁺ | ... that speaks for a class |
 | `relevance` | the head's row of (I + Ā_L) ... (I + Ā_1), Ā = mean_h (A ∘ ∂s/∂A)⁺ (Chefer et al., ICCV 2021) | the same, not normalised |
-| `legrad` | sum over layers of mean (∂s_l/∂A_l)⁺, s_l the score read off layer l (Bousselham et al. 2024) | what would raise the score |
+| `legrad` | sum over the last two layers of mean (∂s_l/∂A_l)⁺, s_l the score of what layer l gives out (Bousselham et al. 2024) | what would raise the score |
 | `random` | uniform noise | nothing: the baseline |
 
 Notable: the head's row is `Record.readout`, one-hot for a class token, uniform for a mean, a pooling head's own
 weights; it is carried down as a row, a vector times a matrix a layer, and never multiplies two matrices.
 Class-specific methods weigh it by its own gradient like any other attention, except where it is one-hot.
+
+`legrad` follows its paper (arXiv 2404.03214) and its authors' program: with a class token, s_l is the head's score of the
+mean of all of layer l's tokens, normalised after the mean, not of the class token alone; with an attention pool, the
+pool reads layer l's tokens and the gradient is by the pool's weights; with mean pooling, the model's own mean is read.
+The mean of (∂s_l/∂A_l)⁺ is over heads and rows, and the columns of prefix tokens are left out.  The last two layers are
+the default of that program.  It was written for CLIP, where the score is a cosine with a text; here it is a logit, and
+maps have sum 1 where there they are scaled to [0, 1], which changes no order.
 """  # noqa: E501  # the table's rows
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from torch import Tensor, nn
 from vit.errors import VitError, nearest
 from vit.explain.carry import Fusion, back, carry, down, through, to_map
 from vit.explain.record import Record, Weights, find, record_attention, resolve_layer, single
-from vit.model.reduction import Move, together
+from vit.model.reduction import Move, shares, together
 
 
 @dataclass
@@ -115,7 +122,7 @@ def explain(
         target: the class to explain, one or one an image; None: the predicted one.  Ignored by methods that do not
             depend on the class (see `CLASS_SPECIFIC`).
         layer: `raw`: which layer, None: the last, which of an attention pool is the pool's own; the others: go no
-            higher than this one, None: the last.
+            higher than this one, None: the last; `legrad` takes it and the one below.
         head: this head alone, instead of all; not for `legrad`.
         fusion: how `rollout` makes one matrix of a layer's heads.
         discard: `rollout`: the share of each layer's smallest weights that is left out.
@@ -173,6 +180,9 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
     if legrad:
         out.legrad = []
         for weights, tokens, sizes in zip(out.weights, record.tokens, record.sizes, strict=True):
+            if out.pool == "token":
+                mean_B1D = tokens.mean(1, keepdim=True) if sizes is None else shares(sizes)[:, None] @ tokens
+                tokens = mean_B1D.expand_as(tokens)
             logits = vit.answer(tokens, sizes)
             own = record.readout if out.pool == "attention" else weights
             (gradient,) = torch.autograd.grad(logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True)
@@ -271,10 +281,11 @@ def _relevance(t: Trace, *, layer: int | None = None, head: int | None = None, *
 
 def _legrad(t: Trace, *, layer: int | None = None, **_: Any) -> Tensor:
     assert t.legrad is not None
-    layers = t.legrad if layer is None else t.legrad[: resolve_layer(layer, len(t.legrad)) + 1]
+    top = len(t.legrad) if layer is None else resolve_layer(layer, len(t.legrad)) + 1
+    first = max(0, top - 2)
     # a pooling head's weights are of the tokens that come out of a layer, its own of those that go in
     after = int(t.pool == "attention")
-    on_image = [t.to_image(row_BN, each + after) for each, row_BN in enumerate(layers)]
+    on_image = [t.to_image(row_BN, each + after) for each, row_BN in enumerate(t.legrad[first:top], start=first)]
     return to_map(torch.stack(on_image).sum(dim=0), t.prefix_tokens, t.grid)
 
 

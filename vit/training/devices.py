@@ -42,6 +42,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
     warnings.filterwarnings("ignore", module="lightning", message=".*It is recommended to use `self.log.*sync_dist.*")
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", module="lightning", message=".*callbacks used to create the checkpoint need.*")
     if t.threads:
         torch.set_num_threads(t.threads)
     cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

@@ -88,6 +88,7 @@ class TrainingModule(L.LightningModule):
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
         self._patch_dropout = model.patch_dropout
         self.progress = 0.0
+        self._first_batch: int | None = None  # of this epoch that this process trains on; later than 0 after a resume
         classes = model.num_classes
         self.register_buffer("sums", torch.zeros(4), persistent=False)  # loss, top-1 hits, top-5 hits, images
         self.register_buffer("one", torch.ones(()), persistent=False)
@@ -126,6 +127,7 @@ class TrainingModule(L.LightningModule):
         return self._make_optimizer(self.model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._first_batch = batch_idx if self._first_batch is None else self._first_batch
         torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 4099 + self.global_rank)
         late = self.progress >= 1 - self.patch_dropout_off
         self.model.patch_dropout = 0.0 if late else self._patch_dropout
@@ -140,7 +142,17 @@ class TrainingModule(L.LightningModule):
         else:
             logits, loss = self.distillation(self.model, images, targets)
         self._count(logits.detach(), targets, loss.detach())
-        return loss
+        accumulate = self.trainer.accumulate_grad_batches
+        return loss if accumulate == 1 else loss * (accumulate / self._window(batch_idx, accumulate))
+
+    def _window(self, batch_idx: int, accumulate: int) -> int:
+        """How many batches the step of this batch is the mean of; Lightning divides by `accumulate` in any case."""
+        start = batch_idx - batch_idx % accumulate
+        end = min(start + accumulate, int(self.trainer.num_training_batches))
+        return end - max(start, self._first_batch or 0)
+
+    def on_train_epoch_end(self) -> None:
+        self._first_batch = 0
 
     def _count(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
         labels = targets if targets.ndim == 1 else targets.argmax(1)

@@ -77,8 +77,7 @@ class Probe:
             log.info("penalty %-8.2g %s", penalty, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
             if events is not None:
                 events.scalars({f"probe/{key}": value for key, value in figures.items()}, step)
-            order = (figures.get("val/top1", 0.0), -figures.get("val/loss", 0.0))
-            rank = order if self.config.monitor == "val/top1" else order[::-1]
+            rank = checkpoints.rank(figures, self.config.monitor)
             since += 1
             if best is None or rank > best[0]:
                 best, since = (rank, penalty, weight, bias), 0

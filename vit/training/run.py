@@ -31,6 +31,7 @@ from vit.data.catalogue import open_data, preprocessing_for
 from vit.data.dataset import ImageData
 from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
 from vit.data.preprocess import Preprocessing
+from vit.data.run_splits import FILE, write_splits
 from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
 from vit.files import write_json, write_text
@@ -57,7 +58,7 @@ from vit.training.pace import Pace
 from vit.training.pretrained import fetch_weights, pretrained_model
 from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
-from vit.training.resume import check_fits, checkpoint_of
+from vit.training.resume import Saved, check_fits, read
 from vit.training.schedule import Schedule
 from vit.training.suited import settled
 from vit.training.tune import tune
@@ -91,21 +92,25 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
 
 
 def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHandler) -> RunResult | None:
-    resume = checkpoint_of(config.resume) if config.resume else None
+    saved = read(config.resume) if config.resume else None
     # before the data is looked through, which may take a while
-    if config.model.name is not None and resume is None:
+    if config.model.name is not None and saved is None:
         fetch_weights(config)
     if config.distill.teacher is not None:
         check_teacher(config.distill.teacher)
-    data = open_data(config.data)
-    preprocessing = preprocessing_for(config.data, data)
+    if saved is None:
+        data = open_data(config.data)
+        preprocessing = preprocessing_for(config.data, data)
+    else:
+        config, data = _reopen(config, overrides, saved)
+        preprocessing = saved.description.preprocessing
     config = settled(config, data, overrides)
     config.augment.check(len(data.class_names))
     if not len(data.splits["val"]):
         log.warning("there is no validation data: the last checkpoint counts as the best, temperature stays 1")
     L.seed_everything(config.seed, workers=False, verbose=False)
     model = build_model(config, data)
-    if config.tune:
+    if config.tune and saved is None:
         config = _tuned(config, data, model, preprocessing)
     description = Description(
         architecture=model.architecture,
@@ -118,19 +123,42 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         return _probe(config, data, model, description, early) if leader else None
     store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
-    if resume is not None:
-        optimizer = module.configure_optimizers()
-        check_fits(resume, module.state_dict(), optimizer, data.class_names, config.trainer.epochs)
+    if saved is not None:
+        optimizer, t = module.configure_optimizers(), config.trainer
+        check_fits(saved, module.state_dict(), optimizer, data.class_names, t.epochs, t.patience)
 
+    resume = None if saved is None else saved.path
+    saved = None  # as large as the model and its moments
     folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
         with Interrupt(leader) as interrupt:
             return _fit_and_finish(config, data, module, folder, resume, interrupt)
     os.environ["VIT_RUN_FOLDER"] = str(folder)
     with logs.kept(folder / "train.log", early), Interrupt() as interrupt:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
-        log.info("run folder: %s", folder)
+        _describe(folder, config, data)
         return _fit_and_finish(config, data, module, folder, resume, interrupt)
+
+
+def _reopen(config: Config, overrides: list[str], saved: Saved) -> tuple[Config, ImageData]:
+    """The data of the run that goes on: where it was unless another place is typed, in the splits it had."""
+    source = saved.description.data
+    if (
+        not any(text.lstrip("+").startswith("data.root=") for text in overrides)
+        and source.get("name") == config.data.name
+    ):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=source.get("root")))
+    if saved.splits is None:
+        log.warning("resume=%s: no %s beside it: its splits are cut anew", config.resume, FILE)
+        return config, open_data(config.data)
+    return config, open_data(config.data, saved.description.class_names, saved.splits)
+
+
+def _describe(folder: Path, config: Config, data: ImageData) -> None:
+    """Write down what the run is, before it begins."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
+    if not (folder / FILE).is_file():
+        write_splits(folder / FILE, data)
+    log.info("run folder: %s", folder)
 
 
 def _probe(
@@ -139,8 +167,7 @@ def _probe(
     """Fit a linear head to the features of `model`, and leave what any run leaves."""
     folder = run_folder(config, None)
     with logs.kept(folder / "train.log", early):
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
-        log.info("run folder: %s", folder)
+        _describe(folder, config, data)
         events = EventFile(folder) if config.logging.tensorboard else None
         began = time.monotonic()
         probe = Probe(config, model, data, description.preprocessing)
@@ -287,10 +314,7 @@ def _fit_and_finish(
         board = Monitor(config, folder, data.class_names, meter)
         preprocessing = module.description.preprocessing
         callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
-    if t.patience is not None and monitor:
-        mode = "min" if monitor.endswith("loss") else "max"
-        callbacks.append(L.callbacks.EarlyStopping(monitor, patience=t.patience, mode=mode))
-    callbacks += checkpoints.checkpoint_callbacks(folder / "checkpoints", monitor)
+    callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience))
     trainer = build_trainer(config, folder, callbacks)
     try:
         trainer.fit(module, ckpt_path=resume, weights_only=True)
