@@ -199,6 +199,15 @@ def test_erasing_is_a_rectangle_of_zeros() -> None:
     assert erased == pytest.approx(100, abs=30)
 
 
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.95])
+def test_an_image_is_erased_with_the_probability_that_is_set(probability: float) -> None:
+    count = 20_000  # a standard deviation of at most 0.0036
+    images = torch.full((count, 1, 8, 8), 255, dtype=torch.uint8)
+    index = torch.arange(count)
+    got, _ = make(AugmentConfig(erasing=probability), 1)(images, torch.zeros_like(index), index, 0)
+    assert float((got == 0).any(dim=(1, 2, 3)).double().mean()) == pytest.approx(probability, abs=0.015)
+
+
 def test_mixing_stops_for_the_last_part_of_training() -> None:
     images, labels, index = batch(8)
     augment = make(AugmentConfig(mixup=0.8, mix_off_epochs=0.25))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import threading
 import time
@@ -165,6 +167,16 @@ def test_bad_inputs_are_rows(onnx, photographs, tmp_path):
 def test_top_k_beyond_the_classes_gives_all(onnx, photographs):
     assert len(onnx.classify(photographs[:1], top_k=99)[0].top) == 5
     assert len(onnx.classify(photographs[:1], top_k=1)[0].top) == 1
+
+
+def test_equally_probable_classes_come_in_the_order_of_the_class_list(onnx):
+    many = copy.copy(onnx)
+    many.description = dataclasses.replace(onnx.description, class_names=[f"class {i}" for i in range(200)])
+    result = many._result(None, np.tile([0.0, 1.0, 0.0, 2.0], 50), 200)
+    likeliest, second, rest = range(3, 200, 4), range(1, 200, 4), range(0, 200, 2)
+    assert [entry["index"] for entry in result.top] == [*likeliest, *second, *rest]
+    assert result.label == "class 3"
+    assert [entry["index"] for entry in many._result(None, np.zeros(200), 5).top] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 0}, {"top_k": 1.5}, {"batch_size": -1}, {"batch_size": True}])

@@ -33,7 +33,8 @@ def test_the_run_folder_holds_what_the_contract_lists(run):
     folder = result.folder
     assert folder.parent.name == "digits"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "metrics.json", "train.log", "splits.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    expected = {"config.yaml", "metrics.json", "train.log", "splits.csv"}
+    expected |= {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     bundle = {f"model/{name}" for name in ("model.safetensors", "config.json", "README.md", "model.onnx")}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert events
