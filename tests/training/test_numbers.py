@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-PLAIN = ("optim=sgd", "optim.clip=null", "optim.momentum=0", "optim.weight_decay=0", "schedule=constant", "schedule.warmup=0")
+PLAIN = ("optim=sgd", "optim.clip=null", "optim.momentum=0", "optim.weight_decay=0", "schedule=constant")
+PLAIN += ("schedule.warmup=0",)
 
 
 class Steps(L.Callback):

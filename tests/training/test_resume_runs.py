@@ -107,6 +107,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_best_with_a_line(place, capf
 def test_what_cannot_hold_leaves_a_run_as_it_was(place, capfd):
     folder = start("trainer.max_epochs=1", "ema.decay=0.9")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    capfd.readouterr()
     for typed in (
         "seed=1",
         "data.batch_size=8",
