@@ -75,7 +75,7 @@ def checkpoint_of(resume: str) -> Path:
             if candidate.is_file():
                 return candidate
         if (path / "config.yaml").is_file():
-            raise VitError(f"resume={resume}: that run ended before its first checkpoint: start it anew, without resume=")
+            raise VitError(f"resume={resume}: that run ended before its first checkpoint: start it without resume=")
     raise VitError(f"resume={resume}: expected a .ckpt file or a run folder that holds checkpoints/last.ckpt")
 
 
