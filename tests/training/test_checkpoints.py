@@ -86,7 +86,7 @@ def test_another_monitor_is_compared_with_the_best_so_far_and_a_lost_file_is_wri
 def test_patience_counts_validations_without_a_better_one_and_goes_on_counting(tmp_path):
     trainer, callback = Recorder(tmp_path), Checkpoints(tmp_path, "val/top1", patience=3)
     stops = []
-    for top1, loss in [(0.5, 1.0), (0.5, 1.0), (0.5, 0.9), (0.4, 1.0), (0.4, 1.0)]:
+    for top1, loss in [(0.4, 1.0), (0.4, 0.9), (0.5, 1.0), (0.5, 1.0), (0.5, 0.9)]:
         trainer.validate(callback, top1, loss)
         stops.append(trainer.should_stop)
     assert stops == [False] * 5

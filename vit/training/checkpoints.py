@@ -63,11 +63,11 @@ class Checkpoints(Checkpoint):
     Args
         folder: of the two files.
         monitor: what decides, "val/top1" or "val/loss"; None: there is no validation data.
-        patience: stop after this many validations in a row without a better one; None: never.
+        patience: stop after this many validations in a row without a better `monitor`; None: never.
 
     Attributes
         best: the figures of `best.ckpt`; empty before there is one.
-        since: validations since then.
+        since: validations since `monitor` was better than before.
     """
 
     def __init__(self, folder: Path, monitor: str | None, patience: int | None = None) -> None:
@@ -99,11 +99,14 @@ class Checkpoints(Checkpoint):
         if self.monitor is None:
             return
         figures = {key: float(trainer.callback_metrics[key]) for key in ("val/top1", "val/loss")}
-        better = not self.best or rank(figures, self.monitor) > rank({**figures, **self.best}, self.monitor)
-        better = trainer.strategy.broadcast(better)  # all processes take part in saving, or none
-        self.since += 1
+        now, before = rank(figures, self.monitor), rank({**figures, **self.best}, self.monitor)
+        # all processes take part in saving, or none
+        better, gained = trainer.strategy.broadcast(
+            (not self.best or now > before, not self.best or now[0] > before[0])
+        )
+        self.since = 0 if gained else self.since + 1
         if better:
-            self.best, self.since = figures, 0
+            self.best = figures
         trainer.should_stop = trainer.should_stop or self._patient_enough()
         self._save(trainer, better)
 
