@@ -96,7 +96,7 @@ def test_two_processes_step_by_the_mean_over_all_their_images(tmp_path):
     program = Path(__file__).with_name("small_fit.py")
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import small_fit\n"
-        "devices = int(sys.argv[3])\n"
+        "devices = int(sys.argv[3]); torch.manual_seed(0)\n"
         f"options = {PLAIN!r}\n"
         "fit = small_fit.fit(sys.argv[2], *options, 'optim.lr=0.5', 'optim.accumulate=2', "
         "train=24, epochs=1, board=False, devices=devices)\n"
