@@ -86,7 +86,7 @@ def test_split_folders(make_folder, train, val, test):
         (many(["train", "test"], 3), ["train", "test"]),
         (many("ab", 2, "train/") | many("ab", 2, "Train/"), ["train", "Train"]),
         (many("ab", 2, "train/") | many("ab", 2, "val/") | many("ab", 2, "dev_set/"), ["val", "dev_set"]),
-        (many("ab", 2, "train/") | many("cd", 2), ["train", "c"]),
+        (many("ab", 2, "train/") | many("cd", 2), ["train", "'c'"]),
     ],
 )
 def test_what_may_be_a_split_or_a_class_is_refused(make_folder, files, named):
@@ -166,6 +166,17 @@ def test_what_is_no_image_is_passed_over_and_counted(make_folder, encoded, pictu
     [record] = [record for record in caplog.records if "passed over" in record.message]
     assert "1 JPEG XL file (convert it to JPEG or PNG)" in record.message
     assert record.levelname == "WARNING"  # photographs were left out
+
+
+def test_photographs_that_are_left_out_are_never_left_out_in_silence(make_folder, caplog, monkeypatch):
+    monkeypatch.setattr("vit.data.filetype.importlib.util.find_spec", lambda name: None)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(range(100))
+    root = make_folder(many(["cat"], 3) | many(["dog"], 20) | {f"cat/IMG_{k}.HEIC": heic for k in range(40)})
+    with caplog.at_level(logging.INFO, "vit"):
+        data = opened(root)
+    assert data.passed_over == {"HEIC file": 40}
+    assert "passed over: 40 HEIC files (to read them: pip install pillow-heif)" in caplog.text
+    assert "'cat' 3, 'dog' 20" in caplog.text
 
 
 def test_a_class_of_nothing_but_what_cannot_be_read_is_refused_with_the_kinds(make_folder):

@@ -165,8 +165,8 @@ def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> di
     for name in others:
         if _holds_images(os.path.join(root, name), walk):
             raise VitError(
-                f"{shown} has {listing(nested)} with folders inside, as splits have, and {listing(others)} beside: put "
-                f"all classes inside train, or move what is neither train, val nor test out of it"
+                f"{shown} has {listing(nested)} with folders inside, as splits have, and beside {name!r} with images: "
+                "put all classes inside train, or move what is neither train, val nor test out of it"
             )
         log.warning("%s: the folder %r is neither train, val nor test, and holds no images", shown, name)
     return found
