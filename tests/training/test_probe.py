@@ -195,7 +195,8 @@ def test_the_run_folder_is_that_of_any_run(probe):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     bundle = {f"model/{name}" for name in ("model.safetensors", "config.json", "README.md", "model.onnx")}
-    expected = {"config.yaml", "metrics.json", "train.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    expected = {"config.yaml", "metrics.json", "train.log", "splits.csv"}
+    expected |= {"checkpoints/best.ckpt", "checkpoints/last.ckpt"}
     assert events
     assert names == expected | bundle | events
     metrics = json.loads((folder / "metrics.json").read_text())
