@@ -18,6 +18,7 @@ from step import own, timms
 
 Built = tuple[Callable[[], Any], Callable[[], Any] | None]
 
+
 def contestant(model: Any, optimizer: Any, passes: Callable[[], Iterator[Any]], few: Iterator[Any]) -> Built:
     """`passes()` gives normalised batches (B, 3, H, W), `few` one of what answers; the class of all is the first."""
     import torch

@@ -297,8 +297,7 @@ def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> Non
 
 
 def test_how_many_workers(monkeypatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.setattr("vit.data.streaming.available", lambda: 12)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert worker_count("auto", 100_000, 1) == 8
     assert worker_count("auto", 100_000, 3) == 4

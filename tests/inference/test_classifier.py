@@ -21,7 +21,7 @@ from vit.data.decode import decode
 from vit.errors import VitError
 from vit.inference.classifier import Classifier, Pause, Unusable, softmax
 from vit.inference.loading import load, load_torch
-from vit.inference.processors import available
+from vit.processors import available
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import onnx
 import pytest
 import torch
 
+from vit import processors
 from vit.errors import VitError
-from vit.inference import loading, processors
+from vit.inference import loading
 from vit.inference.loading import load, load_torch, locate
 from vit.inference.torch_backend import resolve_device
 

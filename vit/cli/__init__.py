@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vit.errors import VitError, printable
+from vit.processors import wait_passively
 
 
 def command() -> NoReturn:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # NumPy's OpenBLAS starts a thread for each processor when it is imported, which is half of NumPy's start-up, and no
     # command multiplies matrices with NumPy
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    wait_passively()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:

@@ -6,20 +6,14 @@ results land in shared memory.  The bar goes to standard error, and only where t
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
+from vit.processors import available
+
 _CHUNK = 64  # images a task: long enough to hide the cost of handing it out
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
 
 
 @contextmanager
@@ -52,7 +46,7 @@ def for_each(work: Callable[[int], object], indices: Iterable[int], total: int, 
             work(index)
         return len(part)
 
-    workers = min(32, cores() + 1)
+    workers = min(32, available() + 1)
     with progress(label, total) as advance:
         if total <= _CHUNK or workers == 1:
             while part := chunk():

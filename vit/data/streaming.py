@@ -33,6 +33,7 @@ from vit.data.decode import ImageError
 from vit.data.preprocess import Preprocessing, scaled
 from vit.data.random import Stream, uniform
 from vit.errors import VitError
+from vit.processors import available
 
 _MOST_WORKERS = 8
 _TOGETHER = 8  # images whose crops are drawn in one call, which costs as much as for one
@@ -271,7 +272,6 @@ def worker_count(workers: int | str, samples: int | None, world_size: int) -> in
         return workers
     if samples is not None and samples < _FEW_IMAGES:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     processes = int(here) if here.isdecimal() and int(here) else world_size
-    return max(1, min(cores // processes, _MOST_WORKERS))
+    return max(1, min(available() // processes, _MOST_WORKERS))

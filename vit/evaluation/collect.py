@@ -21,6 +21,8 @@ from vit.data.loaders import Batch, eval_loader
 from vit.data.parallel import progress
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
+from vit.model import VisionTransformer
+from vit.model.threads import same_threads, use_threads
 
 
 class Scorer(Protocol):
@@ -73,7 +75,9 @@ def collect_logits(
     try:
         if isinstance(model, nn.Module):
             model.eval()
-        with torch.no_grad(), _full_precision(), progress(label, len(split)) as advance:
+        with torch.no_grad(), _full_precision(), same_threads(), progress(label, len(split)) as advance:
+            if isinstance(model, VisionTransformer):
+                use_threads(model.architecture, config.eval_batch_size)
             for batch in loader:
                 valid = batch.valid.cpu()
                 index = batch.index.cpu()[valid]

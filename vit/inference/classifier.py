@@ -30,7 +30,7 @@ import numpy as np
 
 from vit.errors import VitError, printable
 from vit.inference.description import Description
-from vit.inference.processors import available
+from vit.processors import available
 
 if TYPE_CHECKING:
     from PIL import Image

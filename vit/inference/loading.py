@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from vit.errors import VitError, nearest, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
-from vit.inference.processors import gpu_possible
+from vit.processors import gpu_possible
 
 if TYPE_CHECKING:
     from vit.inference.description import Description

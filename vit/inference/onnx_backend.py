@@ -21,7 +21,7 @@ import numpy as np
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.onnx_file import read_outline
-from vit.inference.processors import available
+from vit.processors import available
 
 if TYPE_CHECKING:
     from vit.model import VisionTransformer

@@ -22,7 +22,7 @@ from vit.data.preprocess import Preprocessing
 from vit.data.scan import at_most
 from vit.errors import VitError
 from vit.inference.description import Description
-from vit.inference.processors import available
+from vit.processors import available
 
 COMPARED = 8
 """Images that an exported file is compared with torch on, at most."""

@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit import options
 from vit.errors import VitError, one_line
+from vit.processors import wait_passively
 from vit.training import resume, sweep
 from vit.training.config import Config, check_model, load
 from vit.training.messages import Names, explain
@@ -74,6 +75,7 @@ def launch(task: Task, config_name: str, schema: type, argv: Sequence[str] | Non
     Returns:
         The exit status: 0; 2 when the call was wrong; 1 for a fault of the program; 130 when interrupted.
     """
+    wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = Names(schema, conf, arguments)
     jobs: sweep.Sweep | None = None

@@ -43,8 +43,6 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*callbacks used to create the checkpoint need.*")
-    if t.threads:
-        torch.set_num_threads(t.threads)
     cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if t.accelerator in ("gpu", "cuda") and not cuda:
         raise VitError("trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu, or trainer=auto")

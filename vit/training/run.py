@@ -40,6 +40,7 @@ from vit.inference.description import Description
 from vit.inference.sample import of_data
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
+from vit.model.threads import same_threads, use_threads
 from vit.training import checkpoints, logs
 from vit.training.attention import AttentionLog
 from vit.training.config import Config
@@ -87,7 +88,7 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
     leader = rank() == 0
-    with logs.shown(leader) as early:
+    with logs.shown(leader) as early, same_threads():
         return _train(config, overrides, leader, early)
 
 
@@ -112,6 +113,8 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
     model = build_model(config, data)
     if config.tune and saved is None:
         config = _tuned(config, data, model, preprocessing)
+    threads = use_threads(model.architecture, config.data.batch_size, config.trainer.threads)
+    log.info("torch computes with %s (trainer.threads)", "one thread" if threads == 1 else f"{threads} threads")
     description = Description(
         architecture=model.architecture,
         class_names=data.class_names,

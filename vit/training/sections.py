@@ -153,7 +153,9 @@ class TrainerConfig:
     max_time: float | str | None = setting("seconds or HH:MM:SS; the schedule ends where the time ends", over=0)
     validate_every: int = setting("epochs between validations", least=1)
     deterministic: bool = setting("refuse operations that differ from run to run")
-    threads: int | None = setting("of torch on the CPU; null: torch's choice", least=1)
+    threads: int | None = setting(
+        "of torch on the CPU; null: OMP_NUM_THREADS, or as many as the model gains from", least=1
+    )
     limit_train_batches: int | float | None = setting("batches an epoch, or a share below 1; null: all", over=0)
     limit_val_batches: int | float | None = setting("batches a validation, or a share below 1; null: all", over=0)
     patience: int | None = setting("stop after this many validations without a better one; null: never", least=1)

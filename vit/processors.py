@@ -1,4 +1,4 @@
-"""How many processors there are for this process, and whether a GPU may be; answered without torch."""
+"""How many processors there are for this process, how its threads wait, and whether a GPU may be; without torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import math
 import os
 from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @functools.cache
@@ -18,17 +20,28 @@ def available() -> int:
 
 def _quota() -> float | None:
     try:
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limit, period = (_CGROUP / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         pass
     try:
-        folder = Path("/sys/fs/cgroup/cpu")
+        folder = _CGROUP / "cpu"
         quota = int((folder / "cpu.cfs_quota_us").read_text())
         length = int((folder / "cpu.cfs_period_us").read_text())
         return quota / length if quota > 0 and length > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, unless the environment says how they are to wait.
+
+    By default they spin, and beside another busy program they spin for the very processor that the awaited thread
+    needs.  Read when torch, NumPy or scikit-learn load OpenMP, so call it before; processes started later inherit it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        # the second is GNU's, tens of microseconds: a sleep costs more than a wait so short
+        os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
 
 def gpu_possible() -> bool:
