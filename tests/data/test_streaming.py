@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from vit.data.streaming import (
     StreamingEvalLoader,
     StreamingTrainLoader,
     worker_count,
+    workers_watched,
 )
 from vit.errors import VitError
 
@@ -293,6 +295,83 @@ def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> Non
         list(loader)
     monkeypatch.undo()
     assert sum(len(batch.index) for batch in loader) == 23  # nothing is left of the attempt
+    loader.close()
+
+
+def test_without_shared_memory_batches_come_through_pipes(split, monkeypatch, caplog) -> None:
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    whole = collect(StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=0))
+    with caplog.at_level("WARNING", "vit"):
+        batches = collect(StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=2, context="fork"))
+    assert same(batches, whole)
+    assert [record.message for record in caplog.records if "--shm-size" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+SMALL_MEMORY = """
+import sys
+import numpy as np, torch
+from vit.data.dataset import ArrayImages, Split
+from vit.data.preprocess import Preprocessing
+from vit.data.streaming import StreamingEvalLoader
+
+pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 64, 3), dtype=np.uint8)
+split = Split(labels=np.zeros(48), images=ArrayImages(pixels, "noise"), channels=3)
+size = Preprocessing(image_size=(224, 224), channels=3)
+one, two = (StreamingEvalLoader(split, size, 8, workers=workers) for workers in (0, 2))
+for a, b in zip(one, two, strict=True):
+    assert torch.equal(a.images, b.images)
+two.close()
+print("equal")
+"""
+
+
+def test_a_small_shared_memory_is_enough(tmp_path) -> None:
+    """As a container has it, real: eight images are 1.2 MB, there is 1 MB or room for two such batches."""
+    for size in ("1m", "3m"):
+        mounted = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+        try:
+            can = (
+                subprocess.run(["unshare", "-rm", "sh", "-c", mounted], capture_output=True, timeout=60).returncode == 0
+            )
+        except FileNotFoundError:
+            can = False
+        if not can:
+            pytest.skip("no file system may be mounted here")
+        command = ["unshare", "-rm", "sh", "-c", f'{mounted} && exec "$@"', "sh", sys.executable, "-c", SMALL_MEMORY]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.stdout == "equal\n", done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGBUS"])
+def test_a_worker_that_is_killed_ends_it_with_a_line(split, number) -> None:
+    before = set(multiprocessing.active_children())
+    loader = StreamingEvalLoader(split, SIZE, 1, workers=2)
+
+    @workers_watched()
+    def go_on() -> None:
+        for _ in loader:
+            worker = (set(multiprocessing.active_children()) - before).pop()
+            os.kill(worker.pid, getattr(signal, number))
+
+    with pytest.raises(VitError, match=r"data\.workers=0.*--shm-size") as caught:
+        go_on()
+    loader.close()
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_that_send_nothing_are_not_waited_for_without_end(split, monkeypatch) -> None:
+    monkeypatch.setattr("vit.data.streaming._PATIENCE", 1)
+    monkeypatch.setattr(DecodedImages, "__getitem__", lambda *_: time.sleep(60))
+    loader = StreamingEvalLoader(split, SIZE, 5, workers=1, context="fork")
+    with pytest.raises(VitError, match="timed out after 1 seconds"), workers_watched():
+        list(loader)
     loader.close()
 
 

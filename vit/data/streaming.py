@@ -5,25 +5,28 @@ Notable:
 - A random-resized crop is cut from the original while decoding, by the numbers that `BatchAugment` would have drawn;
   the rest of the augmentation happens to whole batches on the device, as for resident images.
 - A file that went bad since it was scanned stops the run with its name. It never becomes another image.
-- Workers are started with the first batch, kept from epoch to epoch, and deaf to Ctrl-C. Batches travel by pinned
-  memory, and to a GPU on a stream of their own, beside the computation.
+- Workers are started with the first batch, kept from epoch to epoch, and deaf to Ctrl-C. Batches travel by shared
+  memory, or through a pipe where there is too little of it; to a GPU by pinned memory on a stream of their own.
+- A worker that dies, or a batch that does not come, ends the run with one line (`workers_watched`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vit.data import regions
 from vit.data.augment_config import AugmentConfig
@@ -38,6 +41,9 @@ from vit.processors import available
 _MOST_WORKERS = 8
 _TOGETHER = 8  # images whose crops are drawn in one call, which costs as much as for one
 _FEW_IMAGES = 256  # that many are decoded before worker processes have started
+_PATIENCE = 600  # seconds for a batch to come
+
+log = logging.getLogger("vit")
 
 Key = tuple[int, list[int]]  # epoch, and places in the split
 
@@ -59,15 +65,27 @@ class RandomCrop:
         return box.int().tolist()
 
 
-class DecodedImages(Dataset[tuple[Tensor, str]]):
+class DecodedImages(Dataset[tuple[Tensor | np.ndarray, str]]):
     """Batches of decoded images, asked for by (epoch, indices). Holds no state and can be pickled."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, crop: RandomCrop | None) -> None:
         self.split, self.preprocessing, self.crop = split, preprocessing, crop
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, str]:
-        """uint8 (B, C, H, W), and an empty string; or what is wrong with which file."""
-        epoch, index = key
+    def __getitem__(self, key: Key) -> tuple[Tensor | np.ndarray, str]:
+        """uint8 (B, C, H, W), and an empty string; or what is wrong with which file.
+
+        A tensor; from a worker that has no shared memory for it, an array, which is sent through the pipe.
+        """
+        images, failure = self._decode(*key)
+        if get_worker_info() is None:
+            return torch.from_numpy(images), failure
+        try:
+            # not left to the sending thread: it would print the error, and the batch would never come
+            return torch.from_numpy(images).share_memory_(), failure
+        except RuntimeError:
+            return images, failure
+
+    def _decode(self, epoch: int, index: list[int]) -> tuple[np.ndarray, str]:
         (height, width), channels = self.preprocessing.image_size, self.preprocessing.channels
         out = np.empty((len(index), channels, height, width), dtype=np.uint8)
         i = 0
@@ -75,7 +93,7 @@ class DecodedImages(Dataset[tuple[Tensor, str]]):
             if self.crop is None:
                 for place, i in enumerate(index):
                     out[place] = np.moveaxis(self.split.resized(i, self.preprocessing), -1, 0)
-                return torch.from_numpy(out), ""
+                return out, ""
             for first in range(0, len(index), _TOGETHER):
                 part, images = index[first : first + _TOGETHER], []
                 for i in part:
@@ -85,8 +103,8 @@ class DecodedImages(Dataset[tuple[Tensor, str]]):
                     out[place] = np.moveaxis(self._cut(image, box), -1, 0)
         except ImageError as error:
             # as a value: an exception would come through the worker's pipe as a traceback in a string
-            return torch.empty(0), f"{self.split.name(i)}: {error.reason}"
-        return torch.from_numpy(out), ""
+            return np.empty(0, np.uint8), f"{self.split.name(i)}: {error.reason}"
+        return out, ""
 
     def _decoded(self, i: int) -> Image.Image | np.ndarray:
         assert self.crop is not None
@@ -132,7 +150,8 @@ class _Fetcher:
         self._labels = torch.tensor(np.asarray(labels), dtype=torch.int64)
         self._device = torch.device(device)
         self._keys = _Keys()
-        self._loader: DataLoader[tuple[Tensor, str]] | None = None
+        self._loader: DataLoader[tuple[Tensor | np.ndarray, str]] | None = None
+        self._shares = True
 
     def __call__(self, epoch: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
         """Fetch the batches of (index, valid) in `parts`."""
@@ -143,6 +162,8 @@ class _Fetcher:
                 self._images,
                 sampler=self._keys,
                 batch_size=None,
+                collate_fn=_unchanged,
+                timeout=_PATIENCE if self._workers else 0,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self._device.type == "cuda",
@@ -165,11 +186,19 @@ class _Fetcher:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
         self._loader = None
 
-    def _checked(self, images: Tensor, failure: str) -> Tensor:
+    def _checked(self, images: Tensor | np.ndarray, failure: str) -> Tensor:
         if failure:
             self.close()
             raise VitError(f"{failure} (it could be read when the data was scanned)")
-        return images
+        if isinstance(images, Tensor):
+            return images
+        if self._shares:
+            log.warning(
+                "shared memory (/dev/shm) has no room for the batches ahead: they come through pipes, which takes "
+                "longer (a container gets more with --shm-size)"
+            )
+            self._shares = False
+        return torch.from_numpy(images)
 
 
 class StreamingTrainLoader(TrainLoader):
@@ -232,6 +261,25 @@ class StreamingEvalLoader(EvalLoader):
 
     def close(self) -> None:
         self._fetch.close()
+
+
+@contextlib.contextmanager
+def workers_watched() -> Iterator[None]:
+    """Let a worker's death, of which torch may tell anywhere in this process, leave as a `VitError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if not reason.startswith(("DataLoader worker", "DataLoader timed out")):
+            raise
+        raise VitError(
+            f"data.workers: {reason.removeprefix('DataLoader ').rstrip('. ')}: where memory is short the system kills "
+            "a process that decodes images; try data.workers=0, and in a container more --memory and --shm-size"
+        ) from error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch  # torch would make tensors of arrays
 
 
 def _outlive_interrupts(worker: int) -> None:

@@ -20,6 +20,7 @@ from vit.data.dataset import Split
 from vit.data.loaders import Batch, eval_loader
 from vit.data.parallel import progress
 from vit.data.preprocess import Preprocessing
+from vit.data.streaming import workers_watched
 from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.model.threads import same_threads, use_threads
@@ -33,6 +34,7 @@ class Scorer(Protocol):
         ...
 
 
+@torch.no_grad()
 def collect_logits(
     model: nn.Module | Scorer,
     split: Split,
@@ -75,7 +77,7 @@ def collect_logits(
     try:
         if isinstance(model, nn.Module):
             model.eval()
-        with torch.no_grad(), _full_precision(), same_threads(), progress(label, len(split)) as advance:
+        with _full_precision(), same_threads(), workers_watched(), progress(label, len(split)) as advance:
             if isinstance(model, VisionTransformer):
                 use_threads(model.architecture, config.eval_batch_size)
             for batch in loader:

@@ -32,6 +32,7 @@ from vit.data.dataset import ImageData
 from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
 from vit.data.preprocess import Preprocessing
 from vit.data.run_splits import FILE, write_splits
+from vit.data.streaming import workers_watched
 from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
 from vit.files import write_json, write_text
@@ -88,7 +89,7 @@ def train(config: Config, overrides: list[str]) -> RunResult | None:
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
     leader = rank() == 0
-    with logs.shown(leader) as early, same_threads():
+    with logs.shown(leader) as early, same_threads(), workers_watched():
         return _train(config, overrides, leader, early)
 
 
