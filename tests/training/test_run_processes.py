@@ -5,9 +5,11 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 
 def finish(process, timeout=240):
@@ -95,3 +97,25 @@ def test_a_root_that_is_a_file_is_named(script, tmp_path):
     status, _, err = finish(script(f"run.root={tmp_path / 'file'}"))
     assert status == 2
     assert f"run.root={tmp_path / 'file'}" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_worker_that_the_system_kills_ends_the_run_with_a_line(script, tmp_path):
+    for name in ("dark", "light"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (16, 16), (i, i, 200 * (name == "light"))).save(tmp_path / "photos" / name / f"{i}.png")
+    photos = ["data=folder", f"data.root={tmp_path / 'photos'}", "data.image_size=16", "data.patch_size=4"]
+    process = script(
+        *photos, *("data.resident=false", "data.workers=1", "data.batch_size=4", "trainer.max_epochs=100000")
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 200
+    while not (workers := children.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(int(workers[0]), signal.SIGKILL)
+    status, _, err = finish(process)
+    assert status == 2, err
+    assert "Traceback" not in err
+    assert "data.workers=0" in err.strip().splitlines()[-1]
