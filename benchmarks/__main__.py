@@ -13,6 +13,7 @@
     race        training at equal wall-clock, beside timm, vit-pytorch and a plain Lightning loop (an hour)
     finetune    fine-tuning against training from scratch, in the same time (needs --weights and --data; half an hour)
     export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
+    busy        training and classifying alone and beside 1, 2 and 4 busy programs, beside a plain timm loop
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
 Each prints a table and writes it, with machine and versions, as JSON; --record also appends it to RESULTS.md.
@@ -39,10 +40,11 @@ NAMES = {
     "race": ("race", "main"),
     "finetune": ("finetune", "main"),
     "export": ("export", "main"),
+    "busy": ("busy", "main"),
     "peers": ("peers", "main"),
 }
 BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step", "epoch")
-ALL = (*BESIDE_PEERS, "logging", "recording", "reduction", "export")
+ALL = (*BESIDE_PEERS, "logging", "recording", "reduction", "export", "busy")
 
 
 def main(arguments: list[str]) -> int:

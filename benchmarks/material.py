@@ -86,14 +86,14 @@ def make(folder: Path, image_size: int) -> None:
     for file in files:
         shutil.copy(file, folder / "originals" / f"{file.stem}.jpg")
     if not files:
-        _draw(folder / "originals")
+        draw(folder / "originals")
         (folder / "drawn").touch()
     for name in MODELS:
         _model(folder, name, 32 if name.endswith("32") else image_size)
     (folder / "complete").touch()
 
 
-def _draw(folder: Path, count: int = 100) -> None:
+def draw(folder: Path, count: int = 100) -> None:
     """Images of a photograph's usual size, smooth with some grain, each another."""
     import numpy as np
     from PIL import Image

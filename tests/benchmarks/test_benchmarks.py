@@ -100,6 +100,27 @@ def test_logging(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_busy(tmp_path: Path) -> None:
+    small = ["--beside", "0,1", "--rounds", "1", "--epochs", "1", "--photographs", "3"]
+    done = call("busy", *small, "--json", str(tmp_path / "b.json"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| timm's model in a plain loop +\| \d.*%.*\|$", done.stdout, re.MULTILINE)
+    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    assert figures.keys() == {"train", "timm", "classify"}
+    assert all(figures[name][count][0] > 0 for name in figures for count in ("0", "1"))
+
+
+def test_busy_programs_end_with_what_started_them() -> None:
+    code = (
+        "import os, subprocess, sys; from benchmarks.busy import BUSY\n"
+        "program = subprocess.Popen([sys.executable, '-c', BUSY], stdout=1)\n"
+        "os._exit(0)"
+    )
+    # until nobody holds the pipe any more: neither the process nor what it started
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, timeout=120, check=True)
+
+
+@pytest.mark.slow
 def test_loaders_and_epochs(tmp_path: Path) -> None:
     small = ["--peers", str(tmp_path), "--photographs", "8", "--rounds", "2"]
     small += ["--least", "0.01", "--workers", "1", "--batch-size", "4"]
