@@ -94,7 +94,7 @@ def test_a_long_walk_says_so_and_takes_ctrl_c(small_bundle, tmp_path):
         assert list(tmp_path.iterdir()) == []
     finally:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 def test_both_backends_and_every_kind_of_model_give_the_same_rows(small_bundle, photos, tmp_path):
