@@ -53,6 +53,7 @@ class Loaded:
         class_names: one name an output; None where nobody says what the outputs mean.
         report: what was loaded, resampled, missing and unexpected, and what became of the head.
         source: where the weights are from, exactly.
+        own_size: height and width of the images that the weights were made for.
     """
 
     model: VisionTransformer
@@ -60,6 +61,7 @@ class Loaded:
     class_names: list[str] | None
     report: Report
     source: str
+    own_size: tuple[int, int]
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def load_pretrained(
     preprocessing = replace(preprocessing, image_size=pair(model.architecture["image_size"], "data.image_size"))
     if names is None and own and report.head == "kept":
         names = own_names
-    return Loaded(model.eval(), preprocessing, names, report, found.label)
+    return Loaded(model.eval(), preprocessing, names, report, found.label, known.preprocessing.image_size)
 
 
 def count_parameters(architecture: dict[str, Any]) -> int:

@@ -169,9 +169,11 @@ def _check_weights(config: Config) -> None:
         raise VitError(pretrained.another_model(m.name, m.size))
     if m.name is None and m.size is None and None in (m.width, m.depth, m.heads):
         raise VitError("model.size: may only be null where model.width, model.depth and model.heads are all given")
-    frozen = [f"finetune.{key}={options.show(value)}" for key, value in vars(finetune).items() if value]
-    if m.name is None and (frozen or lora.rank is not None):
-        what = frozen[0] if frozen else f"lora.rank={lora.rank}"
+    frozen = [f"finetune.{key}={options.show(getattr(finetune, key))}" for key in ("freeze", "unfreeze")
+              if getattr(finetune, key)]  # fmt: skip
+    probed = ["finetune.head=probe"] if finetune.head == "probe" else []
+    if m.name is None and (frozen or probed or lora.rank is not None):
+        what = [*frozen, *probed, f"lora.rank={lora.rank}"][0]
         raise VitError(f"{what}: only weights that have learned something are worth keeping: use model=pretrained")
     if frozen and lora.rank is not None:
         raise VitError(
@@ -179,12 +181,14 @@ def _check_weights(config: Config) -> None:
         )
     if m.depth is not None and finetune.freeze != "all" and int(finetune.freeze) > m.depth:
         raise VitError(f"finetune.freeze={finetune.freeze}: the model has {m.depth} blocks; all: only the head learns")
+    if probed and config.tune:
+        raise VitError("tune=true measures with a head at zero: use finetune.head=zero, or set optim.lr yourself")
     if finetune.unfreeze and config.trainer.strategy == "fsdp":
         raise VitError("finetune.unfreeze changes what learns, which trainer=fsdp fixes at the start: use trainer=ddp")
     if config.method == "linear_probe":
         never = {"resume": config.resume, "tune": config.tune, "lora.rank": lora.rank, "ema.decay": config.ema.decay}
         never |= {"distill.teacher": config.distill.teacher}
-        useless = [*frozen, *(f"{key}={options.show(value)}" for key, value in never.items() if value)]
+        useless = [*frozen, *probed, *(f"{key}={options.show(value)}" for key, value in never.items() if value)]
         if useless:
             raise VitError(f"{useless[0]}: with method=linear_probe nothing but a linear head is fitted: leave it out")
         if config.trainer.num_nodes > 1 or (isinstance(config.trainer.devices, int) and config.trainer.devices > 1):

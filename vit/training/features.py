@@ -30,10 +30,12 @@ from vit.errors import VitError
 from vit.evaluation import collect_logits
 from vit.files import atomic_write
 from vit.model import VisionTransformer
+from vit.training.optim import HEADS
 
 log = logging.getLogger("vit")
 
 _FORMAT = b"1"
+_TRAINING_ONLY = ("num_classes", "init", "dropout", "attention_dropout", "drop_path", "patch_dropout")
 
 
 class Backbone(nn.Module):
@@ -52,10 +54,15 @@ class Backbone(nn.Module):
         return read if self.model.head_dist is None else read.mean(dim=1)
 
     def fingerprint(self) -> str:
-        """What tells these weights and this architecture from any other."""
-        digest = hashlib.sha256(json.dumps(self.model.architecture, sort_keys=True, default=str).encode())
+        """What tells the weights and the architecture that features depend on from any other.
+
+        Not the head, nor what is of training only: a probe and a run that starts from one share their features.
+        """
+        architecture = {key: value for key, value in self.model.architecture.items() if key not in _TRAINING_ONLY}
+        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
-            if not name.startswith(("head.", "head_dist.")):
+            name = name.replace(".base_layer.", ".")
+            if not name.startswith(HEADS) and ".lora_" not in name:  # LoRA's changes start at nothing
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -6,6 +6,8 @@ One rule: what the configuration leaves open (null) is as the weights have it; w
   own size and statistics.  What is typed, or written in an experiment, wins over it.
 - An architecture cannot be told otherwise than the weights have it; the size of images and patches, channels, the
   pooling and a distillation token can, and weights are resampled, or start afresh, where they have to.
+- One thing is not as the weights have it: images are at most `WORKING_SIZE` pixels a side, since cost grows with the
+  number of tokens and many weights come for 384 or 518 pixels.
 - The blanks are filled in before anything else is done, so a run's `config.yaml`, its checkpoints and its bundle say
   what was used, and a resumed run asks for no weights again.
 
@@ -18,12 +20,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from vit import options
 from vit.errors import VitError
 from vit.training.sections import NO_ARGUMENTS, ModelConfig
 
 if TYPE_CHECKING:
-    from vit.data.dataset import ImageData
+    from vit.data.dataset import ImageData, Split
     from vit.model import VisionTransformer
     from vit.training.config import Config
 
@@ -33,6 +37,9 @@ EXAMPLES = "a name of timm's such as vit_small_patch16_224.augreg_in1k, a run fo
 
 PREPARED = ("image_size", "channels", "patch_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Keys of `data` that are as the weights have them where they are null."""
+
+WORKING_SIZE = 224
+"""Pixels a side of the model's images, where `data.image_size` is null and the weights were made for more."""
 
 FOLLOWING = {"image_size": "image_size", "patch_size": "patch_size", "in_channels": "channels"}
 """Keys of `model` that follow one of `data`."""
@@ -90,7 +97,9 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"model.{key}={options.show(model[key])}: the weights of {name} have {options.show(a[key])}, and their "
                 f"architecture stays as it is: leave model.{key} out, or choose other weights"
             )
-    theirs = {**preprocessing, "patch_size": _one(a["patch_size"]), "image_size": _one(preprocessing["image_size"])}
+    patch = next((each for each in (model["patch_size"], data["patch_size"]) if each), a["patch_size"])
+    sizes = working_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
+    theirs = {**preprocessing, "patch_size": _one(a["patch_size"]), "image_size": _one(sizes)}
     for key in PREPARED:
         if key in ("mean", "std") and data["channels"] is not None and data["channels"] != preprocessing["channels"]:
             theirs[key] = [sum(theirs[key]) / len(theirs[key])] * data["channels"]
@@ -102,6 +111,14 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
             model[key] = data[followed]
     _check_size(name, model)
     return {**values, "model": model, "data": data}
+
+
+def working_size(own: Sequence[int], patch: Sequence[int]) -> list[int]:
+    """Height and width to fine-tune at: the weights' own, or `WORKING_SIZE` in whole patches where that is less."""
+    return [
+        side if side <= WORKING_SIZE else max(pixels, WORKING_SIZE // pixels * pixels)
+        for side, pixels in zip(own, patch, strict=True)
+    ]
 
 
 def another_model(name: str, size: str) -> str:
@@ -145,8 +162,34 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
             f"model.pool=attention: new to the weights of {m.name}, and with lora.rank={config.lora.rank} it would not "
             "learn: leave out one of the two"
         )
-    log.info("%s", loaded.report.table())
+    log.info("%s\n%s", loaded.report.table(), resolution(loaded.architecture, loaded.own_size, data.splits["train"]))
     return loaded.model.train()  # Lightning leaves a module in the mode that it comes in
+
+
+def resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Split) -> str:
+    """A line on the size of the model's images: tokens and operations, and what another size would cost.
+
+    The other size is the weights' `own`; where they agree, that of the images, if it is smaller.
+    """
+    from vit.model.cost import flops
+
+    (height, width), patch = architecture["image_size"], architecture["patch_size"]
+
+    def tokens(sides: Sequence[int]) -> int:
+        return (sides[0] // patch[0]) * (sides[1] // patch[1])
+
+    here = flops(architecture)
+    line = f"image size  {height} x {width}: {tokens((height, width)):,} patches, {here / 1e9:.3g} GFLOPs forward an image"
+    other, whose = list(own), "the weights' own"
+    if (height, width) == tuple(own):
+        found = split.native_size or (np.median(split.sizes, axis=0) if split.sizes is not None else own)
+        other = [max(p, int(side) // p * p) for side, p in zip(found, patch, strict=True)]
+        whose = "about that of the images"
+        if tokens(other) >= tokens((height, width)):
+            return line
+    times = flops({**architecture, "image_size": other}) / here
+    typed = str(_one(other)).replace(" ", "")
+    return f"{line}; data.image_size={typed}, {whose}: {tokens(other):,} patches, {times:.2g} times the cost"
 
 
 def _blanks() -> list[str]:

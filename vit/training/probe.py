@@ -1,4 +1,5 @@
-"""`method=linear_probe`: how good a frozen model's features are, by a linear head on them and by nearest neighbours.
+"""How good a frozen model's features are, by a linear head on them (`method=linear_probe`) and by nearest neighbours;
+and that head as the start of fine-tuning (`finetune.head=probe`).
 
 Notable:
 - an image goes through the backbone once; its features are kept under the run root for the next probe;
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit.data.dataset import ImageData
+from vit.data.dataset import SPLITS, ImageData
 from vit.data.preprocess import Preprocessing
 from vit.inference.description import Description
 from vit.model import VisionTransformer
@@ -36,22 +37,30 @@ Block = dict[str, Any]
 
 
 class Probe:
-    """The features of a data set's splits, and what is fitted to them.
+    """The features of a data set's splits, and what is fitted to them; `model` stays in the mode it is in.
 
     Attributes
         features, labels: by split, float32 (N, D) and int64 (N,), on the CPU.
         images_per_second: of the backbone; 0 where all features were found kept.
     """
 
-    def __init__(self, config: Config, model: VisionTransformer, data: ImageData, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: VisionTransformer,
+        data: ImageData,
+        preprocessing: Preprocessing,
+        splits: Sequence[str] = SPLITS,
+    ) -> None:
         self.config, self.model, self.data = config, model, data
         place = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if place else "cpu")
         cache = Path(config.probe.cache or Path(config.run.root) / ".cache") / "features"
-        backbone = Backbone(model).to(self.device).eval()
+        backbone = Backbone(model).to(self.device).train(model.training)
         self.features: dict[str, Tensor] = {}
         computed, seconds = 0, 0.0
-        for name, split in data.splits.items():
+        for name in splits:
+            split = data.splits[name]
             began = time.monotonic()
             self.features[name], kept = collect_features(
                 backbone,
@@ -66,7 +75,7 @@ class Probe:
                 log.info("features of %d %s images: found in %s", len(split), name, cache)
             else:
                 computed, seconds = computed + len(split), seconds + time.monotonic() - began
-        self.labels = {name: torch.from_numpy(split.labels.copy()) for name, split in data.splits.items()}
+        self.labels = {name: torch.from_numpy(data.splits[name].labels.copy()) for name in splits}
         self.images_per_second = computed / seconds if seconds else 0.0
 
     def fit_head(self, events: EventFile | None) -> float:

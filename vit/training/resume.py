@@ -39,7 +39,7 @@ FIXED = frozenset(
     model.position_prefix model.pool model.pool_prefix model.class_token model.distillation_token model.registers
     model.layer_scale model.qk_norm model.qkv_bias model.proj_bias model.patch_bias model.crop_to_patches
     model.reduction model.reduction_rate model.reduction_schedule model.reduction_proportional model.init
-    optim.name optim.layer_decay optim.head_lr ema.decay finetune.freeze lora.rank lora.alpha lora.targets
+    optim.name optim.layer_decay optim.head_lr ema.decay finetune.head finetune.freeze lora.rank lora.alpha lora.targets
     """.split()  # noqa: SIM905
 )
 """Keys that a run keeps for good; what is typed for any other key holds from where the run goes on."""

@@ -62,6 +62,7 @@ from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
 from vit.training.resume import Saved, check_fits, read
 from vit.training.schedule import Schedule
+from vit.training.start import Start
 from vit.training.suited import settled
 from vit.training.tune import tune
 
@@ -112,6 +113,9 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         log.warning("there is no validation data: the last checkpoint counts as the best, temperature stays 1")
     L.seed_everything(config.seed, workers=False, verbose=False)
     model = build_model(config, data)
+    start = Start()
+    if config.finetune.head == "probe" and saved is None and leader:
+        start.fit_head(config, model, data, preprocessing)
     if config.tune and saved is None:
         config = _tuned(config, data, model, preprocessing)
     threads = use_threads(model.architecture, config.data.batch_size, config.trainer.threads)
@@ -136,11 +140,11 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
     folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
         with Interrupt(leader) as interrupt:
-            return _fit_and_finish(config, data, module, folder, resume, interrupt)
+            return _fit_and_finish(config, data, module, start, folder, resume, interrupt)
     os.environ["VIT_RUN_FOLDER"] = str(folder)
     with logs.kept(folder / "train.log", early), Interrupt() as interrupt:
         _describe(folder, config, data)
-        return _fit_and_finish(config, data, module, folder, resume, interrupt)
+        return _fit_and_finish(config, data, module, start, folder, resume, interrupt)
 
 
 def _reopen(config: Config, overrides: list[str], saved: Saved) -> tuple[Config, ImageData]:
@@ -299,7 +303,13 @@ def _tuned(config: Config, data: ImageData, model: VisionTransformer, preprocess
 
 
 def _fit_and_finish(
-    config: Config, data: ImageData, module: TrainingModule, folder: Path, resume: Path | None, interrupt: Interrupt
+    config: Config,
+    data: ImageData,
+    module: TrainingModule,
+    start: Start,
+    folder: Path,
+    resume: Path | None,
+    interrupt: Interrupt,
 ) -> RunResult | None:
     t, pace = config.trainer, Pace()
     meter = Meter(config.logging.every, pace)
@@ -308,6 +318,7 @@ def _fit_and_finish(
         max_epochs=t.epochs,
         max_steps=t.max_steps,
         max_time=t.max_seconds,
+        spent=start.seconds,
     )
     monitor = config.monitor if len(data.splits["val"]) else None
     callbacks: list[L.Callback] = [schedule, pace, interrupt, meter]
@@ -318,6 +329,8 @@ def _fit_and_finish(
         board = Monitor(config, folder, data.class_names, meter)
         preprocessing = module.description.preprocessing
         callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
+    if config.finetune.head == "probe":
+        callbacks.append(start)
     callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience))
     trainer = build_trainer(config, folder, callbacks)
     try:
@@ -339,6 +352,7 @@ def _fit_and_finish(
         "steps": trainer.global_step,
         "parameters": plain_size(module.model),
         "trained_parameters": module.trained,
+        **({} if start.penalty is None else {"penalty": start.penalty}),
         "bad_files": len(data.bad_files),
         "passed_over": data.passed_over,
         "seed": config.seed,

@@ -55,26 +55,34 @@ def stop(trainer: L.Trainer) -> None:
 class Schedule(L.Callback):
     """Set each step's learning rates and end training when a budget is spent.
 
-    Sets `module.progress` before every step.  `trainer.max_time` counts from the first step, validation included, and
-    leaves room for one last validation.  In a distributed run the clock is the first process's.
+    Sets `module.progress` before every step.  `trainer.max_time` includes validation and the `spent` seconds that went
+    into the start (features, the head fitted to them), and leaves time for one last validation; progress counts from
+    the first step.  In a distributed run the clock is the first process's.
     """
 
     def __init__(
-        self, *, schedule: dict[str, Any], max_epochs: int | None, max_steps: int | None, max_time: float | None
+        self,
+        *,
+        schedule: dict[str, Any],
+        max_epochs: int | None,
+        max_steps: int | None,
+        max_time: float | None,
+        spent: float = 0.0,
     ) -> None:
         self.schedule = schedule
         self.max_epochs, self.max_steps, self.max_time = max_epochs, max_steps, max_time
-        self.spent_before = 0.0
+        self.spent_before = self.before_steps = spent
         self.validation_seconds = 0.0
         self._start = self._validation_start = 0.0
         self._batches = 0
         self._sync: tuple[int, float, float] = (-1, 0.0, 0.0)  # batches, share and share a batch, at the last reading
 
     def state_dict(self) -> dict[str, Any]:
-        return {"spent": self.spent()}
+        return {"spent": self.spent(), "before_steps": self.before_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.spent_before = float(state_dict["spent"])
+        self.before_steps = float(state_dict.get("before_steps", 0.0))
 
     def spent(self) -> float:
         """Seconds of training so far, earlier parts of a resumed run included."""
@@ -128,13 +136,15 @@ class Schedule(L.Callback):
         they count on at its pace.
         """
         assert self.max_time is not None
-        room, n = max(1e-9, self.max_time - self.validation_seconds), self._batches
+        limit, n = max(1e-9, self.max_time - self.validation_seconds - self.before_steps), self._batches
         if trainer.world_size == 1:
-            return self.spent() / room
+            return (self.spent() - self.before_steps) / limit
         last, share, pace = self._sync
         if n != last and (batch_idx == 0 or n < _CLOCK_EVERY or n % _CLOCK_EVERY == 0):
-            here = (self.spent() - self.spent_before) / room
-            clock = torch.tensor([self.spent() / room, here / max(1, n)], device=trainer.strategy.root_device)
+            here = (self.spent() - max(self.spent_before, self.before_steps)) / limit
+            clock = torch.tensor(
+                [(self.spent() - self.before_steps) / limit, here / max(1, n)], device=trainer.strategy.root_device
+            )
             share, pace = trainer.strategy.broadcast(clock, 0).tolist()
             last, self._sync = n, (n, share, pace)
         return share + (n - last) * pace

@@ -216,8 +216,13 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Which layers of a pretrained model learn, and from when."""
+    """How a pretrained model's new head starts, which of its layers learn, and from when."""
 
+    head: str = setting(
+        "how a new head starts: at zero, or as the linear probe fitted to the model's features (LP-FT, Kumar et al. "
+        "2022); then the run never ends below that probe on validation images",
+        choices=("zero", "probe"),
+    )
     freeze: int | str = setting(
         "lowest blocks that never learn, nor the embedding under them; all: only the head learns; 0: everything learns",
         choices=("all",),

@@ -1,0 +1,77 @@
+"""Where a fine-tuned run starts: from a linear probe's head (`finetune.head=probe`), and never below it.
+
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": a head that fits
+the features first (LP), then all layers (FT), as a random head's gradients would spoil the features.
+
+Notable:
+- the first process fits the head, the others get it from that one;
+- the start is validated as every epoch is, so `best.ckpt` is the start where training never beats it;
+- all of it counts in `trainer.max_time`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from vit.data.dataset import ImageData
+from vit.data.preprocess import Preprocessing
+from vit.model import VisionTransformer
+from vit.training.config import Config
+from vit.training.probe import Probe
+from vit.training.schedule import Schedule
+
+log = logging.getLogger("vit")
+
+
+class Start(L.Callback):
+    """Fit the head of a pretrained model to its features, and validate the result before the first step.
+
+    Attributes
+        seconds: that fitting took, features included.
+        penalty: of the logistic regression; None where the weights' own head was kept.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.penalty: float | None = None
+
+    def fit_head(self, config: Config, model: VisionTransformer, data: ImageData, how: Preprocessing) -> None:
+        """Give `model` the head of a linear probe on training images, in place; one that knows something stays.
+
+        Raises `VitError` for an image that cannot be read.
+        """
+        if model.head.weight.any():  # type: ignore[operator]  # a new head is zero
+            log.info("finetune.head=probe: the head that came with the weights knows these classes, and stays")
+            return
+        began = time.monotonic()
+        self.penalty = Probe(config, model, data, how, ("train", "val")).fit_head(None)
+        self.seconds = time.monotonic() - began
+        chosen = "chosen on validation images" if len(data.splits["val"]) else "no validation data to choose it on"
+        log.info("the head starts from a linear probe: penalty %g (%s), %.0f s", self.penalty, chosen, self.seconds)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "penalty": self.penalty}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds, self.penalty = state_dict["seconds"], state_dict["penalty"]
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.world_size > 1:
+            for model in filter(None, (pl_module.model, pl_module.ema)):
+                for head in filter(None, (model.head, model.head_dist)):
+                    head.load_state_dict(trainer.strategy.broadcast(head.state_dict(), 0))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step or not trainer.val_dataloaders:
+            return
+        trainer.validating = True  # as Lightning's own loop does between epochs
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Schedule):
+                callback.before_steps = callback.spent()
