@@ -179,7 +179,7 @@ def resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Spl
         return (sides[0] // patch[0]) * (sides[1] // patch[1])
 
     here = flops(architecture)
-    line = f"image size  {height} x {width}: {tokens((height, width)):,} patches, {here / 1e9:.3g} GFLOPs forward an image"
+    line = f"image size  {height} x {width}: {tokens((height, width)):,} patches, {here / 1e9:.3g} GFLOPs an image"
     other, whose = list(own), "the weights' own"
     if (height, width) == tuple(own):
         found = split.native_size or (np.median(split.sizes, axis=0) if split.sizes is not None else own)

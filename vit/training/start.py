@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing

@@ -89,7 +89,7 @@ def settled(config: Config, data: ImageData, overrides: Sequence[str]) -> Config
         chosen = {key: value for key, value in chosen.items() if key != "defaults"} | kept
         changed = dataclasses.replace(changed, augment=AugmentConfig(**chosen))
         log.info(
-            "augment=auto: %s, the weaker of what suits %d training images a class (%s) and %.2g passes over them (%s)%s",
+            "augment=auto: %s, the weaker of what suits %d training images a class (%s) and %.3g passes (%s)%s",
             name,
             round(images / max(1, classes)),
             _rule(IMAGES),
