@@ -136,15 +136,14 @@ class Schedule(L.Callback):
         they count on at its pace.
         """
         assert self.max_time is not None
-        limit, n = max(1e-9, self.max_time - self.validation_seconds - self.before_steps), self._batches
+        limit, n = self.max_time - self.validation_seconds - self.before_steps, self._batches
+        now = (self.spent() - self.before_steps) / limit if limit > 0 else 1.0
         if trainer.world_size == 1:
-            return (self.spent() - self.before_steps) / limit
+            return now
         last, share, pace = self._sync
         if n != last and (batch_idx == 0 or n < _CLOCK_EVERY or n % _CLOCK_EVERY == 0):
-            here = (self.spent() - max(self.spent_before, self.before_steps)) / limit
-            clock = torch.tensor(
-                [(self.spent() - self.before_steps) / limit, here / max(1, n)], device=trainer.strategy.root_device
-            )
+            here = (self.spent() - max(self.spent_before, self.before_steps)) / max(limit, 1e-9)
+            clock = torch.tensor([now, here / max(1, n)], device=trainer.strategy.root_device)
             share, pace = trainer.strategy.broadcast(clock, 0).tolist()
             last, self._sync = n, (n, share, pace)
         return share + (n - last) * pace
