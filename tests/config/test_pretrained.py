@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from vit.errors import VitError
 from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
+from vit.pretrained.create import create_model
 from vit.training import suited
 from vit.training.config import check_model, load
-from vit.training.suited import settled, suited_augment, suited_epochs
+from vit.training.pretrained import resolution, working_size
+from vit.training.suited import passes_over, settled, suited_augment, suited_epochs
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,49 @@ def test_a_name_of_timms_needs_no_weights_to_be_checked(compose):
 
 
 @pytest.mark.parametrize(
+    ("own", "patch", "expected"),
+    [
+        ((224, 224), (16, 16), [224, 224]),
+        ((518, 518), (14, 14), [224, 224]),
+        ((512, 512), (15, 15), [210, 210]),
+        ((384, 160), (16, 16), [224, 160]),
+        ((448, 448), (300, 300), [300, 300]),
+        ((98, 98), (14, 14), [98, 98]),
+    ],
+)
+def test_images_are_at_most_224_pixels_in_whole_patches_unless_typed(own, patch, expected):
+    assert working_size(own, patch) == expected
+
+
+def test_a_size_that_was_not_typed_is_one_that_can_be_afforded(compose):
+    typed = ["model=pretrained", "data=digits"]
+    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2")).data.size == (224, 224)
+    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.patch_size=28")).data.size == (224, 224)
+    assert load(compose(*typed, "model.name=vit_base_patch16_384")).model.image_size == 224
+    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.image_size=518")).data.size == (518, 518)
+
+
+@pytest.mark.parametrize(
+    ("own", "native", "said"),
+    [
+        ((224, 224), None, "224 x 224: 256 patches, 12.2 GFLOPs an image"),
+        ((518, 518), None, "; data.image_size=518, the weights' own: 1,369 patches, 7.6 times the cost"),
+        ((224, 224), (128, 128), "; data.image_size=126, about that of the images: 81 patches, 0.3 times the cost"),
+        ((224, 224), (300, 300), "12.2 GFLOPs an image"),
+    ],
+)
+def test_the_line_on_the_size_says_what_another_would_cost(own, native, said):
+    """GFLOPs against the formula: two for each of 12 N D^2 + 2 N^2 D in 12 layers, embedding and head beside it."""
+    architecture = create_model("vit_small_patch14_dinov2", image_size=224, num_classes=5).architecture
+    line = resolution(architecture, own, SimpleNamespace(native_size=native, sizes=None))
+    assert line.startswith("image size  224 x 224")
+    assert line.endswith(said)
+    N, D = 257, 384
+    whole = 2 * (12 * (12 * N * D**2 + 2 * N**2 * D) + 256 * D * 3 * 14**2 + D * 5)
+    assert f"{whole / 1e9:.3g} GFLOPs" in line
+
+
+@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         ([], "model.name: whose weights to start from has to be said: a name of timm's"),
@@ -140,6 +186,7 @@ def test_a_name_of_timms_needs_no_weights_to_be_checked(compose):
         (["model.name=WEIGHTS", "finetune.freeze=1", "lora.rank=2"], "finetune.freeze=1: with lora.rank=2"),
         (["model.name=WEIGHTS", "finetune.unfreeze=0.5", "lora.rank=2"], "finetune.unfreeze=0.5: with lora.rank=2"),
         (["model.name=WEIGHTS", "lora.targets=[qkv,proj2]"], "lora.targets: expected a list of one of qkv, proj"),
+        (["model.name=WEIGHTS", "finetune.head=probe", "tune=true"], "tune=true measures with a head at zero"),
         (["model.name=WEIGHTS", "finetune.unfreeze=1", "trainer=fsdp", "optim=adamw"], "use trainer=ddp"),
     ],
 )
@@ -153,6 +200,7 @@ def test_what_cannot_be_is_refused_in_a_line(refused, weights, overrides, told):
     [
         (["model.name=WEIGHTS"], "write model=pretrained model.name=WEIGHTS, without a size"),
         (["finetune.freeze=1"], "finetune.freeze=1: only weights that have learned something"),
+        (["finetune.head=probe"], "finetune.head=probe: only weights that have learned something"),
         (["lora.rank=8"], "lora.rank=8: only weights that have learned something"),
         (
             ["model.size=null"],
@@ -171,15 +219,40 @@ def test_an_experiment_without_a_name_says_what_it_needs(refused):
         assert refused(f"experiment={name}", "data.root=x").startswith("model.name: whose weights to start from")
 
 
-# what the number of images decides
+# what the images and the time decide
 
 
-def test_augmentation_suits_the_images_of_a_class():
-    limits = [limit for limit, _ in suited.AUGMENT]
+@pytest.mark.parametrize("rule", [suited.IMAGES, suited.PASSES], ids=["images", "passes"])
+def test_augmentation_is_the_weaker_of_what_suits_images_and_passes(rule):
+    limits = [limit for limit, _ in rule]
     assert limits == sorted(limits)
-    for (limit, name), (_, after) in zip(suited.AUGMENT[:-1], suited.AUGMENT[1:], strict=True):
-        assert suited_augment(int(limit) * 10 - 1, 10) == name
-        assert suited_augment(int(limit) * 10, 10) == after
+    for (limit, name), (_, after) in zip(rule[:-1], rule[1:], strict=True):
+        for number, expected in ((limit - 0.1, name), (limit, after)):
+            many = {"images": 10**9, "passes": 10**9} | {"images" if rule is suited.IMAGES else "passes": number * 10}
+            assert suited_augment(int(many["images"]), 10, many["passes"] / 10) == expected
+    assert suited_augment(10, 10, 1) == suited.IMAGES[0][1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "passes"),
+    [
+        (["trainer.max_epochs=7"], 7),
+        (["trainer.max_epochs=7", "trainer.max_steps=50", "data.batch_size=100", "optim.accumulate=2"], 7),
+        (["trainer.max_epochs=70", "trainer.max_steps=50", "data.batch_size=100", "optim.accumulate=2"], 10),
+        (["trainer.max_epochs=null", "trainer.max_steps=3", "data.batch_size=100"], 0.3),
+    ],
+)
+def test_passes_are_those_of_the_budget_that_ends_first(pretrained, typed, passes):
+    assert passes_over(pretrained(*typed), 1000, 2) == pytest.approx(passes)
+
+
+def test_passes_in_a_time_grow_with_the_time_and_fall_with_what_an_image_costs(pretrained):
+    """And no clock is read: they are the same in every process, and on a machine that is busy."""
+    typed = ["trainer.max_epochs=null", "trainer.max_steps=null", "trainer=cpu"]
+    one, twice = (passes_over(pretrained(*typed, f"trainer.max_time={s}"), 1000, 2) for s in (60, "00:02:00"))
+    large = passes_over(pretrained(*typed, "trainer.max_time=60", "data.image_size=[280,420]"), 1000, 2)
+    assert twice == pytest.approx(2 * one)
+    assert large < one / 100
 
 
 def test_epochs_fall_with_the_images_and_steps_still_grow():
@@ -202,12 +275,12 @@ def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compo
     caplog.set_level("INFO", logger="vit")
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "augment.flip=0", "augment.rotate=5"]
     config = settled(load(compose(*typed)), Counted(10_000, 2), typed)
-    chosen = suited_augment(10_000, 2)
+    chosen = suited_augment(10_000, 2, suited_epochs(10_000))
     assert config.augment.name == chosen
     plain = load(compose(f"augment={chosen}")).augment
     assert plain.flip == 0.5
     assert (config.augment.flip, config.augment.rotate) == (0.0, 5.0)
-    assert caplog.messages[0].endswith("; as typed: flip, rotate")
+    assert caplog.messages[1].endswith("; as typed: flip, rotate")
     assert config.augment.label_smoothing == plain.label_smoothing
     assert config.trainer.max_epochs == suited_epochs(10_000)
     typed += ["augment=light", "trainer.max_epochs=3"]
@@ -217,6 +290,7 @@ def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compo
 
 def test_a_choice_that_contradicts_the_rest_is_refused(compose, weights):
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "trainer=ddp_cpu", "data.batch_size=6"]
+    typed += ["trainer.max_epochs=200"]
     config = load(compose(*typed))
     with pytest.raises(VitError, match=r"data\.batch_size=6 .* even parts"):
         settled(config, Counted(1_000_000, 2), typed)

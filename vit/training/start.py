@@ -68,8 +68,6 @@ class Start(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step or not trainer.val_dataloaders:
             return
-        for callback in trainer.checkpoint_callbacks:  # Lightning's own does not write at step 0
-            vars(callback)["_last_global_step_saved"] = -1
         trainer.validating = True  # as Lightning's own loop does between epochs
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
