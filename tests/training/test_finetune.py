@@ -367,7 +367,8 @@ def test_the_recipe_settles_what_the_data_decides(tmp_path, source):
     assert result is not None
     saved = yaml.safe_load((result.folder / "config.yaml").read_text())
     log = (result.folder / "train.log").read_text()
-    assert "augment=auto: gentle, for 16 training images a class" in log
+    assert "augment=auto: gentle, the weaker of what suits 16 training images a class (" in log
+    assert ") and 0.4 passes (" in log
     assert "trainer.max_epochs=auto: 71, for 160 training images" in log
     assert saved["augment"]["name"] == "gentle"
     assert saved["trainer"]["max_epochs"] == 71
