@@ -25,13 +25,13 @@ log = logging.getLogger("vit")
 IMAGES = ((50, "gentle"), (500, "medium"), (math.inf, "deit"))
 """Training images a class, up to which number (that one not included), and the file of conf/augment that suits them."""
 
-PASSES = ((30, "crop"), (100, "medium"), (math.inf, "deit"))
+PASSES = ((30, "mild"), (100, "medium"), (math.inf, "deit"))
 """The same for passes over the images: in few of them, images made harder are learned less well, not better."""
 
 CORE, GPU = 50e9, 50e12
 """Operations of training a second, roughly, of a CPU's core and of a GPU."""
 
-_ORDER = ("gentle", "crop", "medium", "deit")
+_ORDER = ("gentle", "mild", "medium", "deit")
 _ROOT_EPOCHS, _LEAST, _MOST = 900, 5, 100
 
 
