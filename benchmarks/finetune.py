@@ -4,8 +4,9 @@
     python -m benchmarks finetune --weights local-dir:dinov2_small --data cifar10/
 
 Each run is `train.py` in a process of its own, on a stratified part of a Parquet data set, one validation at its end;
-what is compared is the accuracy on the same test images.  A linear probe and the neighbours' votes come of one pass
-over the images, take the time they take, and know no chance.  Hyperparameters were chosen on validation images.
+what is compared is the accuracy on the same test images.  Features that a run starts from are part of its time.  A
+linear probe and the neighbours' votes come of one pass over the images, take the time they take, and know no chance.
+Hyperparameters were chosen on validation images.
 """
 
 from __future__ import annotations
@@ -98,9 +99,10 @@ def row(name: str, found: list[dict[str, Any]], split: str, learned: int | None 
 
 def run(typed: list[str], root: str) -> dict[str, Any]:
     """Train, and give what `metrics.json` holds."""
-    # one root for all, so that the probe's features are kept; a name for each, so that its folder is found
+    # a name for each, so that its folder is found, and a cache, so that no run is given features that another computed
     name = f"run{time.monotonic_ns()}"
     quiet = ["export.onnx=false", "logging.tensorboard=false", "logging.progress=false"]
+    quiet.append(f"probe.cache={root}/features/{name}")
     command = [sys.executable, str(TRAIN), *typed, *quiet, f"run.root={root}", f"run.name={name}"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
