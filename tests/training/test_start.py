@@ -157,6 +157,9 @@ def test_what_training_spoils_is_left_as_the_probe_had_it(run, monitor, more):
     for split in ("val", "test"):
         assert result.metrics[split] == pytest.approx(probe.metrics[split], abs=1e-4)
     assert result.metrics["penalty"] == probe.metrics["penalty"]
+    assert result.metrics["start"]["kept"]
+    assert result.metrics["start"]["val"]["top1"] == pytest.approx(probe.metrics["val"]["top1"], abs=1e-6)
+    assert "best.ckpt is the start" in (result.folder / "train.log").read_text()
 
 
 def test_what_training_improves_is_better_than_the_probe(run):
@@ -164,6 +167,7 @@ def test_what_training_improves_is_better_than_the_probe(run):
     probe = run(*more, experiment="linear_probe")
     result = run(*more, "augment=gentle", "trainer.max_epochs=4", "optim.lr=2e-3", "optim.layer_decay=1")
     assert checkpoint(result, "best")["global_step"] > 0
+    assert not result.metrics["start"]["kept"]
     assert result.metrics["val"]["loss_uncalibrated"] < probe.metrics["val"]["loss_uncalibrated"]
 
 
@@ -208,6 +212,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(run, monkeypa
     rest = train(load(values | {"resume": str(folder / "checkpoints" / f"{name}.ckpt")}), [])
     assert rest is not None
     assert rest.metrics["penalty"] == whole.metrics["penalty"]
+    assert rest.metrics["start"] == whole.metrics["start"]
     a, b = (checkpoint(result, "last") for result in (whole, rest))
     assert a["global_step"] == b["global_step"] == whole.metrics["steps"]
     assert [key for key in a["state_dict"] if not torch.equal(a["state_dict"][key], b["state_dict"][key])] == []

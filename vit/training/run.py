@@ -352,7 +352,7 @@ def _fit_and_finish(
         "steps": trainer.global_step,
         "parameters": plain_size(module.model),
         "trained_parameters": module.trained,
-        **({} if start.penalty is None else {"penalty": start.penalty}),
+        **start.metrics(),
         "bad_files": len(data.bad_files),
         "passed_over": data.passed_over,
         "seed": config.seed,

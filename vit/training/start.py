@@ -20,6 +20,7 @@ import lightning.pytorch as L
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing
 from vit.model import VisionTransformer
+from vit.training.checkpoints import Checkpoints
 from vit.training.config import Config
 from vit.training.probe import Probe
 from vit.training.schedule import Schedule
@@ -33,11 +34,15 @@ class Start(L.Callback):
     Attributes
         seconds: that fitting took, features included.
         penalty: of the logistic regression; None where the weights' own head was kept.
+        val: figures of the start on validation images, top1 and loss.
+        kept: whether no later validation was better, so that `best.ckpt` is the start.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.penalty: float | None = None
+        self.val: dict[str, float] = {}
+        self.kept = False
 
     def fit_head(self, config: Config, model: VisionTransformer, data: ImageData, how: Preprocessing) -> None:
         """Give `model` the head of a linear probe on training images, in place; one that knows something stays.
@@ -54,10 +59,15 @@ class Start(L.Callback):
         log.info("the head starts from a linear probe: penalty %g (%s), %.0f s", self.penalty, chosen, self.seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "penalty": self.penalty}
+        return {"seconds": self.seconds, "penalty": self.penalty, "val": dict(self.val)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds, self.penalty = state_dict["seconds"], state_dict["penalty"]
+        self.seconds, self.penalty, self.val = (state_dict[key] for key in ("seconds", "penalty", "val"))
+
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` says of the start."""
+        penalty = {} if self.penalty is None else {"penalty": self.penalty}
+        return {**penalty, "start": {"val": self.val, "kept": self.kept}} if self.val else penalty
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if trainer.world_size > 1:
@@ -71,6 +81,13 @@ class Start(L.Callback):
         trainer.validating = True  # as Lightning's own loop does between epochs
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
+        self.val = {key: float(trainer.callback_metrics[f"val/{key}"]) for key in ("top1", "loss")}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Schedule):
                 callback.before_steps = callback.spent()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        best = next(each.best for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints))
+        self.kept = bool(self.val) and best == {f"val/{key}": value for key, value in self.val.items()}
+        if self.kept:
+            log.warning("training did not get better than its start on validation images: best.ckpt is the start")
