@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -226,7 +227,7 @@ def test_an_experiment_without_a_name_says_what_it_needs(refused):
 def test_augmentation_is_the_weaker_of_what_suits_images_and_passes(rule):
     limits = [limit for limit, _ in rule]
     assert limits == sorted(limits)
-    for (limit, name), (_, after) in zip(rule[:-1], rule[1:], strict=True):
+    for (limit, name), (_, after) in itertools.pairwise(rule):
         for number, expected in ((limit - 0.1, name), (limit, after)):
             many = {"images": 10**9, "passes": 10**9} | {"images" if rule is suited.IMAGES else "passes": number * 10}
             assert suited_augment(int(many["images"]), 10, many["passes"] / 10) == expected
