@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vit.errors import VitError
+from vit.errors import VitError, printable
 
 
 @contextlib.contextmanager
@@ -47,6 +48,26 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise VitError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock among processes, and say so while another one has it; it goes with the process that holds it.
+
+    Nothing where the folder may only be read, or has no such locks: what needs one fails there when it writes.
+    """
+    with contextlib.ExitStack() as files:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            files.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.getLogger("vit").info("another process is at %s: waiting for it", printable(lock.parent))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

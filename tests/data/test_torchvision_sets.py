@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import tarfile
@@ -20,10 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit.data import torchvision_sets
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
+from vit.files import held
 
 datasets = pytest.importorskip("torchvision.datasets")
 
@@ -393,6 +396,35 @@ def test_complete_data_in_a_folder_that_is_only_for_reading(serve, unprivileged)
         finally:
             for folder, _, _ in os.walk(place / "data"):
                 os.chmod(folder, 0o755)
+
+
+def test_a_process_that_waits_for_another_says_so(tmp_path, caplog):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "lock", "w") as other, caplog.at_level("INFO", "vit"):
+        fcntl.flock(other, fcntl.LOCK_EX)
+        release = threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
+        release.start()
+        with held(tmp_path / "lock"), pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        release.join(60)
+        with held(tmp_path / "absent" / "lock"):
+            pass
+    assert [record.message for record in caplog.records] == [f"another process is at {tmp_path}: waiting for it"]
+
+
+def test_a_server_that_stops_answering_is_given_up(monkeypatch, tmp_path):
+    """torchvision sets no limit; a socket has one while it downloads, and none afterwards."""
+    before, seen = socket.getdefaulttimeout(), []
+
+    def build(root, *, download):
+        seen.append(socket.getdefaulttimeout())
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(datasets, "CIFAR10", build)
+    with pytest.raises(VitError, match="could not be downloaded"):
+        torchvision_sets.fetch("CIFAR10", tmp_path, DataConfig(name="cifar10"), [])
+    assert seen == [before, before or 60]
+    assert socket.getdefaulttimeout() == before
 
 
 @pytest.mark.slow

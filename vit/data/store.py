@@ -42,7 +42,7 @@ from vit.data.parallel import for_each
 from vit.data.preprocess import Preprocessing, scaled
 from vit.data.scan import name_fingerprint
 from vit.errors import VitError
-from vit.files import atomic_write, write_json
+from vit.files import atomic_write, held, write_json
 
 log = logging.getLogger("vit")
 
@@ -146,7 +146,7 @@ class Store:
     def _mend(self, i: int) -> None:
         folder, name = printable(self.folder), printable(self.split.name(i))
         log.warning("%s: the stored image of %s is damaged; it is decoded again", folder, name)
-        with _alone(self.folder):
+        with held(self.folder / "lock"):
             writer = _Writer(self.folder, self.split, self.recipe, self._names, self._states)
             # another process may have begun the store anew
             writer.add(np.union1d(writer.missing(), [i]))
@@ -189,7 +189,7 @@ def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | Non
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitError(f"data.cache_folder: cannot make {printable(folder)}: {error.strerror or error}") from error
-    with _alone(folder):
+    with held(folder / "lock"):
         writer = _Writer(folder, split, recipe, names, states)
         missing = writer.missing()
         if len(missing):
@@ -307,24 +307,6 @@ def _told(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; what is stored is kept: make room and start again, or set data.cache_folder=FOLDER" if full else ""
         raise VitError(f"cannot write {printable(folder)}: {error.strerror or error}{advice}") from error
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the store's lock: of several processes one looks what is missing and adds it, the others find it there."""
-    with contextlib.ExitStack() as files:
-        # a store that may only be read has no lock; should something be missing there, writing says why it cannot
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            files.callback(os.close, file)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("another process is at %s: waiting for it", printable(folder))
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | None = None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from vit.data.folder import from_files
 from vit.data.scan import cache_root
 from vit.data.small_sets import array_split, with_validation
 from vit.errors import VitError
+from vit.files import held
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -61,7 +63,8 @@ def fetch(kind: str, root: Path, config: DataConfig, archives: Sequence[str], **
             why = "data.download=false and it is not there whole"
             raise VitError(f"data={config.name} is not in {printable(root)} ({why}): {how}") from error
     try:
-        with _alone(root):
+        root.mkdir(parents=True, exist_ok=True)
+        with held(root / ".download.lock"), _seconds_of_silence(60):
             return build(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError) as error:
         # torchvision's own text may run over several lines, one a mirror; the last says why
@@ -70,17 +73,14 @@ def fetch(kind: str, root: Path, config: DataConfig, archives: Sequence[str], **
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Hold the folder's lock: of several processes that need a download, one does it."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".download.lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # no such locks here: as good as torchvision alone
-            pass
+def _seconds_of_silence(most: float) -> Iterator[None]:
+    """Give a server that stops answering up after so long: torchvision sets no limit."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before or most)
+    try:
         yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def cifar10(config: DataConfig, class_names: list[str] | None) -> ImageData:
