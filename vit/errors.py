@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable
 
 _LONGEST = 1000  # characters of a line; what a person typed or a file holds may have millions
@@ -30,6 +31,20 @@ def one_line(text: str) -> str:
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}"
     return printable(text)
+
+
+def command_name(name: str) -> str:
+    """Return how to call the command "train" or "eval", for a shell: in the way this process was called.
+
+    That is `python train.py` where a script of the checkout runs, `python -m vit train` where the package does, and
+    `vit train` otherwise.
+    """
+    import shlex
+
+    folder, script = os.path.split(sys.argv[0])
+    if script in ("train.py", "eval.py"):
+        return f"python {shlex.quote(os.path.join(folder, f'{name}.py'))}"
+    return f"python -m vit {name}" if (os.path.basename(folder), script) == ("vit", "__main__.py") else f"vit {name}"
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

@@ -68,9 +68,9 @@ KEYS = [key.name for key in options.keys(Config)]
         ("optim.lr=[1", "'optim.lr=[1': cannot be read"),
         ("a=b=c", "'a=b=c': cannot be read"),
         ("seed=0,1", "seed=0,1: several values: add --multirun to try each"),
-        ("fashion_mnist", "'fashion_mnist': choices are written group=name; did you mean data=fashion_mnist?"),
         ("optim.lr", "'optim.lr': has no value; write optim.lr=VALUE"),
-        ("optimlr", "'optimlr': choices are written key=value"),
+        ("optimlr", "optimlr: there is no folder, data set or .parquet file of that name; choose from cifar10"),
+        ("fashion_mnits", "fashion_mnits: there is no folder, data set or .parquet file of that name; did you mean"),
         ("optim.lr=${nope}", "optim.lr: refers to ${...} nope: no such key"),
         ("optim.lr=${optim.lrr}", "optim.lr: refers to ${...} optim.lrr: no such key; did you mean 'optim.lr'?"),
         ("optim.lr=${optim.lr}", "optim.lr: Recursive interpolation"),
@@ -100,16 +100,16 @@ def test_two_commands_at_once(refused):
         ("# @package _global_\na: b: c\n", "mine.yaml, line 2: not valid YAML: mapping values are not allowed here"),
         (
             "# @package _global_\ndefaults:\n  - data: cifar10\n",
-            "experiment/data=cifar10: there is no conf/experiment/data/cifar10.yaml, which conf/experiment/mine.yaml "
-            "asks for; in a file of conf/experiment write 'override /data: cifar10'",
+            "OWN/experiment/data/cifar10.yaml, which OWN/experiment/mine.yaml asks for; in a file of conf/experiment "
+            "write 'override /data: cifar10'",
         ),
         (
             "# @package _global_\ndefaults:\n  - override /data: cifar11\n",
-            "data=cifar11: there is no conf/data/cifar11.yaml; did you mean 'cifar10' or 'cifar100'?",
+            "data=cifar11: there is no conf/data/cifar11.yaml or OWN/data/cifar11.yaml; did you mean 'cifar10'",
         ),
         ("# @package _global_\noptim:\n  lr: ${optim.lr}\n", "optim.lr: Recursive interpolation"),
         ("# @package _global_\noptim: 3\n", "optim: expected a section with keys such as optim.name, optim.lr"),
-        (b"# @package _global_\n# caf\xe9\n", "a file of conf/ is not text in UTF-8"),
+        (b"# @package _global_\n# caf\xe9\n", "a file of conf/ or OWN/ is not text in UTF-8"),
     ],
 )
 def test_a_mistake_in_a_file(text, told, refused, tmp_path):
@@ -117,7 +117,26 @@ def test_a_mistake_in_a_file(text, told, refused, tmp_path):
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     line = refused("--config-dir", str(tmp_path / "own"), "experiment=mine")
-    assert told in line
+    assert told.replace("OWN", str(tmp_path / "own")) in line
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("experiment=mien", "no conf/experiment/mien.yaml or OWN/experiment/mien.yaml; did you mean 'mine'?"),
+        ("data=mien", "data=mien: there is no conf/data/mien.yaml or OWN/data/mien.yaml; did you mean 'mine'?"),
+        ("optim=3", "optim=3: expected one of adamw, lion, muon, sgd"),
+        ("optm=lion", "optm: no such key or group; did you mean optim=lion?"),
+        ("--config-name=mien", "--config-name mien: no such file in conf/ or OWN/; did you mean 'mine'?"),
+        ("mien", "mien: there is no folder, data set or .parquet file of that name; did you mean 'mine'?"),
+    ],
+)
+def test_names_of_a_persons_own_folder_are_suggested(argument, told, refused, tmp_path):
+    for name in ("mine", "experiment/mine", "data/mine", "optim/lion"):
+        file = tmp_path / "own" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert told.replace("OWN", str(tmp_path / "own")) in refused("--config-dir", str(tmp_path / "own"), argument)
 
 
 def test_a_traceback_when_it_is_asked_for(monkeypatch, capsys):

@@ -33,7 +33,7 @@ def test_every_key_and_choice_in_the_help_exists(capsys):
     mentioned = re.findall(r"^ +([a-z_.]+)=\S+ {2,}", text, re.M)
     assert len(mentioned) >= 10
     assert set(mentioned) <= keys
-    for group, choice in re.findall(r"train\.py .*?\b(data|experiment|debug)=([a-z_]+)", text):
+    for group, choice in re.findall(r"vit train .*?\b(data|experiment|debug)=([a-z_]+)", text):
         assert (CONF / group / f"{choice}.yaml").is_file()
     for key in re.findall(r"\b((?:model|optim|data|trainer|run)\.[a-z_]+)", text):
         assert key in keys
@@ -62,5 +62,5 @@ def test_cfg_job_prints_the_configuration(capsys, compose):
 def test_the_help_of_evaluation(script):
     result = script("eval.py", "--help")
     assert result.returncode == 0
-    assert "python eval.py checkpoint=" in result.stdout
+    assert "vit eval RUN " in result.stdout
     assert "${" not in result.stdout

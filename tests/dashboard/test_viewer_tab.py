@@ -361,7 +361,7 @@ def test_without_data_it_says_what_to_do(tmp_path: Path, chrome: Any, tools: Mod
     with tools.tensorboard(tmp_path) as address:
         page = chrome.new_page()
         page.goto(tools.tab_address(address))
-        tools.inside(page).wait_for_selector("text=run “python train.py”")
+        tools.inside(page).wait_for_selector("text=run “vit train”")
         page.close()
 
 

@@ -148,7 +148,7 @@ def test_a_run_interrupted_after_training_says_how_to_go_on_and_is_finished_by_r
     assert part.status == 130
     assert "test" not in part.metrics
     assert part.metrics["val"]["top1"] == pytest.approx(whole.metrics["val"]["top1"])
-    assert f"python train.py resume={part.folder}" in capsys.readouterr().out
+    assert f"vit train resume={part.folder}" in capsys.readouterr().out
 
     rest = run("trainer.max_epochs=1", "ema.decay=0.9", f"resume={part.folder}")
     assert rest.status == 0

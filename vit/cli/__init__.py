@@ -1,4 +1,4 @@
-"""The `vit` command: classify, explain, export, push, info.
+"""The `vit` command: train, eval, classify, explain, export, push, info.
 
 Notable: it parses first and imports later, so `--help` and mistakes in the call answer at once, and `vit classify`
 on an ONNX file never imports torch.
@@ -24,7 +24,10 @@ def command() -> NoReturn:
 
     Importing libraries makes much and little garbage, so it is looked for more rarely; and taking an interpreter with
     NumPy and ONNX Runtime in it apart, object by object, takes a tenth of a second that nobody has any use for.
+    Training and evaluation, which have threads and cycles of tensors to look after, end as any program does.
     """
+    if sys.argv[1:] and sys.argv[1] in ("train", "eval"):
+        sys.exit(main())
     import atexit
     import gc
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -17,7 +18,14 @@ SOURCE = "image file, folder, glob, .txt list with one path a line, or - for pat
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser whose complaints are one line, and that knows the version."""
+
+    def __init__(self, **options: Any) -> None:
+        from vit import __version__
+
+        super().__init__(**options)
+        if "-" in self.prefix_chars:
+            self.add_argument("--version", action="version", version=f"vit {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise VitError(f"{message} (`{self.prog} --help` explains)")
@@ -28,18 +36,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises `VitError` for a mistake; `--help` and `--version` print and leave by SystemExit(0).
     """
-    return _parser().parse_args(argv)
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+        from vit.cli.completion import complete
+
+        complete(parser)
+    return parser.parse_args(argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    from vit import __version__
-
-    parser = _Parser(
-        prog="vit",
-        description="Use a trained Vision Transformer. Training and evaluation are train.py and eval.py.",
-    )
-    parser.add_argument("--version", action="version", version=f"vit {__version__}")
+    parser = _Parser(prog="vit", description="Train, evaluate and use a Vision Transformer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _hydra(commands, "train", "train a model: vit train photos, vit train --help")
+    _hydra(commands, "eval", "measure a model on images whose classes are known: vit eval MODEL")
     _classify(commands)
     _explain(commands)
     _export(commands)
@@ -47,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     _info(commands)
     _tune_reduction(commands)
     return parser
+
+
+def _hydra(commands: Any, name: str, help: str) -> None:
+    # nothing is an option here: what Hydra understands, --help and --multirun too, is left to it
+    command = commands.add_parser(name, help=help, add_help=False, prefix_chars="\0")
+    command.add_argument("arguments", nargs="*")
+    command.set_defaults(run=_later("training"), command=name)
 
 
 def _classify(commands: Any) -> None:

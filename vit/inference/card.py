@@ -213,7 +213,7 @@ def _limits() -> str:
         "shows, the answer is one of them.",
         "- Its probabilities are calibrated on data of the same kind at best; elsewhere they say little.",
         "- The figures above are means over all images: single classes and groups may fare worse. Measure it on your "
-        "own images (`python eval.py checkpoint=FOLDER data=folder data.root=...`) before anything depends on it.",
+        "own images (`vit eval FOLDER data=folder data.root=...`) before anything depends on it.",
         "- It has not been examined for bias, nor for decisions about people.",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vit.errors import VitError, nearest, printable
+from vit.errors import VitError, command_name, nearest, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
 from vit.processors import gpu_possible
@@ -214,7 +214,7 @@ def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]
         what = f"its {outputs} outputs are no classes" if outputs else "it has no classifier"
         raise VitError(
             f"{known.name} is a backbone, {what}: fine-tune it first "
-            f"(python train.py experiment=finetune model.name={name} data.root=FOLDER)"
+            f"({command_name('train')} experiment=finetune model.name={name} data.root=FOLDER)"
         )
     loaded = load_pretrained(name)
     if known.own is not None:  # a bundle of this project, with its temperature and history
@@ -265,7 +265,7 @@ def suggest(path: Path | None = None, root: str = "runs") -> str:
     """Which run may be meant by `path`, as a phrase to end a message with; None: the newest."""
     runs = _runs(Path(root))
     if not runs:
-        return f"there is no run under ./{root} yet (train.py makes one)"
+        return f"there is no run under ./{root} yet ({command_name('train')} makes one)"
     names = [printable(run) for run in runs]
     near = "" if path is None else nearest(printable(path), names, 1)
     return near if near.startswith("did you mean") else f"the newest run here is {names[0]}"

@@ -38,7 +38,7 @@ def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], di
     """As `read_checkpoint`, of what was read from `path`."""
     if not describes_itself(checkpoint):
         what = "a plain state dict" if is_state_dict(checkpoint) else "a foreign checkpoint"
-        raise VitError(f"{path} is {what} that does not describe its model: expected one that train.py wrote")
+        raise VitError(f"{path} is {what} that does not describe its model: expected one that this project wrote")
     table = checkpoint["vit"]
     prefix, entries = table.get("weights_prefix", "model."), checkpoint.get("state_dict")
     if not isinstance(prefix, str) or not isinstance(entries, Mapping):

@@ -1,6 +1,7 @@
-"""From the command line to a checked configuration, with Hydra; shared by `train.py` and `eval.py`.
+"""From the command line to a checked configuration, with Hydra; shared by training and evaluation.
 
 Notable:
+- A first argument without "=" is the data to train on, or the model to evaluate (`vit.training.first_argument`).
 - A slip costs under a second and one line: the key, what is allowed, the nearest that would work; exit status 2.
   Tracebacks are for faults of the program, and for `HYDRA_FULL_ERROR=1`.
 - Hydra writes nothing: no outputs/ folder, no .hydra, no log lines of its own.
@@ -25,24 +26,23 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vit import options
+from vit import __version__, options
 from vit.errors import VitError, one_line
 from vit.processors import wait_passively
 from vit.training import resume, sweep
-from vit.training.config import Config, check_model, load
+from vit.training.config import CONF, Config, check_model, load
+from vit.training.first_argument import data_overrides, quote
 from vit.training.messages import Names, explain
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# inside the package where it was installed from a wheel, beside it in a checkout
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 _FULL = "HYDRA_FULL_ERROR"
 
 Task = Callable[[dict[str, Any], list[str]], Any]
+FirstArgument = Callable[[str, Sequence[str]], list[str]]
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """`python train.py`: returns the exit status."""
-    return launch(_train, "train", Config, argv)
+    """Run `python train.py`, or `vit train` where `argv` is given; returns the exit status."""
+    return launch(_train, "train", Config, argv, first=data_overrides)
 
 
 def _train(values: dict[str, Any], overrides: list[str]) -> Any:
@@ -60,36 +60,47 @@ def _train(values: dict[str, Any], overrides: list[str]) -> Any:
     return train(config, overrides)
 
 
-def launch(task: Task, config_name: str, schema: type, argv: Sequence[str] | None = None, *, conf: Path = CONF) -> int:
+def launch(
+    task: Task,
+    config_name: str,
+    schema: type,
+    argv: Sequence[str] | None = None,
+    *,
+    first: FirstArgument | None = None,
+) -> int:
     """Compose `conf/<config_name>.yaml` with the overrides in `argv` and give the resolved values to `task`.
 
     Args:
         task: called with the plain nested values and the overrides as they were written; raises `VitError` for what
             is the caller's to mend.  Its result may have a `status` for this process to end with, and `metrics` and
             `folder` for the table of a sweep.
-        config_name: a file in `conf`.
+        config_name: a file in `conf`, and the name of the command.
         schema: the dataclass whose keys are the ones to suggest for a mistyped one.
-        argv: the arguments; None: those of this process.
-        conf: the folder of configuration files.
+        argv: the arguments; None: those of this process, a script that jobs of a sweep are started by as well.
+        first: what a first argument without "=" stands for, given the choices of the group `data`.
 
     Returns:
         The exit status: 0; 2 when the call was wrong; 1 for a fault of the program; 130 when interrupted.
     """
     wait_passively()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    names = Names(schema, conf, arguments)
+    names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
     status = 0
     with _Errors() as errors:
         try:
             args = _parse(arguments)
-            arguments = _in_order(arguments, args.overrides)
+            flags = _flags(arguments, args.overrides)
+            names.folders = [Path(each) for each in (args.config_path or CONF, args.config_dir) if each]
+            if first is not None:
+                args.overrides[:1] = _first(args.overrides[:1], first, names)
             if sweep.wanted(args):
-                jobs = sweep.Sweep(args, _sweep_folder(args, config_name, conf))
-                arguments.insert(0, f"hydra.sweep.dir={_quoted(jobs.folder)}")
-            session = _Session(task, names, errors, jobs)
-            main = hydra.main(version_base="1.3", config_path=str(conf), config_name=config_name)
-            with _argv(arguments):
+                program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
+                jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
+                args.overrides.insert(0, f"hydra.sweep.dir={quote(str(jobs.folder))}")
+            session = _Session(task, names, errors, jobs, list(sys.argv))
+            main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+            with _argv([sys.argv[0], *args.overrides, *flags]):
                 main(session.job)()
             status = session.status
         except SystemExit as stop:  # Hydra's way out of --help
@@ -113,14 +124,17 @@ def launch(task: Task, config_name: str, schema: type, argv: Sequence[str] | Non
 class _Session:
     """What Hydra calls for each job."""
 
-    def __init__(self, task: Task, names: Names, errors: _Errors, jobs: sweep.Sweep | None) -> None:
-        self.task, self.names, self.errors, self.jobs = task, names, errors, jobs
+    def __init__(
+        self, task: Task, names: Names, errors: _Errors, jobs: sweep.Sweep | None, argv: Sequence[str]
+    ) -> None:
+        self.task, self.names, self.errors, self.jobs, self.argv = task, names, errors, jobs, argv
         self.status = 0
 
     def job(self, composed: DictConfig) -> float | None:
         """Run one job, or hand it to a process of its own; what it raises is reported here, not by Hydra."""
         composing = True
-        with self.errors.of_the_program():
+        # Lightning starts the other processes of a distributed run by the arguments of this one
+        with self.errors.of_the_program(), _argv(self.argv):
             try:
                 settings = HydraConfig.get()
                 # not resolved: an interpolation among them is resolved where it stands in the configuration
@@ -198,42 +212,50 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         )
 
     parser.error = refuse  # type: ignore[method-assign]
+    for action in parser._actions:
+        if action.dest == "version":
+            action.version = f"vit {__version__}"  # type: ignore[attr-defined]
     return parser.parse_intermixed_args(arguments)
 
 
-def _in_order(arguments: list[str], overrides: list[str]) -> list[str]:
-    """The overrides first: argparse does not take them on both sides of -m, people do."""
+def _first(overrides: Sequence[str], first: FirstArgument, names: Names) -> list[str]:
+    """Return what the first override stands for, where it has no key."""
+    if not overrides or overrides[0].startswith("~") or "=" in overrides[0]:
+        return list(overrides)
+    if overrides[0] in names.all:
+        raise VitError(f"{overrides[0]!r}: has no value; write {overrides[0]}=VALUE")
+    return first(overrides[0], names.groups.get("data", []))
+
+
+def _flags(arguments: list[str], overrides: list[str]) -> list[str]:
+    """The arguments that are no overrides: argparse does not take those on both sides of -m, people do."""
     rest, flags = list(overrides), []
     for text in arguments:
         if rest and text == rest[0]:
             rest.pop(0)
         else:
             flags.append(text)
-    return [*overrides, *flags]
+    return flags
 
 
-def _sweep_folder(args: argparse.Namespace, config_name: str, conf: Path) -> Path:
+def _sweep_folder(args: argparse.Namespace, config_name: str) -> Path:
     """Where the results of a sweep go: what `hydra.sweep.dir` comes to with this `run.root`.
 
     Hydra composes a sweep's own configuration without the overrides of its jobs, so `run.root` would be lost.
     """
     first = [text for text in args.overrides if text.startswith("hydra.") and not text.startswith("hydra.mode")]
     root = [text for text in args.overrides if text.startswith("run.root=") and "," not in text]
-    folder = str(args.config_path or conf)
+    folder = str(args.config_path or CONF)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(folder)):
         composed = hydra.compose(args.config_name or config_name, [*first, *root], return_hydra_config=True)
     return Path(composed.hydra.sweep.dir)
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 @contextlib.contextmanager
 def _argv(arguments: Sequence[str]) -> Iterator[None]:
-    """Hydra reads its arguments from `sys.argv`, and so does Lightning for the processes that it starts."""
+    """Make these the `sys.argv` of this process, where Hydra and Lightning read theirs."""
     before = sys.argv
-    sys.argv = [before[0], *arguments]
+    sys.argv = list(arguments)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vit import options
@@ -36,6 +37,10 @@ from vit.training.sections import (
     ScheduleConfig,
     TrainerConfig,
 )
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# inside the package where it was installed from a wheel, beside it in a checkout
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vit.errors import VitError
+from vit.errors import VitError, command_name
 from vit.training.app import launch
 from vit.training.config import EvalConfig, load_eval
+from vit.training.first_argument import model_overrides
 
 
 def eval_main(argv: Sequence[str] | None = None) -> int:
-    """`python eval.py`: returns the exit status."""
-    return launch(_evaluate, "eval", EvalConfig, argv)
+    """Run `python eval.py`, or `vit eval` where `argv` is given; returns the exit status."""
+    return launch(_evaluate, "eval", EvalConfig, argv, first=model_overrides)
 
 
 def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
     if not values.get("checkpoint"):
         from vit.inference.loading import EXPECTED, suggest
 
-        raise VitError(f"checkpoint is missing: python eval.py checkpoint=MODEL, {EXPECTED}; {suggest()}")
+        raise VitError(f"checkpoint is missing: {command_name('eval')} checkpoint=MODEL, {EXPECTED}; {suggest()}")
     config = load_eval(values)
     from vit.evaluation.report import evaluate
     from vit.evaluation.table import print_summary

@@ -14,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 
-from vit.errors import VitError
+from vit.errors import VitError, command_name
 from vit.training.config import Config
 from vit.training.resume import folder_of
 
@@ -116,9 +116,9 @@ def closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None
     pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
     lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {folder}")
     if metrics.get("interrupted"):
-        lines.append(f"go on      python train.py resume={folder}")
+        lines.append(f"go on      {command_name('train')} resume={folder}")
     lines += [
-        f"evaluate   python eval.py checkpoint={folder}",
+        f"evaluate   {command_name('eval')} checkpoint={folder}",
         f"classify   vit classify {folder} IMAGE...",
         f"look       tensorboard --logdir {config.run.root}",
     ]

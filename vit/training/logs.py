@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
@@ -40,7 +42,7 @@ def shown(leader: bool) -> Iterator[MemoryHandler]:
     early = MemoryHandler(10_000, flushLevel=_NEVER, flushOnClose=False)
     log.addHandler(early)
     try:
-        log.info("command: %s", " ".join(["train.py", *sys.argv[1:]]), extra={"file_only": True})
+        log.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), extra={"file_only": True})
         yield early
     finally:
         early.close()

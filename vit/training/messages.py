@@ -30,20 +30,33 @@ from vit.errors import VitError, nearest, printable
 
 
 class Names:
-    """What can be typed: the keys of a schema, and the groups of a folder of configuration files."""
+    """What can be typed: the keys of a schema, and the groups of folders of configuration files.
+
+    Attributes
+        folders: the project's folder, and a person's own where --config-dir names one.
+    """
 
     def __init__(self, schema: type, conf: Path, arguments: Sequence[str] = ()) -> None:
         self.keys = [key.name for key in options.keys(schema)]
-        self.conf = conf
+        self.folders = [conf]
         self.arguments = arguments  # what was typed
 
     @property
     def groups(self) -> dict[str, list[str]]:
         """The options of each group, by name."""
-        if not self.conf.is_dir():
-            return {}
-        folders = sorted(folder for folder in self.conf.iterdir() if folder.is_dir() and folder.name != "hydra")
-        return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+        found: dict[str, set[str]] = {}
+        for file in (file for folder in self.folders for file in folder.glob("*/*.yaml")):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+        return {name: sorted(choices) for name, choices in sorted(found.items()) if name != "hydra"}
+
+    def files(self, name: str, *, there: bool = False) -> list[str]:
+        """Where a file of this name may be, as a person knows the folders; only those that are there, if so asked."""
+        shown = [self.folders[0].name, *map(str, self.folders[1:])]
+        return [
+            f"{text}/{name}"
+            for text, folder in zip(shown, self.folders, strict=True)
+            if not there or (folder / name).is_file()
+        ]
 
     @property
     def all(self) -> list[str]:
@@ -75,7 +88,7 @@ def explain(error: BaseException, names: Names, *, composing: bool = False) -> s
     if isinstance(error, HydraException):
         return _flat(str(error))
     if composing and isinstance(error, UnicodeDecodeError):
-        return f"a file of {names.conf.name}/ is not text in UTF-8: {_flat(str(error))}"
+        return f"a file of {' or '.join(names.files(''))} is not text in UTF-8: {_flat(str(error))}"
     if composing and str(error).startswith("Config group override must be"):
         return _choice(names)
     if composing and isinstance(error, ValueError | OSError | TypeError) and str(error):
@@ -127,18 +140,19 @@ def _choice(names: Names) -> str:
 def _missing_file(error: MissingConfigException, names: Names) -> str:
     wanted, message = error.missing_cfg_file or "", str(error)
     if message.startswith("Cannot find primary config") or not wanted:
-        found = [file.stem for file in names.conf.glob("*.yaml")]
+        found = [file.stem for folder in names.folders for file in folder.glob("*.yaml")]
         name = wanted or _flat(message)
-        return f"--config-name {name}: no such file in {names.conf.name}/; {nearest(name, found)}"
+        return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {nearest(name, found)}"
     group, _, choice = wanted.removesuffix(".yaml").rpartition("/")
     found = list(error.options or names.groups.get(group, []))
     if group.startswith("hydra/"):
         return f"{group}={choice}: Hydra has no such choice; {nearest(choice, found)}"
     place = re.match(r"In '([^']+)'", message)
     named_in = place.group(1) if place and "/" in place.group(1) else None
-    line = f"{group}={choice}: there is no {names.conf.name}/{group}/{choice}.yaml"
+    line = f"{group}={choice}: there is no " + " or ".join(names.files(f"{group}/{choice}.yaml"))
     if named_in is not None:
-        line += f", which {names.conf.name}/{named_in}.yaml asks for"
+        asking = f"{named_in}.yaml"
+        line += f", which {next(iter(names.files(asking, there=True)), asking)} asks for"
     outer, _, inner = group.partition("/")
     if inner in names.groups:
         return f"{line}; in a file of conf/{outer} write 'override /{inner}: {choice}'"

@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from vit import options
 from vit.files import write_text
-from vit.training.app import CONF
-from vit.training.config import Config
+from vit.training.config import CONF, Config
 
 DOCUMENT = CONF.parent / "docs" / "configuration.md"
 START, END = "<!-- keys: written by python -m vit.training.reference -->", "<!-- end of keys -->"

@@ -17,8 +17,7 @@ import yaml
 from vit.data.augment_config import AugmentConfig
 from vit.data.dataset import ImageData
 from vit.processors import available
-from vit.training.app import CONF
-from vit.training.config import Config, check
+from vit.training.config import CONF, Config, check
 
 log = logging.getLogger("vit")
 

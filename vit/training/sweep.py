@@ -49,11 +49,13 @@ class Sweep:
     Arguments
         args: Hydra's parsed arguments.
         folder: where the results of the sweep go; made with the first result.
+        program: what Python runs for a job, such as a script or ("-m", "vit", "train").
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, args: argparse.Namespace, folder: Path, program: Sequence[str]) -> None:
         self.flags = _flags(args)
         self.folder = folder
+        self.program = program
 
     def run(self, overrides: Sequence[str], number: int, monitor: str | None = None) -> float | None:
         """Run the job of these overrides in its own process; returns its `monitor` metric for a search to go by.
@@ -64,7 +66,7 @@ class Sweep:
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="vit-sweep-") as scratch:
             place = Path(scratch) / "result.json"
-            command = [sys.executable, os.path.abspath(sys.argv[0]), *self.flags, *overrides]
+            command = [sys.executable, *self.program, *self.flags, *overrides]
             status = _wait(command, {**os.environ, _RESULT: str(place)})
             result: dict[str, Any] = {"metrics": {}, "folder": None, "error": None}
             if place.is_file():

@@ -17,7 +17,7 @@ const URL_PAUSE = 300; // ms; browsers allow only so many changes of the address
 const INTRODUCTION = "What a Vision Transformer looks at: brighter patches count more. Point at a patch to see what it looks "
   + "at.";
 const FORMING = " Move the slider to watch that form over training.";
-const EMPTY = "There is no attention in this log yet. Training writes it by itself: run “python train.py”, and point "
+const EMPTY = "There is no attention in this log yet. Training writes it by itself: run “vit train”, and point "
   + "TensorBoard at its folder with “tensorboard --logdir runs”. This page looks again every few seconds.";
 
 // `source` has runs(), probe(run, i), pairs(run, i, step), each giving a promise of what the route of that name gives.

@@ -1,0 +1,16 @@
+"""`vit train` and `vit eval`: the same two functions as `train.py` and `eval.py`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status.  It reports mistakes itself."""
+    if arguments.command == "train":
+        from vit.training.app import train_main
+
+        return train_main(arguments.arguments)
+    from vit.training.eval_app import eval_main
+
+    return eval_main(arguments.arguments)
