@@ -60,7 +60,7 @@ ROOMS = {
         },
         {"peft"},
     ),
-    "cli": Room(UPPER | {"training", "evaluation", "dashboard"}, set(), {"rich"}),
+    "cli": Room(UPPER | {"training", "evaluation", "dashboard"}, set(), {"rich", "argcomplete"}),
 }
 # files that are allowed more, or less, than their room
 FILES: dict[str, tuple[set[str], set[str]]] = {

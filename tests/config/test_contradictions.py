@@ -83,6 +83,7 @@ def test_a_gpu_that_is_not_there(compose):
 
 
 def test_gpus_share_the_batch(compose, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(VitError, match=r"data\.batch_size=128 .* over the 3 .*; try 126 or 129"):
         check_model(load(compose("augment=none", "data.batch_size=128")))

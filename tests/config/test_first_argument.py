@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from vit import errors
 from vit.cli import main
 from vit.errors import VitError, command_name
-from vit.training import app
+from vit.training import app, eval_app
 from vit.training.first_argument import data_overrides, quote
 
 CATALOGUE = ["cifar10", "digits", "folder", "parquet"]
@@ -79,9 +79,7 @@ def test_the_subcommand_is_the_script(command, tmp_path, monkeypatch):
     module = "app" if command == "train" else "eval_app"
     monkeypatch.setattr(f"vit.training.{module}.launch", launch)
     assert main([command, "-m", "a=1", "--cfg", "job", "--help", "--config-dir", "own", "b=2"]) == 130
-    from vit.training.eval_app import eval_main
-
-    assert (app.train_main if command == "train" else eval_main)() == 130
+    assert (app.train_main if command == "train" else eval_app.eval_main)() == 130
     (task, name, argv, first), (same, _, none, _) = seen
     assert task is same
     assert (name, none) == (command, None)
@@ -104,7 +102,7 @@ def test_the_version_is_the_projects(arguments, capsys):
     ("script", "expected"),
     [
         ("train.py", "python eval.py"),
-        ("../the checkout/eval.py", "python '../the checkout/eval'.py"),
+        ("../the checkout/eval.py", "python '../the checkout/eval.py'"),
         ("/opt/env/bin/vit", "vit eval"),
         ("/lib/vit/__main__.py", "python -m vit eval"),
         ("/lib/pytest/__main__.py", "vit eval"),

@@ -41,7 +41,7 @@ class BetaQuantiles:
         above = torch.searchsorted(mass, levels).clamp(1, steps)
         share = (levels - mass[above - 1]) / (mass[above] - mass[above - 1])
         x = torch.lerp(edges[above - 1], edges[above], share) ** power
-        self._knots = x.to(device, torch.float32)
+        self._knots = x.float().to(device)  # a GPU may have no float64
 
     def __call__(self, uniform: Tensor) -> Tensor:
         """Map float32 draws in [0, 1) to Beta(alpha, alpha) variates of the same shape."""

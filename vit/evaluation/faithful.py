@@ -144,7 +144,7 @@ def _randomise(
 
 
 def _note(into: dict[str, list[np.ndarray]], name: str, values: Tensor) -> None:
-    into.setdefault(name, []).append(values.detach().double().cpu().numpy())
+    into.setdefault(name, []).append(values.detach().cpu().double().numpy())
 
 
 def _row(values: Mapping[str, Mapping[str, np.ndarray]], method: str, name: str, seed: int) -> dict[str, Any]:

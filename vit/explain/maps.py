@@ -172,7 +172,7 @@ class Mapper:
                 self._drawn += len(images)
             else:
                 maps = METHODS[self.method](traced, layer=self.layer)
-            logits = traced.logits.double().cpu()
+            logits = traced.logits.cpu().double()
             probabilities = (logits / self.temperature).softmax(dim=1)
             values, targets = maps.cpu().numpy(), traced.target.tolist()
         finite = logits.isfinite().all(dim=1).tolist()

@@ -102,7 +102,7 @@ def observe(model: nn.Module, images: Tensor, labels: list[int | None], *, tempe
     by_label = {name: _flat(METHODS[name](second)) for name in _BY_CLASS} if second is not None else {}
     rollouts = {fusion: _flat(rollout_by_depth(first, fusion=fusion)) for fusion in FUSIONS}
     rows = _class_rows(first)
-    probabilities = (first.logits.double() / temperature).softmax(dim=1).cpu()
+    probabilities = (first.logits.cpu().double() / temperature).softmax(dim=1)
     top_mass, outliers = sinks(first)
 
     steps, probes = [], []

@@ -225,12 +225,27 @@ def check_model(config: Config, num_classes: int | None = None) -> None:
     with torch.device("meta"):
         VisionTransformer(**config.model.arguments(num_classes or 2))
     config.augment.check(num_classes or 2)
-    trainer = config.trainer
-    gpus = torch.cuda.device_count() if trainer.accelerator != "cpu" else 0
-    if trainer.accelerator == "gpu" and not gpus:
-        raise VitError("trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu, or trainer=auto")
+    trainer, kind = config.trainer, device_kind(config.trainer.accelerator)
+    if kind == "mps" and (trainer.strategy != "auto" or trainer.devices not in ("auto", 1)):
+        raise VitError("trainer: a Mac's GPU trains in one process: use trainer=mps, or trainer=ddp_cpu for several")
+    gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if trainer.devices == "auto" and gpus > 1:
         _share_batch(config, gpus * trainer.num_nodes)
+
+
+def device_kind(accelerator: str) -> str:
+    """Return what `trainer.accelerator` comes to on this machine: "cuda", "mps" (a Mac's GPU) or "cpu".
+
+    Raises `VitError` when it is not here.  Imports torch.
+    """
+    import torch
+
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    wanted = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}.get(accelerator, (accelerator,))
+    for kind in wanted:
+        if here[kind]:
+            return kind
+    raise VitError(f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer=cpu, or trainer=auto")
 
 
 def _plain(value: Any) -> Any:

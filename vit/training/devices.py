@@ -14,13 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from vit.errors import VitError
 from vit.training.checkpoints import WholeFiles
-from vit.training.config import Config
+from vit.training.config import Config, device_kind
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def precision_for(wanted: str, cuda: bool) -> str:
-    """Lightning's name for a precision; "auto" is bfloat16 on GPUs that have it, float32 on CPUs.
+    """Lightning's name for a precision; "auto" is bfloat16 on NVIDIA's GPUs that have it, float32 on others and on CPUs.
 
     bfloat16 keeps float32's range, so it needs no loss scaling.  CPUs without the instructions emulate it, slowly.
     """
@@ -43,16 +43,15 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", module="lightning", message=".*callbacks used to create the checkpoint need.*")
-    cuda = t.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if t.accelerator in ("gpu", "cuda") and not cuda:
-        raise VitError("trainer.accelerator=gpu: torch finds no GPU here; use trainer=cpu, or trainer=auto")
+    kind = device_kind(t.accelerator)
+    cuda = kind == "cuda"
     if cuda:
         torch.set_float32_matmul_precision("high")
     if config.optim.name == "muon" and t.strategy == "fsdp":
         raise VitError("optim=muon steps whole matrices, which trainer=fsdp cuts up: use optim=adamw or trainer=ddp")
     try:
         return L.Trainer(
-            accelerator=t.accelerator,
+            accelerator=kind,
             devices=t.devices,
             num_nodes=t.num_nodes,
             strategy=_strategy(config, cuda),

@@ -24,7 +24,7 @@ from vit.data.preprocess import Preprocessing
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training import checkpoints, logistic, nearest
-from vit.training.config import Config
+from vit.training.config import Config, device_kind
 from vit.training.events import EventFile
 from vit.training.features import Backbone, collect_features
 
@@ -53,8 +53,7 @@ class Probe:
         splits: Sequence[str] = SPLITS,
     ) -> None:
         self.config, self.model, self.data = config, model, data
-        place = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if place else "cpu")
+        self.device = torch.device(device_kind(config.trainer.accelerator))
         cache = Path(config.probe.cache or Path(config.run.root) / ".cache") / "features"
         backbone = Backbone(model).to(self.device).train(model.training)
         self.features: dict[str, Tensor] = {}

@@ -44,7 +44,7 @@ from vit.model import VisionTransformer
 from vit.model.threads import same_threads, use_threads
 from vit.training import checkpoints, logs
 from vit.training.attention import AttentionLog
-from vit.training.config import Config
+from vit.training.config import Config, device_kind
 from vit.training.devices import build_trainer
 from vit.training.distill import Distillation, Teacher, check_teacher
 from vit.training.events import EventFile
@@ -276,8 +276,7 @@ def _tuned(config: Config, data: ImageData, model: VisionTransformer, preprocess
     processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
     if processes > 1 or config.trainer.strategy != "auto":
         raise VitError("tune=true measures one process: run it with trainer=auto first, then set what it found")
-    cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    device = torch.device(device_kind(config.trainer.accelerator))
     augment = build_augment(config, data, preprocessing)
 
     def loader_of(batch_size: int) -> TrainLoader:

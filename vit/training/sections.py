@@ -139,7 +139,7 @@ class TrainerConfig:
     """How long, on what, and how exactly."""
 
     name: str = setting("of the file in conf/trainer")
-    accelerator: str = setting("the hardware", choices=("auto", "cpu", "gpu"))
+    accelerator: str = setting("the hardware", choices=("auto", "cpu", "gpu", "mps"))
     devices: int | str = setting("on each machine; auto: every GPU, or one CPU process", choices=("auto",), least=1)
     num_nodes: int = setting("machines", least=1)
     strategy: str = setting("how several devices share the work", choices=("auto", "ddp", "fsdp"))

@@ -90,7 +90,8 @@ def busy_batch_size(step: Callable[[int], None], start: int, most: int, gain: fl
                 seconds.append(time.perf_counter() - began)
         except torch.OutOfMemoryError:
             log.info("batch size %d: does not fit in memory", size)
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             break
         pace = size / statistics.median(seconds)
         log.info("batch size %d: %.0f images/s", size, pace)
