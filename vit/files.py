@@ -70,6 +70,24 @@ def held(lock: Path) -> Iterator[None]:
         yield
 
 
+def check_folder_name(path: str | os.PathLike[str], option: str, files: str = "") -> None:
+    """Raise `VitError` where a folder is asked for by the name of a file, such as `maps.html`.
+
+    With a slash at its end, or a folder there, any name will do; `.v2` is no ending.
+
+    Args:
+        option: what names it, for the message.
+        files: the endings of files that may be asked for instead, for the message.
+    """
+    import re
+
+    text = os.fspath(path)
+    ending = os.path.splitext(text)[1]
+    if re.fullmatch(r"\.(?!v\d+$)[a-z][a-z0-9]{1,11}", ending.lower()) and not os.path.isdir(text):
+        wanted = f"a name that ends in {files}, or that of a folder" if files else "the name of a folder"
+        raise VitError(f"{option} {text}: no {ending} file is written here: expected {wanted}, such as {text}/")
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_write(path) as part:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vit.cli import close_stdout
-from vit.cli.output import FORMATS, formatter, open_output
+from vit.cli.output import format_of, formatter, open_output
 from vit.data.walk import describe
 from vit.errors import VitError, printable
+from vit.files import check_folder_name
 from vit.inference.classifier import Prepared
 from vit.inference.loading import load, load_torch
 from vit.inference.sources import paths
@@ -24,13 +25,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises `VitError` when the model, the sources or the output are wrong.
     """
+    form = format_of(arguments.output, arguments.format)
+    if arguments.explain is not None:
+        check_folder_name(arguments.explain, "--explain")
     # paths on standard input may be long in coming, and a wrong model should be reported before
     wait = "-" in arguments.sources
     many = not wait and (len(arguments.sources) > 1 or not _is_image(arguments.sources[0]))
     where = {"device": arguments.device, "backend": arguments.backend, "reduction": arguments.reduction}
     classifier = load(arguments.model, wait=wait, many=many, **where)
-    ending = os.path.splitext(arguments.output or "")[1].lower()
-    lines = formatter(arguments.format or FORMATS.get(ending, "table"), classifier.description.class_names)
+    lines = formatter(form, classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
     passed_over, errors = Counter[str](), Counter[str]()
     sources = paths(arguments.sources, recursive=arguments.recursive, channels=channels, passed_over=passed_over)

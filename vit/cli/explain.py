@@ -15,6 +15,7 @@ from vit.cli.maps import Folder
 from vit.cli.viewer import NAME, Viewer, is_page
 from vit.data.decode import printable
 from vit.errors import VitError
+from vit.files import check_folder_name
 from vit.inference.classifier import NO_NUMBER, Classifier, Prepared
 from vit.inference.loading import load_torch
 from vit.inference.sources import paths
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises `VitError` when the model, the sources, the class, the layer or the folder are wrong.
     """
+    check_folder_name(arguments.output, "--output")
     folder = Folder(arguments.output)
     if arguments.index:
         folder.own(folder.path / NAME, is_page)  # before the work

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit.data.decode import printable
 from vit.errors import VitError
+from vit.files import check_folder_name
 from vit.inference.loading import load_torch
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Images:
 def _check(arguments: argparse.Namespace, ending: str) -> None:
     """Raise `VitError` for what can be known to be wrong before anything is loaded."""
     output = arguments.output
+    if ending not in (".onnx", ".pt2"):
+        check_folder_name(output, "export", ".onnx or .pt2")
     if arguments.int8 and ending != ".onnx":
         raise VitError(f"--int8 is for an ONNX file, and {printable(output)} is none: expected a name ending in .onnx")
     if arguments.with_rollout and ending not in (".onnx", ".pt2"):

@@ -25,6 +25,7 @@ from vit.files import atomic_write
 from vit.inference.classifier import Result
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+_TEXT = ("", ".txt", ".log")
 
 # JSON leaves these as they are, but terminals or readers of lines may act on them
 _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
@@ -84,6 +85,21 @@ class Table:
         others = ", ".join(f"{printable(one['label'])} {one['probability']:.2%}" for one in result.top[1:])
         line = f"{printable(result.label):<{self._width}}  {result.probability:>7.2%}  {path}"
         return line + (f"  ({others})\n" if others else "\n")
+
+
+def format_of(path: str | None, wanted: str | None) -> str:
+    """The format of the results: `wanted`, else what the ending of `path` says, else a table.
+
+    Raises `VitError` for an ending that says something else than what would be written.
+    """
+    ending = os.path.splitext(path or "")[1].lower()
+    name = wanted or FORMATS.get(ending, "table")
+    endings = [each for each, form in FORMATS.items() if form == name]
+    if ending not in (*endings, *_TEXT):
+        asked = f"--format {wanted}" if wanted else "what --format table writes"
+        fits = f"{asked} goes into {', '.join([*endings, '.txt'])}; {', '.join(FORMATS)} say their format themselves"
+        raise VitError(f"--output {printable(path)}: {ending} is no format of the results: {fits}")
+    return name
 
 
 def formatter(name: str, class_names: Sequence[str]) -> Formatter:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vit.data.decode import printable
 from vit.errors import VitError
+from vit.files import check_folder_name
 from vit.inference.loading import load_torch
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from vit.evaluation.reduction import search
 
+    if arguments.output is not None:
+        check_folder_name(arguments.output, "--output")
     model, description = load_torch(arguments.model, device=arguments.device, reduction="none")
     shown, held_out = images(arguments, description)
     assert shown.labels is not None

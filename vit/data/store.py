@@ -47,6 +47,8 @@ from vit.files import atomic_write, held, write_json
 log = logging.getLogger("vit")
 
 _FORMAT = 1
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows changes line ends without it
+_SEEKING = threading.Lock()
 _COMMIT = 64 * 2**20  # bytes of pixels that an interruption may cost
 _SPARE = 256 * 2**20  # bytes that a disk must have beside what is stored
 
@@ -287,9 +289,9 @@ class _Writer:
                 commit(full)
 
         with _told(self.folder), contextlib.ExitStack() as files:
-            pixels = os.open(self.folder / "pixels", os.O_RDWR | os.O_CREAT, 0o666)
+            pixels = os.open(self.folder / "pixels", os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
             files.callback(os.close, pixels)
-            journal = os.open(self.folder / "index", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            journal = os.open(self.folder / "index", os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
             files.callback(os.close, journal)
             try:
                 for_each(one, (int(i) for i in which), len(which), "Decoding images")
@@ -311,6 +313,10 @@ def _told(folder: Path) -> Iterator[None]:
 
 def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | None = None) -> None:
     """Write all of `data`, at `start` or at the end."""
+    if start is not None and not hasattr(os, "pwrite"):  # Windows
+        with _SEEKING:
+            os.lseek(file, start, os.SEEK_SET)
+            return _write(file, data)
     rest = memoryview(data)  # type: ignore[arg-type]
     while len(rest):
         written = os.write(file, rest) if start is None else os.pwrite(file, rest, start)

@@ -165,7 +165,7 @@ def _or_nothing(items: Iterable[Item], source: str, reason: Callable[[], str]) -
 
 def _list(file: str) -> Iterator[Item]:
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         yield Unusable(file, f"cannot be read: {error.strerror or error}")
         return

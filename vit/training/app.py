@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +109,7 @@ def launch(
             status = 130
         except BrokenPipeError:  # `--cfg job | head`: nobody reads on, and nothing is wrong
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 128 + signal.SIGPIPE
+            status = 141  # as the signal SIGPIPE has it
         except Exception as error:
             status = errors.report(error, names, composing=True)
     if jobs is None:

@@ -20,7 +20,7 @@ PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def precision_for(wanted: str, cuda: bool) -> str:
-    """Lightning's name for a precision; "auto" is bfloat16 on NVIDIA's GPUs that have it, float32 on others and on CPUs.
+    """Lightning's name for a precision; "auto" is bfloat16 on GPUs of NVIDIA's that have it, else float32.
 
     bfloat16 keeps float32's range, so it needs no loss scaling.  CPUs without the instructions emulate it, slowly.
     """

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vit.errors import VitError, command_name
+from vit.files import check_folder_name
 from vit.training.app import launch
 from vit.training.config import EvalConfig, load_eval
 from vit.training.first_argument import model_overrides
@@ -25,6 +26,8 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
 
         raise VitError(f"checkpoint is missing: {command_name('eval')} checkpoint=MODEL, {EXPECTED}; {suggest()}")
     config = load_eval(values)
+    if config.output is not None:
+        check_folder_name(config.output, "output")
     from vit.evaluation.report import evaluate
     from vit.evaluation.table import print_summary
 

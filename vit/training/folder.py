@@ -91,14 +91,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def closing_lines(config: Config, folder: Path, metrics: dict[str, Any]) -> None:
+def closing_lines(config: Config, folder: Path, metrics: dict[str, Any], classes: int) -> None:
     """The last lines printed: the figures, and what to type next."""
 
     def figures(block: dict[str, Any]) -> str:
         parts = []
         for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
             value = block.get(key)
-            if value is not None:
+            if value is not None and (key != "top5" or classes > 5):  # of five classes it is 100% whatever happens
                 parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
         return "  ".join(parts)
 

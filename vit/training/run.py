@@ -202,7 +202,7 @@ def _probe(
         if events is not None:
             write_outcome(events, config, metrics, 0)
             events.close()
-        closing_lines(config, folder, metrics)
+        closing_lines(config, folder, metrics, len(data.class_names))
     return RunResult(folder, metrics)
 
 
@@ -366,7 +366,7 @@ def _fit_and_finish(
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
-    closing_lines(config, folder, metrics)
+    closing_lines(config, folder, metrics, len(data.class_names))
     return RunResult(folder, metrics, 130 if interrupt.signal is not None else 0)
 
 
