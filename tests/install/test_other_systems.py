@@ -38,7 +38,7 @@ from vit.cli import main
 status = main(["train", "photos", "debug=fast", "data.cache=true", "data.cache_folder=cache", "data.image_size=16",
     "data.workers=0", "trainer=cpu", "run.root=runs", "augment=crop", "model.patch_size=8"])
 assert status == 0, status
-(run,) = os.scandir(os.path.join("runs", "folder"))
+(run,) = os.scandir(os.path.join("runs", "debug"))
 for backend in ("onnx", "torch"):
     status = main(["classify", run.path, "photos", "--output", backend + ".csv", "--backend", backend])
     assert status == 0, status

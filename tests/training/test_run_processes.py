@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vit.training.config import CONF
+
 
 def finish(process, timeout=240):
     out, err = process.communicate(timeout=timeout)
@@ -30,7 +32,7 @@ def test_the_last_lines_are_the_figures_and_what_to_type_next(script, tmp_path):
     assert last[0].startswith("val")
     assert last[1].startswith("test")
     assert last[-3:] == [
-        f"evaluate   python eval.py checkpoint={folder}",
+        f"evaluate   python {CONF.parent / 'eval.py'} checkpoint={folder}",
         f"classify   vit classify {folder} IMAGE...",
         f"look       tensorboard --logdir {tmp_path / 'runs'}",
     ]
@@ -51,7 +53,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_closing_lines(script, tmp_path):
     assert status == 130, err
     assert "Traceback" not in err
     folder = folder_of(tmp_path)
-    assert f"go on      python train.py resume={folder}" in out
+    assert f"go on      python {CONF.parent / 'train.py'} resume={folder}" in out
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] > 0
 

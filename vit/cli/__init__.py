@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # command multiplies matrices with NumPy
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     wait_passively()
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:

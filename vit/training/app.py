@@ -82,6 +82,7 @@ def launch(
         The exit status: 0; 2 when the call was wrong; 1 for a fault of the program; 130 when interrupted.
     """
     wait_passively()
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
