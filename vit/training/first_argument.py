@@ -36,7 +36,7 @@ def model_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
 def quote(text: str) -> str:
     """Return `text` as a value of Hydra's, quoted so that it means itself whatever is in it."""
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _is_parquet(path: str) -> bool:
