@@ -117,17 +117,19 @@ def test_the_average_is_tensorflows_with_its_warm_up_also_after_a_resume(small, 
     options = (*PLAIN, "optim.lr=0.5", f"ema.decay={decay}")
     size = {"train": 160, "board": False, "epochs": 1}  # 20 steps: short averages first, then `decay` for 0.5
     whole, part, rest = Steps(), Steps(7), Steps()
+    torch.manual_seed(0)
     start = small.prepare(tmp_path, *options, extra=[whole], **size)
     expected = flat(start.module.ema)
     assert torch.equal(expected, flat(start.module.model))
     start.run()
+    torch.manual_seed(0)
     with pytest.raises(SystemExit):
         small.fit(tmp_path, *options, extra=[part], **size)
     small.fit(tmp_path, *options, extra=[rest], checkpoint=tmp_path / "stopped.ckpt", **size)
     assert len(whole.weights) == 20
-    for step, weights in enumerate(whole.weights, start=1):
+    for step, weights in enumerate(whole.weights):  # counted from 0: the steps before this one
         beta = min(decay, (1 + step) / (10 + step))
         expected = beta * expected + (1 - beta) * weights
-        assert torch.allclose(whole.average[step - 1], expected, rtol=0, atol=1e-6)
+        assert torch.allclose(whole.average[step], expected, rtol=0, atol=1e-6)
     for before, after in zip(whole.average, [*part.average, *rest.average], strict=True):
         assert torch.equal(before, after)
