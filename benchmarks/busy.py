@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,8 +22,8 @@ from benchmarks.contest import PROGRAMS, ROOT, Ran, median, run
 from benchmarks.results import parser, report, spread
 
 ABOUT = {"train": "`python train.py`", "timm": "timm's model in a plain loop", "classify": "`vit classify`, ViT-Ti/16"}
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(1_000_000): pass"
-"""Ends by itself when what started it has ended."""
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"
+"""Given the process that started it, with which it ends."""
 
 
 def main(arguments: list[str]) -> int:
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
     """So many programs beside what is inside, each of which would use one processor whole."""
-    programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    programs = [subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]) for _ in range(count)]
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def test_busy(tmp_path: Path) -> None:
 def test_busy_programs_end_with_what_started_them() -> None:
     code = (
         "import os, subprocess, sys; from benchmarks.busy import BUSY\n"
-        "program = subprocess.Popen([sys.executable, '-c', BUSY], stdout=1)\n"
+        "subprocess.Popen([sys.executable, '-c', BUSY, str(os.getpid())])\n"
         "os._exit(0)"
     )
     # until nobody holds the pipe any more: neither the process nor what it started
