@@ -131,12 +131,12 @@ def test_learning_rates_follow_the_schedule_from_each_groups_own_peak():
 
 
 def test_what_the_start_took_counts_in_the_time_and_not_in_the_progress(monkeypatch):
-    now = [0.0]
+    now = [1.0]
     monkeypatch.setattr("vit.training.schedule.time.monotonic", lambda: now[0])
     schedule = Schedule(schedule={"name": "linear"}, max_epochs=None, max_steps=None, max_time=50.0, spent=30.0)
     schedule.on_train_start(_trainer(optimizers=[SimpleNamespace(param_groups=[{"lr": 1.0}])]), None)
     assert schedule.progress(_trainer(), 0) == 0
-    now[0] = 5.0
+    now[0] += 5.0
     assert schedule.progress(_trainer(), 0) == pytest.approx(0.25)  # of the 20 seconds that were left
     resumed = Schedule(schedule={"name": "linear"}, max_epochs=None, max_steps=None, max_time=50.0)
     resumed.load_state_dict(schedule.state_dict())
