@@ -158,7 +158,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     [
         (None, "it has no config.json"),
         (b"", "not valid JSON"),
-        (b"[]", "not written by vit"),
+        (b"[]", "expected a table of names and values"),
         (b'{"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}', "not written by vit"),
         (b'{"vit": {}}', "format"),
     ],

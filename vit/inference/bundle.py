@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit.checksums import KEY, ZEROS, read_config, seal_safetensors, with_checksum
 from vit.errors import VitError
-from vit.inference.description import Description, parse_json
+from vit.inference.description import Description
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,10 +63,11 @@ def write_bundle(
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     with replace_folder(folder) as part:
         try:
-            save_file(weights, part / WEIGHTS, metadata={"format": "pt"})
+            save_file(weights, part / WEIGHTS, metadata={"format": "pt", KEY: ZEROS})
+            seal_safetensors(part / WEIGHTS)
         except SafetensorError as error:  # a full disk, in the library's words
             raise VitError(f"cannot write {os.fspath(folder)}: {error}") from None
-        config = {**timm_config(description), "vit": description.to_dict()}
+        config = with_checksum({**timm_config(description), "vit": description.to_dict()})
         # ASCII, so that class names which are no valid Unicode survive
         (part / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="ascii")
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -80,14 +82,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Description:
     Raises `VitError` when there is no such file, it is damaged, or another tool wrote it.
     """
     path = Path(folder) / CONFIG
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise VitError(f"{os.fspath(folder)} is not a model: it has no {CONFIG}") from None
-    except OSError as error:
-        raise VitError(f"cannot read {path}: {error.strerror or error}") from None
-    config = parse_json(text, path)
-    if not isinstance(config, dict) or "vit" not in config:
+    if not path.exists():
+        raise VitError(f"{os.fspath(folder)} is not a model: it has no {CONFIG}")
+    config = read_config(path)
+    if "vit" not in config:
         raise VitError(f"{path} was not written by vit: it does not describe classes and preprocessing (key 'vit')")
     return Description.from_dict(config["vit"], path)
 

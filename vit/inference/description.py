@@ -33,7 +33,10 @@ _SIZES = {
 }
 _FOLDERS = re.compile(r"^([\w.+~-]+=)?[\"']?(local-dir:)?(?:~|\.\.?|[A-Za-z]:)?[/\\](?:[^/\\]*[/\\])*")
 _PIXELS = (1, 1_000_000)
-_PATCHES = 1_000_000
+_PATCHES = 65_536  # as of an image of 4096 x 4096 in patches of 16
+_NUMBERS = 1 << 26  # in an image, over all channels: 256 MB as float32
+_DEEPEST, _MOST_VALUES = 50, 2_000_000
+_TEMPERATURES = (1e-6, 1e6)
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Description:
         """
         source = os.fspath(source)
         value = _table(value, f"{source}: its description")
+        check_plain({key: part for key, part in value.items() if key != "class_names"}, source)
         version = value.get("format")
         if not _is_int(version) or version < 1:
             raise VitError(f"{source}: its description has no valid format number ({_show(version)})")
@@ -155,7 +159,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list of lists without end
+        text = f"a {type(value).__name__} that is too long to print"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -186,7 +193,32 @@ def _architecture(value: Any, source: str) -> dict[str, Any]:
     patches = math.prod(image // patch for image, patch in zip(table["image_size"], table["patch_size"], strict=True))
     if not 1 <= patches <= _PATCHES:
         raise VitError(f"{source}: architecture makes {patches} patches an image; expected 1 to {_PATCHES}")
+    numbers = math.prod(table["image_size"]) * table["in_channels"]
+    if numbers > _NUMBERS:
+        raise VitError(f"{source}: architecture takes images of {numbers} numbers; expected at most {_NUMBERS}")
     return table
+
+
+def check_plain(value: Any, source: str | os.PathLike[str]) -> None:
+    """Raise `VitError` unless `value`, read from a file, is nested at most 50 deep and of at most 2 million values.
+
+    A list that is shared at every level counts each time, as whoever writes or prints it goes there each time.
+    """
+    count, level = 0, [value]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, int) and abs(each) >> 64:
+                raise VitError(f"{os.fspath(source)}: its description holds a whole number of more than 64 bits")
+            parts = [*each, *each.values()] if isinstance(each, dict) else each
+            parts = parts if isinstance(parts, list | tuple) else ()
+            count += len(parts)
+            if count > _MOST_VALUES:
+                raise VitError(f"{os.fspath(source)}: its description holds over {_MOST_VALUES} values")
+            below += parts
+        level = below
+    if level:
+        raise VitError(f"{os.fspath(source)}: its description is nested more than {_DEEPEST} deep")
 
 
 def _class_names(value: Any, count: int, source: str) -> list[str]:
@@ -224,6 +256,7 @@ def _preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Pre
 
 
 def _temperature(value: Any, source: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
-        raise VitError(f"{source}: temperature should be a number above 0, not {_show(value)}")
+    least, most = _TEMPERATURES
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise VitError(f"{source}: temperature should be a number from {least:g} to {most:g}, not {_show(value)}")
     return float(value)

@@ -10,13 +10,13 @@ Notable
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vit.checksums import read_config
 from vit.errors import VitError, command_name, nearest, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
@@ -254,11 +254,10 @@ def _bundle(path: Path, folder: Path, kind: str) -> Found:
 
 def _of_timm(folder: Path) -> bool:
     """Whether timm wrote the folder, as it does for the hub; a bundle has this project's own account beside timm's."""
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    if not (folder / CONFIG).is_file():
         return False
-    return isinstance(config, dict) and "architecture" in config and "vit" not in config
+    config = read_config(folder / CONFIG)
+    return "architecture" in config and "vit" not in config
 
 
 def suggest(path: Path | None = None, root: str = "runs") -> str:

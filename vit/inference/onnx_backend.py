@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vit.checksums import check_onnx
 from vit.errors import VitError
 from vit.inference.description import Description
-from vit.inference.onnx_file import read_outline
+from vit.inference.onnx_file import check_graph, read_outline
 from vit.processors import available
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     """The session of the file, by its outline where there is one that the runtime takes."""
     import onnxruntime
 
+    check_onnx(path)
+    try:
+        check_graph(path)
+    except (OSError, ValueError) as error:
+        raise VitError(f"{path} is damaged or not an ONNX model of a Vision Transformer: {error}") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -18,12 +18,23 @@ import os
 from collections.abc import Iterator
 
 # field numbers in onnx.proto
-_GRAPH, _METADATA = 7, 14  # of ModelProto
-_INITIALIZER = 5  # of GraphProto
+_GRAPH, _METADATA, _TRAINING, _FUNCTIONS = 7, 14, 20, 25  # of ModelProto
+_NODE, _INITIALIZER, _OUTPUT, _SPARSE = 1, 5, 12, 15  # of GraphProto
+_OPERATOR, _ATTRIBUTE = 4, 5  # of NodeProto
+_INT64 = 7  # of TensorProto.DataType
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14  # of TensorProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _EXTERNAL = 1  # of TensorProto.DataLocation
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # protobuf's wire types
+
+OUTPUTS = (b"logits", b"rollout")
+MOST = 1 << 26
+"""Numbers in a tensor that a constant asks for, at most, as in an image."""
+NEVER = {
+    *("EyeLike", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"),
+    *("Tile", "Resize", "Upsample", "Loop", "Scan", "If", "SequenceMap", "ImageDecoder", "StringNormalizer"),
+}
+"""Operators that make much of little, or run graphs of their own."""
 
 SMALLEST = 1024
 """Bytes of a tensor from which on it is left where it is; shapes and other numbers that the graph is optimised by are
@@ -53,6 +64,77 @@ def read_outline(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
         if graphs != 1:
             raise ValueError("no graph, or several")
         return b"".join(message), metadata
+
+
+def check_graph(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError, with the reason, where the file asks for more memory than its weights and an image need.
+
+    Refused are outputs that nobody asks for, operators that make large tensors of small ones and that no export of a
+    Vision Transformer has, and constants that ask for tensors of more than `MOST` numbers.
+    Raises OSError when the file cannot be read, and ValueError when it has not the structure of an ONNX model.
+    """
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        sizes: dict[bytes, int] = {}
+        asked: list[tuple[str, bytes]] = []
+        for field, _, content, end in _fields(data, 0, len(data)):
+            if field in (_TRAINING, _FUNCTIONS):
+                raise ValueError("it has functions of its own")
+            for number, _, start, stop in _fields(data, content, end) if field == _GRAPH else ():
+                if number == _SPARSE:
+                    raise ValueError("it has sparse weights")
+                if number == _INITIALIZER and stop - start < SMALLEST:
+                    name, size = _asked_for(data, start, stop)
+                    sizes[name] = size
+                elif number == _OUTPUT:
+                    name = next((data[a:b] for each, _, a, b in _fields(data, start, stop) if each == 1), b"")
+                    if name not in OUTPUTS:
+                        raise ValueError(f"it has an output {name[:60].decode(errors='replace')!r}")
+                elif number == _NODE:
+                    asked += _made(data, start, stop, sizes)
+        for kind, name in asked:
+            if sizes.get(name, 0) > MOST:
+                raise ValueError(f"a node {kind} makes a tensor of {sizes[name]:,} numbers")
+
+
+def _made(data: mmap.mmap, start: int, end: int, sizes: dict[bytes, int]) -> list[tuple[str, bytes]]:
+    """Of a NodeProto, its operator and the input that says how large its result is, where one does."""
+    parts: dict[int, list[bytes]] = {}
+    for number, _, content, stop in _fields(data, start, end):
+        if number != _ATTRIBUTE or stop - content < SMALLEST:
+            parts.setdefault(number, []).append(data[content:stop])
+    kind = b"".join(parts.get(_OPERATOR, [])).decode(errors="replace")
+    if kind in NEVER:
+        raise ValueError(f"it has a node {kind[:60]}, which no Vision Transformer has")
+    inputs, outputs = parts.get(1, []), parts.get(2, [])
+    if kind == "Constant" and outputs:
+        for attribute in parts.get(_ATTRIBUTE, []):
+            for number, _, content, stop in _fields(attribute, 0, len(attribute)):
+                if number == 22:
+                    raise ValueError("it has sparse weights")
+                if number == 5:
+                    sizes[outputs[0]] = _asked_for(attribute, content, stop)[1]
+    place = {"ConstantOfShape": 0, "Expand": 1, "Range": 1, "Reshape": 1}.get(kind, len(inputs))
+    return [(kind, name) for name in inputs[place : place + 1]]
+
+
+def _asked_for(data: mmap.mmap | bytes, start: int, end: int) -> tuple[bytes, int]:
+    """The name of a small TensorProto, and the product of its values, where they are whole numbers."""
+    name, product, whole, raw, values = b"", 1, False, b"", list[int]()
+    for number, _, content, stop in _fields(data, start, end):
+        if number == 8:
+            name = data[content:stop]
+        elif number == 2:
+            whole = _read_varint(data, content, stop)[0] == _INT64
+        elif number == _RAW_DATA:
+            raw = data[content:stop]
+        elif number == 7:  # packed int64_data
+            while content < stop:
+                value, content = _read_varint(data, content, stop)
+                values.append(value)
+    values += [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)]
+    for value in values if whole else ():
+        product = min(product * max(value, 1), 1 << 64)
+    return name, product
 
 
 def _graph(data: mmap.mmap, start: int, end: int, name: bytes) -> bytes:
@@ -91,7 +173,7 @@ def _entry(data: mmap.mmap, start: int, end: int) -> tuple[str, str]:
     return found.get(_KEY, b"").decode(), found.get(_VALUE, b"").decode()
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(data: mmap.mmap | bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Each field of the message in `data[start:end]`: its number, where it, its content, and the next one begin."""
     position = start
     while position < end:
@@ -112,7 +194,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
         position += length
 
 
-def _read_varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+def _read_varint(data: mmap.mmap | bytes, position: int, end: int) -> tuple[int, int]:
     """A number of 7 bits a byte, lowest first, and where it ends."""
     value = shift = 0
     while position < end and shift < 64:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vit.checksums import check_onnx
 from vit.errors import VitError
 from vit.inference.description import Description, parse_json
 from vit.inference.onnx_backend import described
@@ -66,9 +67,14 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Descript
     import torch
     from onnx import numpy_helper
 
+    from vit.pretrained.reading import check_tensors
+
     path = Path(path)
     try:
+        check_onnx(path)
         message = onnx.load_model_from_string(path.read_bytes())
+    except VitError:
+        raise
     except OSError as error:
         raise VitError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # protobuf's, whose implementations differ
@@ -80,12 +86,19 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Descript
         why = "is in integers" if "int8" in description.metrics else "does not say where its weights are"
         raise VitError(f"{path} {why}, so torch cannot use it: give the run or the bundle")
     held = {each.name: each for each in message.graph.initializer}
+    arrays: dict[str, np.ndarray] = {}
     weights = {}
     for name, place in table.items():
-        if not (isinstance(place, list) and len(place) == 2 and place[0] in held):
+        if not (isinstance(place, list) and len(place) == 2 and isinstance(place[0], str) and place[0] in held):
             raise VitError(f"{path} is damaged: it does not hold the weights of {name}")
         if held[place[0]].data_location == onnx.TensorProto.EXTERNAL:
             raise VitError(f"{path} keeps its weights in another file: expected one that `vit export` wrote")
-        array = numpy_helper.to_array(held[place[0]])
-        weights[name] = torch.from_numpy(np.array(array.T if place[1] else array, order="C"))
+        try:
+            if place[0] not in arrays:
+                arrays[place[0]] = np.array(numpy_helper.to_array(held[place[0]]))
+            array = torch.from_numpy(arrays[place[0]])
+        except (ValueError, TypeError) as error:
+            raise VitError(f"{path} is damaged: the weights of {name} cannot be read ({error})") from None
+        weights[name] = array.T if place[1] and array.ndim == 2 else array
+    check_tensors(weights, path)  # a table may name one tensor a thousand times
     return weights, description

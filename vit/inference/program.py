@@ -7,17 +7,18 @@ AOTInductor compiles it; from Python it runs by
     program = torch.export.load("model.pt2", extra_files=extra)
     logits = program.module()(images)
 
-Such a file is an end, not a MODEL: no command of `vit` reads one, because `torch.export.load` may run code that a
-stranger put there.
+`load_program` loads it after a comparison with its checksum.  Such a file is an end, not a MODEL: no command of `vit`
+reads one, because `torch.export.load` may run code that a stranger put there.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vit.checksums import check_archive, seal_archive
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
     from vit.model import VisionTransformer
 
 EXTRA = "vit.json"
+
+
+def load_program(path: str | os.PathLike[str]) -> Any:
+    """Load the `torch.export.ExportedProgram` in a file that you trust, as it may run code.
+
+    Raises `VitError` when the file cannot be read, or is not as it was written.
+    """
+    import torch
+
+    try:
+        check_archive(path)
+        with open(path, "rb") as file:
+            return torch.export.load(file)
+    except OSError as error:
+        raise VitError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from None
 
 
 def export_program(
@@ -62,8 +78,8 @@ def export_program(
                 node.meta.pop("stack_trace", None)  # it has the paths of this machine
         with open(part, "wb") as written:
             torch.export.save(made, written, extra_files={EXTRA: description.to_json()})
-        with open(part, "rb") as file:
-            loaded = torch.export.load(file).module()
+        seal_archive(part)
+        loaded = load_program(part).module()
 
         def run(batch: np.ndarray) -> list[np.ndarray]:
             answer = loaded(torch.from_numpy(batch))

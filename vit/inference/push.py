@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vit.checksums import KEY, check_onnx, check_safetensors, read_config, sealed_onnx, with_checksum
 from vit.errors import VitError
 from vit.inference.bundle import CARD, CONFIG, ONNX, WEIGHTS, read_bundle
 from vit.inference.card import is_generated, model_card
@@ -66,8 +67,8 @@ def gather(bundle: Path, repo: str) -> dict[str, Path | bytes]:
     public = _public(read_bundle(bundle))
     if not (bundle / WEIGHTS).is_file():
         raise VitError(f"{bundle} has no {WEIGHTS}: `vit export MODEL FOLDER` writes a bundle with weights")
-    config = json.loads((bundle / CONFIG).read_bytes())
-    config["vit"] = public.to_dict()
+    config = with_checksum({**read_config(bundle / CONFIG), "vit": public.to_dict()})
+    check_safetensors(bundle / WEIGHTS)
     files: dict[str, Path | bytes] = {
         CARD: _card(bundle, public, repo),
         CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode("ascii"),
@@ -158,6 +159,7 @@ def _onnx(file: Path) -> bytes:
     """The file's bytes with the public description."""
     import onnx
 
+    check_onnx(file)
     content = file.read_bytes()
     try:
         message = onnx.load_model_from_string(content)
@@ -166,7 +168,10 @@ def _onnx(file: Path) -> bytes:
     for entry in message.metadata_props:
         if entry.key == METADATA_KEY:
             entry.value = _public(Description.from_json(entry.value, file)).to_json()
-    return message.SerializeToString()
+    kept = [entry for entry in message.metadata_props if entry.key != KEY]
+    del message.metadata_props[:]
+    message.metadata_props.extend(kept)
+    return sealed_onnx(message.SerializeToString())
 
 
 def _explain(error: Exception, repo: str, token: str) -> NoReturn:

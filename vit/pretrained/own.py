@@ -6,7 +6,6 @@ meaning): who uses a part of it checks that part.  Imports torch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,12 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from vit.checksums import read_config
 from vit.errors import VitError
 from vit.pretrained.lora import merge_lora
 from vit.pretrained.reading import is_state_dict, load_safetensors, read_pickled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_LONGEST_CONFIG = 64 << 20  # bytes; a hundred times ImageNet-21k's names
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -43,7 +42,13 @@ def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], di
     prefix, entries = table.get("weights_prefix", "model."), checkpoint.get("state_dict")
     if not isinstance(prefix, str) or not isinstance(entries, Mapping):
         raise VitError(f"{path} describes a model but holds no weights for it (state_dict, weights_prefix)")
-    weights = {key[len(prefix) :]: value for key, value in entries.items() if str(key).startswith(prefix)}
+    weights = {
+        key[len(prefix) :]: value for key, value in entries.items() if isinstance(key, str) and key.startswith(prefix)
+    }
+    for key, value in weights.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise VitError(f"{path}: the weight {key} is {kind}: expected a tensor of floating-point numbers")
     if not weights:
         raise VitError(f"{path} holds no weights whose name starts with {prefix!r}")
     if table.get("lora") is not None:
@@ -54,23 +59,6 @@ def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], di
 def describes_itself(checkpoint: Any) -> bool:
     """Whether what was read from a file is a checkpoint of this project."""
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("vit"), dict)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A `config.json`, this project's or timm's.  Raises `VitError` when there is none to be read."""
-    try:
-        if path.stat().st_size > _LONGEST_CONFIG:
-            raise VitError(f"{path} is too long for the configuration of a model")
-        text = path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise VitError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise VitError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise VitError(f"{path} is not the configuration of a model: expected a table of names and values")
-    return config
 
 
 def find_in(folder: Path) -> Path | None:

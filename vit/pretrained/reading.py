@@ -27,7 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit.checksums import check_safetensors
 from vit.errors import VitError
+
+_MOST_SHARED = 8
+"""Tensors may share memory (tied weights), but all of them together are at most this many times what the file holds."""
 
 
 def read_pickled(path: str | os.PathLike[str]) -> Any:
@@ -70,18 +74,50 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
         raise VitError(f"{path} is truncated or not a checkpoint{told}") from None
     if zipped and not _sums_fit(path):
         raise VitError(f"{path} is damaged: its checksums do not fit what is in it")
+    check_tensors(content, path)
     return content
 
 
+def check_tensors(content: Any, path: str | os.PathLike[str]) -> None:
+    """Raise `VitError` unless what was read holds plain tensors, each in the memory that its shape says.
+
+    One number of stride 0 has any shape, and a thousand views of one storage become a thousand copies in a model.
+    """
+    storages: dict[int, int] = {}
+    total, seen, left = 0, set[int](), [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized or value.is_nested:
+                kind = "quantised" if value.is_quantized else "on no device" if value.is_meta else str(value.layout)
+                raise VitError(f"{path} was refused: it holds a tensor that is {kind}; only plain ones are read")
+            memory = value.untyped_storage()
+            if value.numel() * value.element_size() > memory.nbytes():
+                shape = tuple(value.shape)
+                raise VitError(f"{path} was refused: a tensor of shape {shape} has {memory.nbytes()} bytes in the file")
+            storages[memory.data_ptr()] = memory.nbytes()
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))  # a list may hold itself, or be shared at every level
+            left += [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+    if total > _MOST_SHARED * sum(storages.values()) + (64 << 20):
+        raise VitError(f"{path} was refused: its tensors share memory, and would take {total / 1e9:.1f} GB without")
+
+
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file, on the CPU.  Raises `VitError` when it cannot be read as one."""
+    """All tensors of a `.safetensors` file, on the CPU.
+
+    Raises `VitError` when it cannot be read as one, or is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
     check_readable(path)
     try:
-        return load_file(path)
+        weights = load_file(path)
+        check_safetensors(path)
+        return weights
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise VitError(f"{path} is truncated or not a safetensors file: {error}") from None
     except OSError as error:

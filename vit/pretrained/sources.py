@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit.checksums import read_config
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.model import VisionTransformer
@@ -40,7 +41,6 @@ from vit.pretrained.own import (
     checkpoint_parts,
     describes_itself,
     find_in,
-    read_config,
     read_own,
 )
 from vit.pretrained.places import ENDINGS, PREFERRED, Place, content, local, weights_in
@@ -314,6 +314,8 @@ def _bounded(arguments: Any, cfg: Mapping[str, Any], source: str) -> dict[str, A
         for part in value if isinstance(value, list) else [value]:
             if not isinstance(part, str | int | float | None):
                 raise VitError(f"{source}: model_args.{key} should be a plain value, not {type(part).__name__}")
+            if isinstance(part, str) and not re.fullmatch(r"[\w-]*", part):  # timm imports what has a dot in its name
+                raise VitError(f"{source}: model_args.{key} is {part[:60]!r}, which is no name of a layer of timm's")
             if isinstance(part, int | float) and not 0 <= part <= _MOST.get(key, 65_536):
                 raise VitError(f"{source}: model_args.{key} is {part}, which no model has")
     return {key: value for key, value in arguments.items() if value is not None}
