@@ -58,7 +58,7 @@ def test_a_mistake_is_one_line_and_a_traceback_only_when_asked_for(here: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "checkpoint is missing: python "),
+        ([], "checkpoint is missing: vit eval checkpoint=MODEL, a run folder"),
         ([], "the newest run here is runs/digits/one"),
         (["checkpoint="], "checkpoint is missing"),
         (["chekpoint=runs/digits/one"], "did you mean 'checkpoint'?"),
