@@ -257,7 +257,7 @@ def test_unreadable_images_are_listed_in_the_log_of_the_run_and_counted(run, tmp
     options = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.max_bad_fraction=0.1", "data.image_size=16")
     result = run(*options, "data.workers=0", "model.patch_size=8", "trainer.max_epochs=1")
     lines = (result.folder / "train.log").read_text().splitlines()
-    assert "command: train.py" in lines[0]
+    assert "command: " in lines[0]
     assert any("WARNING" in line and "1 of 21 images cannot be read" in line for line in lines)
     assert any("broken.png: " in line for line in lines)
     assert result.metrics["bad_files"] == 1
