@@ -25,6 +25,8 @@ from vit.data.assemble import listing
 from vit.data.dataset import SPLITS, ImageData, Split
 from vit.data.draws import shuffled
 from vit.data.filetype import UNDECODED
+from vit.data.memory import NAME as MEMORY
+from vit.data.memory import Gathered, open_gathered
 from vit.data.parallel import for_each
 from vit.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing
 from vit.data.run_splits import restore_splits
@@ -67,6 +69,8 @@ CATALOGUE: dict[str, Entry] = {
     "shapes": Entry("generated: coloured shapes on noise, with their boxes", "shapes:shapes", 64, 3, 8, 128),
 }
 
+ENTRIES = {**CATALOGUE, MEMORY: Entry("images given from Python (vit.train)", "", 224, 3, 16, 64)}
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -76,7 +80,7 @@ class DataConfig:
     Raises `VitError`, naming the key, for a value that cannot be.
     """
 
-    name: str = option("digits", "of the data set", choices=tuple(CATALOGUE))
+    name: str = option("digits", "of the data set", choices=tuple(ENTRIES))
     root: str | None = option(None, "folder of the files; null: the cache folder, where downloads go")
     image_size: int | tuple[int, int] = option(0, "pixels, or [height, width], of the model's input", least=0)
     channels: int = option(0, "of the model's input: 1 grey, 3 colour", least=0)
@@ -112,9 +116,10 @@ class DataConfig:
     kinds: tuple[str, ...] | None = option(None, "shapes: which are the classes; null: the first six")
     image_column: str | None = option(None, "parquet: column of the images; null: found")
     label_column: str | None = option(None, "parquet: column of the labels; null: found")
+    content: str | None = option(None, "memory: fingerprint of the images given from Python, which a run stores")
 
     def __post_init__(self) -> None:
-        entry = CATALOGUE.get(self.name) if isinstance(self.name, str) else None
+        entry = ENTRIES.get(self.name) if isinstance(self.name, str) else None
         if entry is None:
             raise VitError(f"data.name={self.name!r}: no such data set; {nearest(str(self.name), CATALOGUE)}")
         given = {key.name: getattr(self, key.name) for key in keys(DataConfig)}
@@ -156,7 +161,10 @@ class DataConfig:
 
 
 def open_data(
-    config: DataConfig, class_names: Sequence[str] | None = None, splits: str | os.PathLike[str] | None = None
+    config: DataConfig,
+    class_names: Sequence[str] | None = None,
+    splits: str | os.PathLike[str] | None = None,
+    given: Gathered | None = None,
 ) -> ImageData:
     """Open the data set that `config` describes.
 
@@ -166,15 +174,13 @@ def open_data(
             labels index this list, classes that the data lacks are reported, and a class that the model does not
             know is refused.
         splits: the file that says which image is in which split, of the run that `class_names` are of.
+        given: the images themselves, where they come from Python (`vit.data.memory`).
 
     Raises:
         VitError: files that are missing or unreadable, a layout that is not understood, fewer than two classes, or
             classes that do not match; the message says what was expected and where.
     """
-    entry = CATALOGUE[config.name]
-    module, function = entry.opener.split(":")
-    opener = getattr(importlib.import_module(f"vit.data.{module}"), function)
-    data: ImageData = opener(config, None if class_names is None else list(class_names))
+    data = _opened(config, None if class_names is None else list(class_names), given)
     if class_names is not None:
         data = _match(data, list(class_names))
     elif len(data.class_names) < 2:
@@ -192,6 +198,15 @@ def open_data(
         raise VitError(f"data={config.name} holds no images")
     _report(data)
     return data
+
+
+def _opened(config: DataConfig, class_names: list[str] | None, given: Gathered | None) -> ImageData:
+    if config.name == MEMORY:
+        return open_gathered(given, config, class_names)
+    if given is not None:
+        raise VitError(f"that run was trained on data={config.name}, not on images from Python: leave the data out")
+    module, function = ENTRIES[config.name].opener.split(":")
+    return getattr(importlib.import_module(f"vit.data.{module}"), function)(config, class_names)
 
 
 def _match(data: ImageData, class_names: list[str]) -> ImageData:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,6 +103,68 @@ class FileImages:
         paths = [self.name(int(i)) for i in rows]
         names = np.fromiter((name_fingerprint(os.path.abspath(path)) for path in paths), np.uint64, len(paths))
         return names, np.fromiter((file_fingerprint(path, channels) for path in paths), np.uint64, len(paths))
+
+
+@dataclass(frozen=True)
+class ListImages:
+    """Images of several sizes, each uint8 (H, W, C); None for one that could not be read."""
+
+    pixels: list[np.ndarray | None]
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        pixels = self.pixels[i]
+        if pixels is None:
+            raise ImageError("could not be read")
+        return decode(pixels, channels=channels)
+
+    def name(self, i: int) -> str:
+        return f"data/{i}"
+
+
+@dataclass(frozen=True)
+class HubImages:
+    """A column of encoded images, of a Hugging Face data set that is asked not to decode them."""
+
+    rows: Any
+    column: str
+
+    def source(self, i: int) -> bytes | str:
+        """The bytes of the file, or its path.  Raises `ImageError` where there is neither."""
+        value = self.rows[i][self.column]
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise ImageError("no image in this row")
+        return value
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        return decode(self.source(i), channels=channels, target=target)
+
+    def name(self, i: int) -> str:
+        return f"data/{i}"
+
+
+class JoinedImages:
+    """The images of several splits, one after the other."""
+
+    def __init__(self, parts: Sequence[tuple[str, Images, int]]) -> None:
+        """`parts`: the name of the split, its images, and how many they are."""
+        self._parts = parts
+        self._ends = np.cumsum([count for _, _, count in parts])
+
+    def _find(self, i: int) -> tuple[str, Images, int]:
+        k = int(np.searchsorted(self._ends, i, side="right"))
+        split, images, count = self._parts[k]
+        return split, images, i - int(self._ends[k]) + count
+
+    def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
+        _, images, row = self._find(i)
+        return images.read(row, channels, target)
+
+    def name(self, i: int) -> str:
+        split, images, row = self._find(i)
+        name = images.name(row)
+        return f"{split}/{row}" if name.startswith("data/") else name
 
 
 @dataclass(eq=False)

@@ -147,7 +147,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
     order = [split for split in SPLITS if split in files]
     first = files[order[0]][0]  # of train, where there is one: its description is the class map
     with _file(first) as file:
-        columns = _columns(file.schema_arrow, config, shown)
+        columns = find_columns(file.schema_arrow, config, shown)
 
     groups: list[tuple[str, int, int]] = []
     raw: dict[str, list[Any]] = {}
@@ -181,7 +181,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         raise VitError(f"{shown} holds no images with labels: {LAYOUT}")
 
     names, known = _names(raw, columns)
-    memory = _memory()
+    memory = total_memory()
     fits = memory is None or weight < memory / 2
     if not fits:
         log.warning("%s does not fit in memory: images in random order will come slowly; a folder is faster", shown)
@@ -272,8 +272,11 @@ def _warn_of_missing_shards(paths: list[str]) -> None:
             log.warning("%s: %d of %d files are there", printable(stem), count, total)
 
 
-def _columns(schema: Any, config: DataConfig, shown: str) -> Columns:
-    """Find the image and label columns: as configured, as the schema describes them, or the only ones possible."""
+def find_columns(schema: Any, config: Any, shown: str) -> Columns:
+    """Find the image and label columns: as configured, as the schema describes them, or the only ones possible.
+
+    `config` has `image_column` and `label_column`.  Raises `VitError`.
+    """
     import pyarrow as pa
 
     features = _features(schema)
@@ -372,7 +375,7 @@ def _numbered(groups: list[tuple[str, int, int]], print_of: Callable[[str], int]
     return np.concatenate(prints)
 
 
-def _memory() -> int | None:
+def total_memory() -> int | None:
     """Bytes of memory in this machine, where the system says."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
