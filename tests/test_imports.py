@@ -58,7 +58,7 @@ ROOMS = {
             "rich",
             "google_crc32c",
         },
-        {"peft"},
+        {"peft", "IPython"},
     ),
     "cli": Room(UPPER | {"training", "evaluation", "dashboard"}, set(), {"rich", "argcomplete"}),
 }

@@ -2,6 +2,7 @@
 
     import vit
 
+    run = vit.train("digits")  # or a folder, [(path, label)], (images, labels), a torch or Hugging Face data set
     model = vit.create_model("vit_tiny", image_size=32, patch_size=4, num_classes=10)  # a torch.nn.Module
     classifier = vit.load("runs/digits/2026-01-01_10-00-00")
     results = classifier.classify(["photo.jpg"])
@@ -30,6 +31,10 @@ _ROOMS = {
     "Result": "vit.inference.classifier",
     "Description": "vit.inference.description",
     "Preprocessing": "vit.data.preprocess",
+    "train": "vit.training.api",
+    "evaluate": "vit.training.api",
+    "Run": "vit.training.api",
+    "Explanation": "vit.explain.maps",
     "ImageError": "vit.data.decode",
     "VitError": "vit.errors",
     "record_attention": "vit.explain.record",
@@ -39,17 +44,21 @@ _ROOMS = {
 __all__ = [
     "Classifier",
     "Description",
+    "Explanation",
     "ImageError",
     "Preprocessing",
     "Result",
+    "Run",
     "VisionTransformer",
     "VitError",
     "create_model",
+    "evaluate",
     "load",
     "load_pretrained",
     "load_torch",
     "record_attention",
     "rollout",
+    "train",
 ]
 
 if TYPE_CHECKING:
@@ -57,12 +66,14 @@ if TYPE_CHECKING:
     from vit.data.preprocess import Preprocessing
     from vit.errors import VitError
     from vit.explain.carry import rollout
+    from vit.explain.maps import Explanation
     from vit.explain.record import record_attention
     from vit.inference.classifier import Classifier, Result
     from vit.inference.description import Description
     from vit.inference.loading import load, load_torch
     from vit.model import VisionTransformer
     from vit.pretrained.create import create_model, load_pretrained
+    from vit.training.api import Run, evaluate, train
 
 
 def __getattr__(name: str) -> Any:

@@ -33,6 +33,7 @@ from vit.data.parallel import for_each, progress
 from vit.data.parquet import find_columns, total_memory
 from vit.data.scan import scan_files
 from vit.errors import VitError
+from vit.options import show
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -169,6 +170,9 @@ def open_gathered(given: Gathered | None, config: DataConfig, class_names: list[
             "these are not the images and labels that the run was trained on: give the same ones, in the same order, "
             "or train anew without resume="
         )
+    log.info(
+        "images from Python: data.image_size=%s data.patch_size=%s", show(config.image_size), show(config.patch_size)
+    )
     labels = given.labels
     if class_names is not None and given.numbered and not {*given.class_names} <= {*class_names}:
         numbers = {name: int(name) for name in given.class_names}
@@ -264,7 +268,9 @@ def _pairs(pairs: Iterable[tuple[Any, Any]], where: str, names: list[str] | None
                 held.append(None)
                 reasons[i] = error.reason
         if paths and held:
-            raise VitError(f"{where} mixes paths and images (image {i} is a {type(image).__name__}): give one of the two")
+            raise VitError(
+                f"{where} mixes paths and images (image {i} is a {type(image).__name__}): give one of the two"
+            )
         if weight > most:
             raise VitError(f"{where} takes more than half of this machine's memory: give its files, as (path, label)")
     if paths:

@@ -23,6 +23,8 @@ import numpy as np
 
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS, ImageData
+from vit.data.memory import NAME as MEMORY
+from vit.data.memory import Gathered
 from vit.data.run_splits import FILE
 from vit.errors import VitError, nearest
 from vit.evaluation.collect import collect_logits
@@ -42,7 +44,7 @@ FILES = ("metrics.json", "confusion.csv", "confusion.png", "reliability.png", "m
 
 _DECIDES_SPLIT = frozenset(
     {"name", "root", "val_fraction", "test_fraction", "split_seed", "max_images", "kinds", "objects", "clutter"}
-    | {"object_scale", "train_images", "val_images", "test_images", "image_column", "label_column"}
+    | {"object_scale", "train_images", "val_images", "test_images", "image_column", "label_column", "content"}
 )
 
 
@@ -56,6 +58,7 @@ def evaluate(
     device: str = "auto",
     reduction: str | None = None,
     faithfulness: int = 0,
+    given: Gathered | None = None,
 ) -> dict[str, Any]:
     """Evaluate `model` on a split and write what came of it.
 
@@ -87,8 +90,13 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise VitError(f"batch_size={batch_size}: expected at least 1")
     scorer, description, where = _load(model, device, reduction)
+    if given is not None:
+        # the images trained on keep their splits, so the test has none of those; of others all are the test
+        own = description.data.get("content") == given.content
+        data = {**({} if own else {"test_fraction": 1.0}), **_given(data), "name": MEMORY, "content": given.content}
     config = data_config(description, data)
-    opened = open_data(config, description.class_names, trained_splits(model, description, config, data))
+    splits = trained_splits(model, description, config, None if given else data)
+    opened = open_data(config, description.class_names, splits, given)
     chosen = opened.splits[split]
     if not len(chosen):
         raise VitError(_empty(opened, split))
@@ -157,13 +165,14 @@ def data_config(description: Description, data: DataConfig | Mapping[str, Any] |
     size = {"image_size": list(preprocessing.image_size), "channels": preprocessing.channels}
     if isinstance(data, DataConfig):
         return DataConfig.from_dict({**data.to_dict(), **size})
-    given = {key: value for key, value in (data or {}).items() if value is not None}
+    given = _given(data)
     if not trained and "name" not in given:
         raise VitError(
             "the model does not say what data it was trained on: name some, such as data=folder data.root=photos"
         )
     same = given.get("name", trained.get("name")) == trained.get("name")
     moved = "name" in given and "root" in given and not _same_path(given["root"], trained.get("root"))
+    moved = moved or ("content" in given and given["content"] != trained.get("content"))
     # data.root alone says that the same data has moved; with data=folder beside it, it is another folder
     base = trained if same and not moved else {}
     for key in ("mean", "std"):
@@ -186,6 +195,12 @@ def trained_splits(
     differ = {key for key, value in config.to_dict().items() if value != description.data.get(key)} & _DECIDES_SPLIT
     moved = differ == {"root"} and not isinstance(data, DataConfig) and "name" not in (data or {})
     return folder / FILE if not differ or moved else None
+
+
+def _given(data: DataConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys that were given."""
+    values = data.to_dict() if isinstance(data, DataConfig) else data or {}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def at_training(description: Description, config: DataConfig, split: str) -> dict[str, Any] | None:

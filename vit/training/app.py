@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -33,6 +33,9 @@ from vit.training.config import CONF, Config, check_model, load
 from vit.training.first_argument import data_overrides, quote
 from vit.training.messages import Names, explain
 
+if TYPE_CHECKING:
+    from vit.training.run import Call
+
 _FULL = "HYDRA_FULL_ERROR"
 
 Task = Callable[[dict[str, Any], list[str]], Any]
@@ -41,10 +44,11 @@ FirstArgument = Callable[[str, Sequence[str]], list[str]]
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `python train.py`, or `vit train` where `argv` is given; returns the exit status."""
-    return launch(_train, "train", Config, argv, first=data_overrides)
+    return launch(start_training, "train", Config, argv, first=data_overrides)
 
 
-def _train(values: dict[str, Any], overrides: list[str]) -> Any:
+def start_training(values: dict[str, Any], overrides: list[str], call: Call | None = None) -> Any:
+    """Check the composed `values` and train; `call` is that of `vit.train`.  Raises `VitError`."""
     if values.get("resume"):
         options.convert("resume", values["resume"], str | None, options.Rule())
         values = resume.configuration(values, overrides)
@@ -56,7 +60,7 @@ def _train(values: dict[str, Any], overrides: list[str]) -> Any:
     check_model(config)
     from vit.training.run import train
 
-    return train(config, overrides)
+    return train(config, overrides, call)
 
 
 def launch(

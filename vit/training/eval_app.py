@@ -6,13 +6,16 @@ torch is imported only once the arguments are known to be good.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit.errors import VitError, command_name
 from vit.files import check_folder_name
 from vit.training.app import launch
 from vit.training.config import EvalConfig, load_eval
 from vit.training.first_argument import model_overrides
+
+if TYPE_CHECKING:
+    from vit.data.memory import Gathered
 
 
 def eval_main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +24,17 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
+    metrics = start_evaluation(values)
+    from vit.evaluation.table import print_summary
+
+    print_summary(metrics)
+
+
+def start_evaluation(values: dict[str, Any], given: Gathered | None = None) -> dict[str, Any]:
+    """Check the composed `values` and evaluate, on images that were `given` from Python or those that `values` name.
+
+    Returns the metrics.  Raises `VitError`.
+    """
     if not values.get("checkpoint"):
         from vit.inference.loading import EXPECTED, suggest
 
@@ -29,9 +43,8 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
     if config.output is not None:
         check_folder_name(config.output, "output")
     from vit.evaluation.report import evaluate
-    from vit.evaluation.table import print_summary
 
-    metrics = evaluate(
+    return evaluate(
         config.checkpoint,
         config.data,
         split=config.split,
@@ -40,5 +53,5 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
         device=config.device,
         reduction=config.reduction,
         faithfulness=config.faithfulness_images if config.faithfulness else 0,
+        given=given,
     )
-    print_summary(metrics)

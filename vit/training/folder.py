@@ -91,36 +91,40 @@ def versions() -> dict[str, str]:
     }
 
 
-def closing_lines(config: Config, folder: Path, metrics: dict[str, Any], classes: int) -> None:
-    """The last lines printed: the figures, and what to type next."""
+def figures(block: dict[str, Any], classes: int) -> str:
+    """A block of `metrics.json` in one line, of a model with that many classes."""
+    parts = []
+    for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
+        value = block.get(key)
+        if value is not None and (key != "top5" or classes > 5):  # of five classes it is 100% whatever happens
+            parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
+    return "  ".join(parts)
 
-    def figures(block: dict[str, Any]) -> str:
-        parts = []
-        for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
-            value = block.get(key)
-            if value is not None and (key != "top5" or classes > 5):  # of five classes it is 100% whatever happens
-                parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
-        return "  ".join(parts)
 
+def closing_lines(
+    config: Config, folder: Path, metrics: dict[str, Any], classes: int, *, commands: bool = True
+) -> None:
+    """Print the last lines: the figures and, with `commands`, what to type next."""
     lines = []
     if metrics.get("interrupted"):
-        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'])}")
+        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'], classes)}")
     else:
         for name in ("val", "test"):
             if metrics.get(name):
-                lines.append(f"{name:<5} {figures(metrics[name])}")
+                lines.append(f"{name:<5} {figures(metrics[name], classes)}")
         if metrics.get("knn"):
             k = metrics["knn"]["k"]
-            lines.append(f"knn   {figures(metrics['knn'])}  ({k} nearest neighbour{'s' * (k != 1)})")
+            lines.append(f"knn   {figures(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
     # none where a probe found all features kept
     pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
     lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {folder}")
-    if metrics.get("interrupted"):
+    if metrics.get("interrupted") and commands:
         lines.append(f"go on      {command_name('train')} resume={folder}")
-    lines += [
-        f"evaluate   {command_name('eval')} checkpoint={folder}",
-        f"classify   vit classify {folder} IMAGE...",
-        f"look       tensorboard --logdir {config.run.root}",
-    ]
+    if commands:
+        lines += [
+            f"evaluate   {command_name('eval')} checkpoint={folder}",
+            f"classify   vit classify {folder} IMAGE...",
+            f"look       tensorboard --logdir {config.run.root}",
+        ]
     log.info("%s", "\n".join(lines), extra={"file_only": True})
     print("\n" + "\n".join(lines), flush=True)

@@ -25,10 +25,10 @@ _NEVER = logging.CRITICAL + 1
 
 
 @contextlib.contextmanager
-def shown(leader: bool) -> Iterator[MemoryHandler]:
+def shown(leader: bool, command: str | None = None) -> Iterator[MemoryHandler]:
     """Show messages on standard error: all of them in the first process, only errors in the others.
 
-    A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
+    `command` is what was called, for the log; None: the command line.  A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
     Gives what gathers the messages until `kept` takes them over.
     """
     level, propagate, handlers = log.level, log.propagate, list(log.handlers)
@@ -42,7 +42,8 @@ def shown(leader: bool) -> Iterator[MemoryHandler]:
     early = MemoryHandler(10_000, flushLevel=_NEVER, flushOnClose=False)
     log.addHandler(early)
     try:
-        log.info("command: %s", shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), extra={"file_only": True})
+        command = command or shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        log.info("command: %s", command, extra={"file_only": True})
         yield early
     finally:
         early.close()

@@ -46,7 +46,7 @@ class Progress(L.Callback):
         self.best = -math.inf
         self._best_epoch = 0
         self._unsaid = False
-        self._line: _LiveLine | None = None
+        self._line: _LiveLine | _NotebookLine | None = None
         self._drawn = self._said = -math.inf
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -56,6 +56,9 @@ class Progress(L.Callback):
         console = Console(stderr=True)
         if sys.stderr.isatty() and not console.is_dumb_terminal:
             self._line = _LiveLine(console)
+        elif in_notebook():
+            self._line = _NotebookLine()
+        if self._line is not None:
             self._draw(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -181,6 +184,32 @@ class _LiveLine:
         for handler, stream in self._moved:
             handler.setStream(stream)
         self._live.stop()
+
+
+class _NotebookLine:
+    """One output of a notebook's cell, replaced while training runs; the last one stays."""
+
+    def __init__(self) -> None:
+        self._display: Any = None
+
+    def show(self, where: str, progress: float, figures: list[str]) -> None:
+        from IPython.display import Pretty, display
+
+        line = Pretty("  ".join([where, f"{progress:.0%}", *(figure for figure in figures if figure)]))
+        if self._display is None:
+            self._display = display(line, display_id=True)
+        else:
+            self._display.update(line)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def _short(number: float) -> str:

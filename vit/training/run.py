@@ -30,6 +30,7 @@ from vit.data.augment import BatchAugment
 from vit.data.catalogue import open_data, preprocessing_for
 from vit.data.dataset import ImageData
 from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
+from vit.data.memory import Gathered
 from vit.data.preprocess import Preprocessing
 from vit.data.run_splits import FILE, write_splits
 from vit.data.streaming import workers_watched
@@ -84,28 +85,45 @@ class RunResult:
     status: int = 0
 
 
-def train(config: Config, overrides: list[str]) -> RunResult | None:
+@dataclass(frozen=True)
+class Call:
+    """A call from Python.
+
+    Attributes
+        text: the call, for the log.
+        given: the images, where they come from Python.
+    """
+
+    text: str
+    given: Gathered | None = None
+
+
+def train(config: Config, overrides: list[str], call: Call | None = None) -> RunResult | None:
     """Train as `config` says and return what came of it; None in the helper processes of a distributed run.
 
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
     leader = rank() == 0
-    with logs.shown(leader) as early, same_threads(), workers_watched():
-        return _train(config, overrides, leader, early)
+    command = call.text if call else None
+    with logs.shown(leader, command) as early, same_threads(), workers_watched():
+        return _train(config, overrides, leader, early, call)
 
 
-def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHandler) -> RunResult | None:
+def _train(
+    config: Config, overrides: list[str], leader: bool, early: MemoryHandler, call: Call | None
+) -> RunResult | None:
     saved = read(config.resume) if config.resume else None
     # before the data is looked through, which may take a while
     if config.model.name is not None and saved is None:
         fetch_weights(config)
     if config.distill.teacher is not None:
         check_teacher(config.distill.teacher)
+    given = call.given if call else None
     if saved is None:
-        data = open_data(config.data)
+        data = open_data(config.data, given=given)
         preprocessing = preprocessing_for(config.data, data)
     else:
-        config, data = _reopen(config, overrides, saved)
+        config, data = _reopen(config, overrides, saved, given)
         preprocessing = saved.description.preprocessing
     config = settled(config, data, overrides)
     config.augment.check(len(data.class_names))
@@ -128,7 +146,7 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
         training=recipe(config, overrides),
     )
     if config.method == "linear_probe":
-        return _probe(config, data, model, description, early) if leader else None
+        return _probe(config, data, model, description, early, call) if leader else None
     store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
     if saved is not None:
@@ -140,14 +158,16 @@ def _train(config: Config, overrides: list[str], leader: bool, early: MemoryHand
     folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
     if not leader:
         with Interrupt(leader) as interrupt:
-            return _fit_and_finish(config, data, module, start, folder, resume, interrupt)
+            return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
     os.environ["VIT_RUN_FOLDER"] = str(folder)
     with logs.kept(folder / "train.log", early), Interrupt() as interrupt:
         _describe(folder, config, data)
-        return _fit_and_finish(config, data, module, start, folder, resume, interrupt)
+        return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
 
 
-def _reopen(config: Config, overrides: list[str], saved: Saved) -> tuple[Config, ImageData]:
+def _reopen(
+    config: Config, overrides: list[str], saved: Saved, given: Gathered | None
+) -> tuple[Config, ImageData]:
     """The data of the run that goes on: where it was unless another place is typed, in the splits it had."""
     source = saved.description.data
     if (
@@ -157,8 +177,8 @@ def _reopen(config: Config, overrides: list[str], saved: Saved) -> tuple[Config,
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=source.get("root")))
     if saved.splits is None:
         log.warning("resume=%s: no %s beside it: its splits are cut anew", config.resume, FILE)
-        return config, open_data(config.data)
-    return config, open_data(config.data, saved.description.class_names, saved.splits)
+        return config, open_data(config.data, given=given)
+    return config, open_data(config.data, saved.description.class_names, saved.splits, given)
 
 
 def _describe(folder: Path, config: Config, data: ImageData) -> None:
@@ -170,7 +190,12 @@ def _describe(folder: Path, config: Config, data: ImageData) -> None:
 
 
 def _probe(
-    config: Config, data: ImageData, model: VisionTransformer, description: Description, early: MemoryHandler
+    config: Config,
+    data: ImageData,
+    model: VisionTransformer,
+    description: Description,
+    early: MemoryHandler,
+    call: Call | None,
 ) -> RunResult:
     """Fit a linear head to the features of `model`, and leave what any run leaves."""
     folder = run_folder(config, None)
@@ -202,7 +227,7 @@ def _probe(
         if events is not None:
             write_outcome(events, config, metrics, 0)
             events.close()
-        closing_lines(config, folder, metrics, len(data.class_names))
+        closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics)
 
 
@@ -309,6 +334,7 @@ def _fit_and_finish(
     folder: Path,
     resume: Path | None,
     interrupt: Interrupt,
+    call: Call | None,
 ) -> RunResult | None:
     t, pace = config.trainer, Pace()
     meter = Meter(config.logging.every, pace)
@@ -366,7 +392,7 @@ def _fit_and_finish(
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
-    closing_lines(config, folder, metrics, len(data.class_names))
+    closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics, 130 if interrupt.signal is not None else 0)
 
 
