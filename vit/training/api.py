@@ -185,7 +185,7 @@ def _data(data: Any, typed: list[str]) -> tuple[Gathered | None, list[str]]:
         data = os.fspath(data)
     if isinstance(data, str):
         groups = Names(Config, CONF).groups["data"]
-        if not data or "=" in data and not os.path.exists(os.path.expanduser(data)):
+        if not data or ("=" in data and not os.path.exists(os.path.expanduser(data))):
             raise VitError(f"{data!r} is no data: the first argument is {EXPECTED}; None: what the overrides say")
         return None, data_overrides(data, groups)
     keys = dict(text.lstrip("+").split("=", 1) for text in typed if "=" in text)

@@ -28,7 +28,8 @@ _NEVER = logging.CRITICAL + 1
 def shown(leader: bool, command: str | None = None) -> Iterator[MemoryHandler]:
     """Show messages on standard error: all of them in the first process, only errors in the others.
 
-    `command` is what was called, for the log; None: the command line.  A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
+    `command` is what was called, for the log; None: the command line.
+    A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
     Gives what gathers the messages until `kept` takes them over.
     """
     level, propagate, handlers = log.level, log.propagate, list(log.handlers)
