@@ -44,8 +44,8 @@ NAME = "memory"
 """What such data is called where a catalogue name stands."""
 
 EXPECTED = (
-    "the name of a data set, a folder, a list of (path, label), (images, labels) with an array of images, a data set of "
-    "(image, label) items, a Hugging Face Dataset, or a dict with one of these for each of train, val and test"
+    "the name of a data set, a folder, a list of (path, label), (images, labels) with an array of images, a torch "
+    "Dataset of (image, label), a Hugging Face Dataset, or a dict with one of these for each of train, val and test"
 )
 _SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ENDS = 4096  # bytes at the beginning and at the end of a file that its fingerprint is of
@@ -226,10 +226,10 @@ def _part(data: Any, where: str, columns: Any) -> _Part:
             return _pairs(zip(images, labels, strict=True), where)
     if isinstance(data, list | tuple):
         return _pairs(_items(data, where), where)
-    if is_array(data):
-        raise VitError(f"{where} is an array without labels: expected (images, labels)")
     if hasattr(data, "iloc"):
         raise VitError(f"{where} is a table: expected pairs, such as list(zip(table['path'], table['label']))")
+    if is_array(data):
+        raise VitError(f"{where} is an array without labels: expected (images, labels)")
     if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, str | bytes):
         return _pairs(_items(data, where), where, names=names_of(data))
     raise VitError(f"a {type(data).__name__} is no data to train on: expected {EXPECTED}")

@@ -95,8 +95,9 @@ def train(data: Any = None, *overrides: Overrides) -> Run:
 
     Args:
         data: the name of a data set ("digits"), a folder, a list of (path, label), (images, labels) with an array or
-            tensor (N, H, W), (N, H, W, C) or (N, C, H, W), a torch `Dataset` of (image, label), a Hugging Face `Dataset`
-            or `DatasetDict`, or a dict with one of these for each of train, val and test.  None: what the overrides say.
+            tensor (N, H, W), (N, H, W, C) or (N, C, H, W), a torch `Dataset` of (image, label), a Hugging Face
+            `Dataset` or `DatasetDict`, or a dict with one of these for each of train, val and test.  None: what the
+            overrides say.
         overrides: "key=value" as on the command line, or a mapping, nested or with dots in its keys.
 
     Ctrl-C ends training after the step, with a checkpoint, and the run is returned.
