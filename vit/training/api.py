@@ -3,7 +3,7 @@
 Notable:
 - The same `conf/`, the same checks and the same line for each mistake, as a `VitError`.
 - Nothing of the caller's is changed for longer than the call: its random numbers, environment, warnings, log levels,
-  Hydra, torch's threads and precision.  `sys.argv` is not read.
+  Hydra, torch's threads and precision.  `sys.argv` is not read.  The module itself loads without torch.
 - One run at a time: a call from a second thread waits for the first, since both would draw from the same generators.
 - One process: a script that trains must not be started anew by its own training.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
 
 from vit.data.memory import EXPECTED, NAME, Gathered, gather
@@ -33,7 +34,6 @@ from vit.training.app import CONF, resolve, start_training
 from vit.training.config import Config, EvalConfig
 from vit.training.eval_app import start_evaluation
 from vit.training.first_argument import data_overrides, quote
-from vit.training.folder import figures
 from vit.training.messages import Names, explain
 
 if TYPE_CHECKING:
@@ -75,17 +75,18 @@ class Run:
     def __fspath__(self) -> str:
         return os.fspath(self.folder)
 
+    def _figures(self) -> dict[str, str]:
+        from vit.training.folder import figures
+
+        return {name: figures(self.metrics[name]) for name in ("val", "test") if self.metrics.get(name)}
+
     def __repr__(self) -> str:
-        rows = [f"{name} {figures(self.metrics[name])}" for name in ("val", "test") if self.metrics.get(name)]
+        rows = [f"{name} {text}" for name, text in self._figures().items()]
         state = ["interrupted"] * self.interrupted
         return f"Run({'; '.join([printable(self.folder), *state, *rows])})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{name}</th><td>{html.escape(figures(self.metrics[name]))}</td></tr>"
-            for name in ("val", "test")
-            if self.metrics.get(name)
-        )
+        rows = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in self._figures().items())
         state = ", interrupted" if self.interrupted else ""
         return f"<table><caption><code>{html.escape(printable(self.folder))}</code>{state}</caption>{rows}</table>"
 
@@ -109,9 +110,9 @@ def train(data: Any = None, *overrides: Overrides) -> Run:
     values = _composed("train", Config, chosen, typed, given)
     # what goes on has its own settings of the data, and `chosen` are those of a new run
     known = typed if given is not None and values.get("resume") else [*chosen, *typed]
-    with _in_turn(), _nothing_lasts():
-        from vit.training.run import Call
+    from vit.training.run import Call
 
+    with _in_turn(), _nothing_lasts():
         result = _explained(
             Config, known, lambda: start_training(_one_process(values), known, Call(f"vit.train({call})", given))
         )
@@ -196,7 +197,7 @@ def _data(data: Any, typed: list[str]) -> tuple[Gathered | None, list[str]]:
 
 def _composed(name: str, schema: type, chosen: list[str], typed: list[str], given: Gathered | None) -> dict[str, Any]:
     """The values of `conf/<name>.yaml` with the overrides, as the command line composes them."""
-    before = VersionBase.instance().getbase()
+    before, callers = VersionBase.instance().getbase(), GlobalHydra.instance().hydra
 
     def compose() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -205,6 +206,7 @@ def _composed(name: str, schema: type, chosen: list[str], typed: list[str], give
                 (Path(folder) / "data").mkdir()
                 (Path(folder) / "data" / f"{NAME}.yaml").write_text(yaml.safe_dump(given.settings()), encoding="utf-8")
                 first = [f"hydra.searchpath=[{quote(f'file://{folder}')}]"]
+            GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
                 return resolve(hydra.compose(name, [*first, *chosen, *typed]))
 
@@ -213,6 +215,7 @@ def _composed(name: str, schema: type, chosen: list[str], typed: list[str], give
             return _explained(schema, [*chosen, *typed], compose, composing=True)
         finally:
             VersionBase.instance().version_base = before
+            GlobalHydra.instance().hydra = callers
 
 
 def _explained(schema: type, typed: list[str], work: Callable[[], T], *, composing: bool = False) -> T:
@@ -252,12 +255,12 @@ def _in_turn() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_lasts() -> Iterator[None]:
-    """Put back what training sets for its process."""
+    """Put back what training sets for its process; what importing a library does stays, as it does anywhere."""
+    import torch
+    from lightning.pytorch.utilities.seed import isolate_rng
+
     environment = dict(os.environ)
     with warnings.catch_warnings():
-        import torch
-        from lightning.pytorch.utilities.seed import isolate_rng
-
         names = ("lightning.pytorch", "lightning.fabric", "vit")
         levels = {name: logging.getLogger(name).level for name in names}
         cudnn = torch.backends.cudnn
