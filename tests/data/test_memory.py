@@ -125,7 +125,7 @@ def test_they_are_split_as_a_folder_is(files, tmp_path):
 def test_splits_that_are_given_stay(files):
     parts = {
         "train": (COLOUR[:15], LABELS[:15]),
-        "validation": list(zip(files[15:20], LABELS[15:20], strict=True)),
+        "Validation": list(zip(files[15:20], LABELS[15:20], strict=True)),
         "test": Items([Image.fromarray(image).resize((20 + i, 9)) for i, image in enumerate(COLOUR[20:])], LABELS[20:]),
     }
     found = opened(parts)

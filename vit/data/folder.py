@@ -126,7 +126,8 @@ def _aside(walk: Walk) -> str:
     return f" (passed over: {describe(walk.passed_over)})" if walk.passed_over else ""
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
+    """The split that a folder of this name is."""
     return SPLIT_NAMES.get(name.casefold().removesuffix("set").rstrip(" _-"))
 
 
@@ -140,14 +141,14 @@ def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> di
     Raises:
         VitError: where the folders may be either, or there are two for a split.
     """
-    named = [(name, split) for name in inside if (split := _split_of(name))]
+    named = [(name, split) for name in inside if (split := split_of(name))]
     nested = [name for name, _ in named if _list(os.path.join(root, name)).folders]
-    others = [name for name in inside if not _split_of(name)]
+    others = [name for name in inside if not split_of(name)]
     flat = [name for name, split in named if name not in nested and normalize("NFC", name) not in known]
     shown = printable(root)
     if not nested:
         # a class may well be called "train", but not all of them are, nor is "test" one
-        if doubtful := flat if not others else [name for name in flat if _split_of(name) != "train"]:
+        if doubtful := flat if not others else [name for name in flat if split_of(name) != "train"]:
             images = [name for name in doubtful if _holds_images(os.path.join(root, name), Walk(walk.channels))]
             if images and others:
                 raise VitError(

@@ -28,6 +28,7 @@ from vit.data.arrays import as_numpy, as_uint8, channels_last, is_array, to_pixe
 from vit.data.assemble import assemble
 from vit.data.dataset import SPLITS, ArrayImages, FileImages, HubImages, ImageData, Images, JoinedImages, ListImages
 from vit.data.decode import ImageError, measure
+from vit.data.folder import split_of
 from vit.data.labels import name_labels, names_of
 from vit.data.parallel import for_each, progress
 from vit.data.parquet import find_columns, total_memory
@@ -47,7 +48,6 @@ EXPECTED = (
     "the name of a data set, a folder, a list of (path, label), (images, labels) with an array of images, a torch "
     "Dataset of (image, label), a Hugging Face Dataset, or a dict with one of these for each of train, val and test"
 )
-_SPLIT_OF = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ENDS = 4096  # bytes at the beginning and at the end of a file that its fingerprint is of
 
 
@@ -198,7 +198,7 @@ def _splits(data: Any) -> dict[str | None, Any]:
         return {None: data}
     found: dict[str | None, Any] = {}
     for name, part in data.items():
-        split = _SPLIT_OF.get(str(name).lower())
+        split = split_of(str(name))
         if split in found:
             raise VitError(f"the data has two splits called {split}: keep one of them")
         if split is None:

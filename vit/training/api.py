@@ -29,7 +29,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
 
 from vit.data.memory import EXPECTED, NAME, Gathered, gather
-from vit.errors import VitError, printable
+from vit.errors import VitError, one_line, printable
 from vit.training.app import CONF, resolve, start_training
 from vit.training.config import Config, EvalConfig
 from vit.training.eval_app import start_evaluation
@@ -228,7 +228,7 @@ def _explained(schema: type, typed: list[str], work: Callable[[], T], *, composi
         line = explain(error, Names(schema, CONF, typed), composing=composing)
         if line is None:
             raise
-        raise VitError(line) from None
+        raise VitError(one_line(line)) from None
 
 
 def _one_process(values: dict[str, Any]) -> dict[str, Any]:
