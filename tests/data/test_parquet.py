@@ -329,7 +329,7 @@ def test_without_pyarrow(tmp_path, monkeypatch):
 def test_more_than_memory_is_read_by_row_groups(tmp_path, monkeypatch, caplog):
     write(tmp_path / "train-0.parquet", [0, 1] * 40, rows=5)
     write(tmp_path / "train-1.parquet", [0, 1] * 40, rows=5, start=80)
-    monkeypatch.setattr(room, "_memory", lambda: 1000)
+    monkeypatch.setattr(room, "total_memory", lambda: 1000)
     with caplog.at_level(logging.WARNING, "vit"):
         data = opened(tmp_path, val_fraction=0.0, test_fraction=0.0)
     assert "does not fit in memory" in caplog.text
