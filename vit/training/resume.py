@@ -32,7 +32,7 @@ FIXED = frozenset(
     data.name data.image_size data.channels data.patch_size data.batch_size data.val_fraction data.test_fraction
     data.split_seed data.mean data.std data.interpolation data.crop_pct data.crop_mode data.max_images data.objects
     data.object_scale data.clutter data.train_images data.val_images data.test_images data.kinds data.image_column
-    data.label_column
+    data.label_column data.content
     model.name model.weights model.revision model.head model.size model.width model.depth model.heads model.image_size
     model.patch_size model.in_channels model.mlp model.mlp_ratio model.activation model.attention model.norm
     model.norm_layer model.norm_eps model.embed_norm model.attention_norm model.mlp_norm model.final_norm model.position
