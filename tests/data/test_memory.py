@@ -42,7 +42,7 @@ class Items(Dataset):
 
 def opened(data, class_names=None, **options):
     found = gather(data)
-    return open_data(DataConfig(**{**found.settings(), **options}), class_names, found)
+    return open_data(DataConfig(**{**found.settings(), **options}), class_names, given=found)
 
 
 def pixels_of(data, channels=3):
