@@ -30,7 +30,8 @@ from omegaconf import OmegaConf
 import vit
 from vit.errors import VitError
 from vit.training import api
-from vit.training.app import CONF, train_main
+from vit.training.app import train_main
+from vit.training.config import CONF
 
 SMALL = {
     "model": {"width": 16, "depth": 1, "heads": 2},

@@ -30,8 +30,8 @@ from hydra.version import VersionBase
 
 from vit.data.memory import EXPECTED, NAME, Gathered, gather
 from vit.errors import VitError, one_line, printable
-from vit.training.app import CONF, resolve, start_training
-from vit.training.config import Config, EvalConfig
+from vit.training.app import resolve, start_training
+from vit.training.config import CONF, Config, EvalConfig
 from vit.training.eval_app import start_evaluation
 from vit.training.first_argument import data_overrides, quote
 from vit.training.messages import Names, explain
@@ -78,7 +78,7 @@ class Run:
     def _figures(self) -> dict[str, str]:
         from vit.training.folder import figures
 
-        return {name: figures(self.metrics[name]) for name in ("val", "test") if self.metrics.get(name)}
+        return {name: figures(self.metrics[name], classes=0) for name in ("val", "test") if self.metrics.get(name)}
 
     def __repr__(self) -> str:
         rows = [f"{name} {text}" for name, text in self._figures().items()]

@@ -107,7 +107,9 @@ def closing_lines(
     """Print the last lines: the figures and, with `commands`, what to type next."""
     lines = []
     if metrics.get("interrupted"):
-        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'], classes)}")
+        lines.append(
+            f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'], classes)}"
+        )
     else:
         for name in ("val", "test"):
             if metrics.get(name):
