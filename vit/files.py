@@ -6,10 +6,12 @@ either: the bytes go to a hidden neighbour first, are flushed to the disk, and t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +20,35 @@ from typing import Any
 from vit.errors import VitError, printable
 
 
+class CannotWrite(VitError):
+    """A file cannot be written: the disk is full, or the folder is another's."""
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], error: OSError) -> CannotWrite:
+        """Name the file and the system's reason."""
+        return cls(f"cannot write {os.fspath(path)}: {error.strerror or error}")
+
+
+def failed_write(part: Path, path: str | os.PathLike[str], reason: str) -> CannotWrite:
+    """Say why a library could not write `path`, of which it names no cause: ask the system by writing on to `part`.
+
+    `reason` is the library's own, for when the system has none.
+    """
+    try:
+        with open(part, "ab") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return CannotWrite.of(path, error)
+    return CannotWrite(f"cannot write {os.fspath(path)}: {reason}")
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on a clean exit it takes that name, on an exception it is removed.
 
-    Raises `VitError` when the disk is full or the folder cannot be written; `path` is then what it was before.
+    Raises `CannotWrite` when the disk is full or the folder cannot be written; `path` is then what it was before.
     """
     path = Path(path)
     try:
@@ -31,9 +57,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{start}.", suffix=".part", dir=path.parent)
         os.close(handle)
     except (FileExistsError, NotADirectoryError) as error:
-        raise VitError(f"cannot write {path}: {error.filename or path.parent} is not a folder") from error
+        raise CannotWrite(f"cannot write {path}: {error.filename or path.parent} is not a folder") from error
     except OSError as error:
-        raise VitError(f"cannot write {path}: {error.strerror or error}") from error
+        raise CannotWrite.of(path, error) from error
     part = Path(name)
     try:
         yield part
@@ -45,7 +71,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(part, 0o666 & ~mask)
         os.replace(part, path)
     except OSError as error:
-        raise VitError(f"cannot write {path}: {error.strerror or error}") from error
+        raise CannotWrite.of(path, error) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -86,6 +112,20 @@ def check_folder_name(path: str | os.PathLike[str], option: str, files: str = ""
     if re.fullmatch(r"\.(?!v\d+$)[a-z][a-z0-9]{1,11}", ending.lower()) and not os.path.isdir(text):
         wanted = f"a name that ends in {files}, or that of a folder" if files else "the name of a folder"
         raise VitError(f"{option} {text}: no {ending} file is written here: expected {wanted}, such as {text}/")
+
+
+def home() -> str:
+    """The user's home folder; where there is none, a temporary one for this process, which libraries then use too.
+
+    Under a bare user number, as in containers, there is neither HOME nor an entry in the list of users, and matplotlib,
+    torch and the hub's client fail on it or write into a folder called "~".
+    """
+    folder = os.path.expanduser("~")
+    if folder == "~":
+        folder = os.environ["HOME"] = tempfile.mkdtemp(prefix="vit-home-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ.setdefault("USER", str(os.getuid()) if hasattr(os, "getuid") else "user")
+    return folder
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

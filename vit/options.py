@@ -16,6 +16,8 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import os
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -36,6 +38,7 @@ class Rule:
     most: float | None = None
     over: float | None = None  # strictly greater
     under: float | None = None  # strictly less
+    path: bool = False  # of a file or a folder: `~` is the home folder
     part_of: type | None = None  # a dictionary of any of this dataclass's keys; those that are null are left out
 
 
@@ -206,6 +209,27 @@ def show(value: Any) -> str:
     return repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def expand(text: str) -> str:
+    """A path with `~` as the home folder, also behind `local-dir:`.  Raises `VitError` where no home is known."""
+    scheme = "local-dir:" if text.startswith("local-dir:") else ""
+    rest = text.removeprefix(scheme)
+    path = os.path.expanduser(rest)
+    if path == rest and re.match(r"~(/|\Z)", rest):
+        raise VitError(f"{text}: no home folder is known here: set HOME, or write the whole path")
+    return scheme + path
+
+
+def expand_paths(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values with `expand` done on every path of `schema`; for who reads them before `build` does."""
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for key in keys(schema):
+        section, _, leaf = key.name.rpartition(".")
+        part = result.get(section) if section else result
+        if key.rule.path and isinstance(part, dict) and isinstance(part.get(leaf), str):
+            part[leaf] = expand(part[leaf])
+    return result
+
+
 def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
@@ -218,6 +242,8 @@ def _fit(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
     if kind is str:
         # `precision=32` and `name=2024` arrive as numbers and mean text
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if rule.path and isinstance(text, str):
+            text = expand(text)
         # a zero byte ends every path and every line that the text would go into
         return isinstance(text, str) and "\0" not in text and (not rule.choices or text in rule.choices), text
     if kind in (int, float):

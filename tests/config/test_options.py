@@ -169,3 +169,36 @@ def test_any_value_is_taken_or_refused_in_one_line(key, value):
     else:
         assert refusal.startswith(f"inner.{key}: expected ")
         assert "\n" not in refusal
+
+
+def test_a_tilde_is_the_home_folder_in_every_key_that_is_a_path(monkeypatch):
+    from vit.training.config import Config, EvalConfig
+
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = {key.name for schema in (Config, EvalConfig) for key in options.keys(schema) if key.rule.path}
+    words = ("folder", "file of", "run folder", "MODEL", "whose weights", "where they are kept", "cache")
+    sounds = {
+        key.name
+        for schema in (Config, EvalConfig)
+        for key in options.keys(schema)
+        if "str" in str(key.type) and any(word in key.rule.help for word in words) and not key.rule.choices
+    }
+    assert {"run.root", "resume", "checkpoint", "output", "data.root", "data.cache_folder", "model.weights"} <= paths
+    assert {"model.name", "distill.teacher", "probe.cache"} <= paths
+    assert sounds - paths <= {"run.name", "data.image_column", "trainer.name"}
+    for key in (key for schema in (Config, EvalConfig) for key in options.keys(schema) if key.rule.path):
+        assert options.convert(key.name, "~/x", key.type, key.rule) == "/home/someone/x"
+    assert options.expand("local-dir:~/x") == "local-dir:/home/someone/x"
+    values = {"run": {"root": "~/runs", "name": "~"}, "resume": "~", "model": {"name": None}}
+    assert options.expand_paths(Config, values) == {
+        "run": {"root": "/home/someone/runs", "name": "~"},
+        "resume": "/home/someone",
+        "model": {"name": None},
+    }
+
+
+def test_without_a_home_folder_a_tilde_is_refused(monkeypatch):
+    monkeypatch.setattr(options.os.path, "expanduser", lambda path: path)  # no HOME, and no entry among the users
+    with pytest.raises(VitError, match="set HOME"):
+        options.expand("~/runs")
+    assert options.expand("~nobody/x") == "~nobody/x"

@@ -162,12 +162,27 @@ def test_the_mode_can_be_set_as_hydra_has_it(stub, tmp_path):
 
 def test_outside_a_sweep_nothing_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JOB_RESULT", str(tmp_path / "result.json"))
-    monkeypatch.setenv("LOCAL_RANK", "1")  # a helper process of a distributed job
+    monkeypatch.setenv("VIT_RUN_FOLDER", "runs/x")  # a helper process of a distributed job
     sweep.report(None)
     assert not (tmp_path / "result.json").exists()
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("VIT_RUN_FOLDER")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # left over from a cluster
     sweep.report(None, "why")
     assert json.loads((tmp_path / "result.json").read_text()) == {"metrics": {}, "folder": None, "error": "why"}
+
+
+def test_two_sweeps_of_one_second_have_a_table_each(stub, tmp_path):
+    processes = [stub("-m", f"seed={seed},{seed + 1}", "hydra.sweep.dir=runs/sweeps/now") for seed in (1, 3, 5)]
+    for process in processes:
+        assert finished(process)[0] == 0
+    folders = sorted((tmp_path / "runs" / "sweeps").iterdir())
+    assert [folder.name for folder in folders] == ["now", "now_2", "now_3"]
+    seeds = [
+        [json.loads(line)["overrides"][0] for line in (folder / "results.jsonl").read_text().splitlines()]
+        for folder in folders
+    ]
+    assert sorted(seeds) == [[f"seed={seed}", f"seed={seed + 1}"] for seed in (1, 3, 5)]
+    assert all((folder / "results.csv").is_file() for folder in folders)
 
 
 def test_a_metric_that_is_not_there():

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from vit.errors import VitError, printable
 from vit.processors import wait_passively
+from vit.signals import sigterm_interrupts
 
 
 def command() -> NoReturn:
@@ -58,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        status = int(arguments.run(arguments))
-        sys.stdout.flush()
-        return status
+        with sigterm_interrupts():
+            arguments = parse(sys.argv[1:] if argv is None else argv)
+            status = int(arguments.run(arguments))
+            sys.stdout.flush()
+            return status
     except VitError as error:
         if os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
             raise
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vit: cannot write to standard output: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("vit: interrupted", file=sys.stderr)
         return 130
 
 

@@ -17,8 +17,11 @@ MODEL = "run folder, .ckpt, bundle folder, exported .onnx file or name of timm's
 SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
 
 
+_PATHS = ("MODEL", "SOURCE", "BUNDLE", "FILE", "DIR", "OUT")
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, and that knows the version."""
+    """An argument parser whose complaints are one line, that knows the version, and for whose paths `~` is the home."""
 
     def __init__(self, **options: Any) -> None:
         from vit import __version__
@@ -26,6 +29,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options)
         if "-" in self.prefix_chars:
             self.add_argument("--version", action="version", version=f"vit {__version__}")
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        if options.get("metavar") in _PATHS:
+            options.setdefault("type", _path)
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         raise VitError(f"{message} (`{self.prog} --help` explains)")
@@ -247,6 +255,14 @@ def _recursive(command: argparse.ArgumentParser) -> None:
         default=True,
         help="look into subfolders (default)",
     )
+
+
+def _path(text: str) -> str:
+    if not text.startswith(("~", "local-dir:~")):
+        return text
+    from vit.options import expand
+
+    return expand(text)
 
 
 def _count(text: str, least: int = 1) -> int:

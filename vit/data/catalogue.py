@@ -81,7 +81,7 @@ class DataConfig:
     """
 
     name: str = option("digits", "of the data set", choices=tuple(ENTRIES))
-    root: str | None = option(None, "folder of the files; null: the cache folder, where downloads go")
+    root: str | None = option(None, "folder of the files; null: the cache folder, where downloads go", path=True)
     image_size: int | tuple[int, int] = option(0, "pixels, or [height, width], of the model's input", least=0)
     channels: int = option(0, "of the model's input: 1 grey, 3 colour", least=0)
     patch_size: int | tuple[int, int] = option(0, "pixels; what the model's patch_size follows", least=0)
@@ -99,7 +99,7 @@ class DataConfig:
     cache_side: int | None = option(
         None, "their shorter side, for random crops; null: 8/7 of image_size; smaller images stay as they are", least=1
     )
-    cache_folder: str | None = option(None, "where they are kept; null: images in the cache folder")
+    cache_folder: str | None = option(None, "where they are kept; null: images in the cache folder", path=True)
     mean: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train")
     std: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train", over=0)
     interpolation: str = option("bicubic", "how images are resized", choices=INTERPOLATIONS)
@@ -132,8 +132,6 @@ class DataConfig:
             object.__setattr__(self, key.name, convert(f"data.{key.name}", given[key.name], key.type, key.rule))
         if min(self.size) < 1:
             raise VitError(f"data.image_size: expected pixels or [height, width], got {self.image_size!r}")
-        if self.root is not None:
-            object.__setattr__(self, "root", os.path.expanduser(self.root))
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) not in (1, self.channels):

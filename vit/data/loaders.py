@@ -146,7 +146,7 @@ def _store(split: Split, preprocessing: Preprocessing, config: DataConfig, *, cr
     side = config.cache_side or -(-max(preprocessing.image_size) * 8 // 7)
     recipe = Recipe(preprocessing, side if crops else None)
     if recipe not in split.stores:
-        root = Path(config.cache_folder).expanduser() if config.cache_folder else cache_root() / "images"
+        root = Path(config.cache_folder) if config.cache_folder else cache_root() / "images"
         of = f"{config.name} {os.path.abspath(config.root or config.name)}"
         split.stores[recipe] = open_store(split, recipe, root, of)
         if split.stores[recipe] is None and len(split):

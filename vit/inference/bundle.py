@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from vit.checksums import KEY, ZEROS, read_config, seal_safetensors, with_checksum
 from vit.errors import VitError
+from vit.files import CannotWrite
 from vit.inference.description import Description
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def write_bundle(
             save_file(weights, part / WEIGHTS, metadata={"format": "pt", KEY: ZEROS})
             seal_safetensors(part / WEIGHTS)
         except SafetensorError as error:  # a full disk, in the library's words
-            raise VitError(f"cannot write {os.fspath(folder)}: {error}") from None
+            raise CannotWrite(f"cannot write {os.fspath(folder)}: {error}") from None
         config = with_checksum({**timm_config(description), "vit": description.to_dict()})
         # ASCII, so that class names which are no valid Unicode survive
         (part / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="ascii")
@@ -126,7 +127,7 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 old = None
             raise
     except OSError as error:
-        raise VitError(f"cannot write {os.fspath(folder)}: {error.strerror or error}") from error
+        raise CannotWrite.of(folder, error) from error
     finally:
         for leftover in (part, old):
             if leftover is not None:

@@ -27,7 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit import __version__, options
 from vit.errors import VitError, one_line
+from vit.files import home
 from vit.processors import wait_passively
+from vit.signals import sigterm_interrupts
 from vit.training import resume, sweep
 from vit.training.config import CONF, Config, check_model, load
 from vit.training.first_argument import data_overrides, quote
@@ -87,11 +89,12 @@ def launch(
     """
     wait_passively()
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
+    home()  # before libraries ask for it
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
     status = 0
-    with _Errors() as errors:
+    with _Errors() as errors, sigterm_interrupts():
         try:
             args = _parse(arguments)
             flags = _flags(arguments, args.overrides)
@@ -102,7 +105,7 @@ def launch(
                 program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
                 jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
                 args.overrides.insert(0, f"hydra.sweep.dir={quote(str(jobs.folder))}")
-            session = _Session(task, names, errors, jobs, list(sys.argv))
+            session = _Session(task, schema, names, errors, jobs, list(sys.argv))
             main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
             with _argv([sys.argv[0], *args.overrides, *flags]):
                 main(session.job)()
@@ -129,9 +132,10 @@ class _Session:
     """What Hydra calls for each job."""
 
     def __init__(
-        self, task: Task, names: Names, errors: _Errors, jobs: sweep.Sweep | None, argv: Sequence[str]
+        self, task: Task, schema: type, names: Names, errors: _Errors, jobs: sweep.Sweep | None, argv: Sequence[str]
     ) -> None:
-        self.task, self.names, self.errors, self.jobs, self.argv = task, names, errors, jobs, argv
+        self.task, self.schema, self.names, self.errors, self.jobs = task, schema, names, errors, jobs
+        self.argv = argv
         self.status = 0
 
     def job(self, composed: DictConfig) -> float | None:
@@ -147,7 +151,7 @@ class _Session:
                     return self.jobs.run(overrides, int(settings.job.num), OmegaConf.select(composed, "monitor"))
                 values = resolve(composed)
                 composing = False
-                result = self.task(values, overrides)
+                result = self.task(options.expand_paths(self.schema, values), overrides)
                 sweep.report(result)
                 self.status = getattr(result, "status", 0)
             except Exception as error:
@@ -252,7 +256,7 @@ def _sweep_folder(args: argparse.Namespace, config_name: str) -> Path:
     folder = str(args.config_path or CONF)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(folder)):
         composed = hydra.compose(args.config_name or config_name, [*first, *root], return_hydra_config=True)
-    return Path(composed.hydra.sweep.dir)
+    return Path(options.expand(composed.hydra.sweep.dir))
 
 
 @contextlib.contextmanager

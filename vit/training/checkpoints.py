@@ -13,21 +13,20 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vit.errors import VitError
-from vit.files import atomic_write
+from vit.files import atomic_write, failed_write
 from vit.inference.description import Description
 
 
 def save(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint of plain containers and tensors; on a full disk the file of that name stays as it was.
 
-    Raises `VitError`.
+    Raises `CannotWrite`.
     """
     with atomic_write(path) as part:
         try:
             torch.save(checkpoint, part)
         except RuntimeError as error:  # torch's writer reports a full disk as this
-            raise VitError(f"cannot write {os.fspath(path)}: {str(error).splitlines()[0]}") from error
+            raise failed_write(part, path, str(error).splitlines()[0]) from error
 
 
 def describe(path: str | os.PathLike[str], description: Description) -> None:

@@ -66,7 +66,7 @@ class Config:
         choices=("train", "linear_probe"),
     )
     seed: int = setting("of everything random but the split of the data", least=0)
-    resume: str | None = setting("a run folder or last.ckpt to go on from")
+    resume: str | None = setting("a run folder or last.ckpt to go on from", path=True)
     tune: bool = setting("find the batch size and the learning rate first")
     monitor: str = setting("what decides which checkpoint is best", choices=("val/top1", "val/loss"))
 
@@ -83,10 +83,10 @@ class EvalConfig:
     model was trained on, perhaps in another place.
     """
 
-    checkpoint: str
+    checkpoint: str = setting("the model: a run folder, a .ckpt, a bundle folder or an .onnx", path=True)
     data: Mapping[str, Any] = option(None, "any keys of the data; null: the model's", part_of=DataConfig)
     split: str = option("test", "which part of the data", choices=("train", "val", "test"))
-    output: str | None = option(None, "folder for the results; null: evaluation/ in the run folder")
+    output: str | None = option(None, "folder for the results; null: evaluation/ in the run folder", path=True)
     batch_size: int | None = option(None, "images at a time; null: data.eval_batch_size", least=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     reduction: str | None = option(None, "fewer tokens, such as merge:0.5; null: as the model has it")

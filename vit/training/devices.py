@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from vit.errors import VitError
+from vit.training import ranks
 from vit.training.checkpoints import WholeFiles
 from vit.training.config import Config, device_kind
 
@@ -65,7 +66,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
             deterministic=t.deterministic,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            plugins=[WholeFiles()],
+            plugins=[WholeFiles(), *([ranks.environment()] if ranks.count(t) > 1 else [])],
             logger=False,
             default_root_dir=folder,
             enable_progress_bar=False,

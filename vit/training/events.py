@@ -25,7 +25,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams, text
 
-from vit.errors import VitError
+from vit.files import CannotWrite
 
 
 class EventFile:
@@ -111,8 +111,8 @@ class EventFile:
             file.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2", source_metadata=source)))
         return file
 
-    def _failed(self, error: OSError) -> VitError:
-        return VitError(
+    def _failed(self, error: OSError) -> CannotWrite:
+        return CannotWrite(
             f"cannot write TensorBoard events to {self.folder}: {error.strerror or error}; "
             "logging.tensorboard=false trains without them"
         )

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from omegaconf import OmegaConf
 
-from vit.errors import VitError, command_name
+from vit import shell
+from vit.data.assemble import listing
+from vit.data.dataset import ImageData
+from vit.data.run_splits import FILE, write_splits
+from vit.errors import VitError, command_name, printable
+from vit.files import write_text
 from vit.training.config import Config
 from vit.training.resume import folder_of
 
 log = logging.getLogger("vit")
 
 
-def rank() -> int:
-    """Of this process among those of a distributed run, 0 where there is only one."""
-    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(key, "").isdigit():
-            return int(os.environ[key])
-    return 0
+@dataclass
+class RunResult:
+    """What a run left behind.
+
+    Attributes
+        folder: the run folder.
+        metrics: what `metrics.json` holds.
+        status: exit status for the command: 0, or 130 after Ctrl-C or SIGTERM.
+    """
+
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
 
 
 def run_folder(config: Config, resume: Path | None) -> Path:
@@ -101,15 +113,29 @@ def figures(block: dict[str, Any], classes: int) -> str:
     return "  ".join(parts)
 
 
+def describe_run(folder: Path, config: Config, data: ImageData) -> None:
+    """Write down what a run is before it begins: its configuration, and its splits where they are not there yet."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
+    if not (folder / FILE).is_file():
+        write_splits(folder / FILE, data)
+    log.info("run folder: %s", folder)
+
+
+def chosen_on_validation(config: Config, epochs: int) -> list[str]:
+    """What validation data decided in a run of so many epochs, in words."""
+    t = config.trainer
+    chosen = [f"the best of {-(-epochs // t.validate_every)} checkpoints ({config.monitor})", "the temperature"]
+    return [*chosen, f"when to stop (trainer.patience={t.patience})"] if t.patience is not None else chosen
+
+
 def closing_lines(
     config: Config, folder: Path, metrics: dict[str, Any], classes: int, *, commands: bool = True
 ) -> None:
     """Print the last lines: the figures and, with `commands`, what to type next."""
     lines = []
     if metrics.get("interrupted"):
-        lines.append(
-            f"stopped early after {metrics['steps']} steps; validation so far: {figures(metrics['val'], classes)}"
-        )
+        so_far = figures(metrics["val"], classes) or "none yet"
+        lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {so_far}")
     else:
         for name in ("val", "test"):
             if metrics.get(name):
@@ -117,16 +143,33 @@ def closing_lines(
         if metrics.get("knn"):
             k = metrics["knn"]["k"]
             lines.append(f"knn   {figures(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
+        if never := metrics["never_predicted"]:
+            lines.append(f"never predicted, of {classes} classes: {listing(never)}")
+        if chosen := metrics["chosen_on_validation"]:
+            lines.append(f"chosen on validation data, which flatters its figures: {', '.join(chosen)}")
     # none where a probe found all features kept
     pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
-    lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {folder}")
+    lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {printable(folder)}")
     if metrics.get("interrupted") and commands:
-        lines.append(f"go on      {command_name('train')} resume={folder}")
+        lines.append(f"go on      {resume_command(folder)}")
     if commands:
         lines += [
-            f"evaluate   {command_name('eval')} checkpoint={folder}",
-            f"classify   vit classify {folder} IMAGE...",
-            f"look       tensorboard --logdir {config.run.root}",
+            f"evaluate   {command_name('eval')} {shell.command(shell.override('checkpoint', folder))}",
+            f"classify   {shell.command('vit', 'classify', shell.path(folder))} IMAGE...",
+            f"look       {shell.command('tensorboard', '--logdir', shell.path(config.run.root))}",
         ]
     log.info("%s", "\n".join(lines), extra={"file_only": True})
     print("\n" + "\n".join(lines), flush=True)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """How to go on with a run that was stopped, as the end of a sentence."""
+    best = folder / "checkpoints" / "best.ckpt"
+    if (folder / "checkpoints" / "last.ckpt").is_file() or best.is_file():
+        return f"go on with {resume_command(folder if best.with_name('last.ckpt').is_file() else best)}"
+    return "nothing was learned yet: start it again"
+
+
+def resume_command(run: Path) -> str:
+    """The command that goes on with a run folder or a checkpoint."""
+    return f"{command_name('train')} {shell.command(shell.override('resume', run))}"

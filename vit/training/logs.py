@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from vit.errors import VitError
+from vit.files import CannotWrite
 
 log = logging.getLogger("vit")
 
@@ -25,15 +25,15 @@ _NEVER = logging.CRITICAL + 1
 
 
 @contextlib.contextmanager
-def shown(leader: bool, command: str | None = None) -> Iterator[MemoryHandler]:
-    """Show messages on standard error: all of them in the first process, only errors in the others.
+def shown(command: str | None = None) -> Iterator[MemoryHandler]:
+    """Show messages on standard error.
 
     `command` is what was called, for the log; None: the command line.
     A record with `file_only` is left out.  Where the caller shows the messages already, nothing is added.
     Gives what gathers the messages until `kept` takes them over.
     """
     level, propagate, handlers = log.level, log.propagate, list(log.handlers)
-    log.setLevel(logging.INFO if leader else logging.ERROR)
+    log.setLevel(logging.INFO)
     if not any(isinstance(each, logging.StreamHandler) for each in handlers):
         stream = logging.StreamHandler()
         stream.setFormatter(logging.Formatter("%(message)s"))
@@ -56,11 +56,14 @@ def shown(leader: bool, command: str | None = None) -> Iterator[MemoryHandler]:
 
 @contextlib.contextmanager
 def kept(path: Path, early: MemoryHandler) -> Iterator[None]:
-    """Write the messages to `path`, with their times, those of `early` first.  Raises `VitError`."""
+    """Write the messages to `path`, with their times, those of `early` first.
+
+    Raises `CannotWrite`, as does whatever logs a message later.
+    """
     try:
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise VitError(f"cannot write {path}: {error.strerror}") from error
+        raise CannotWrite.of(path, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.removeHandler(early)
     early.setTarget(file)
@@ -70,4 +73,17 @@ def kept(path: Path, early: MemoryHandler) -> Iterator[None]:
         yield
     finally:
         log.removeHandler(file)
-        file.close()
+        with contextlib.suppress(OSError):  # what could not be written was reported when it was
+            file.close()
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may fill up: that ends the run in one line, where logging would print a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+        raise CannotWrite.of(self.baseFilename, error) from error

@@ -14,16 +14,16 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from vit.data.augment import BatchAugment
@@ -32,26 +32,36 @@ from vit.data.dataset import ImageData
 from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
 from vit.data.memory import Gathered
 from vit.data.preprocess import Preprocessing
-from vit.data.run_splits import FILE, write_splits
+from vit.data.run_splits import FILE
 from vit.data.streaming import workers_watched
 from vit.errors import VitError
 from vit.evaluation import collect_logits, evaluate_logits, fit_temperature, scalars
-from vit.files import write_json, write_text
+from vit.files import CannotWrite, write_json
 from vit.inference.bundle import write_bundle
 from vit.inference.description import Description
 from vit.inference.sample import of_data
 from vit.inference.weights import build, load_checkpoint
 from vit.model import VisionTransformer
 from vit.model.threads import same_threads, use_threads
-from vit.training import checkpoints, logs
+from vit.training import checkpoints, logs, ranks
 from vit.training.attention import AttentionLog
 from vit.training.config import Config, device_kind
 from vit.training.devices import build_trainer
 from vit.training.distill import Distillation, Teacher, check_teacher
 from vit.training.events import EventFile
-from vit.training.folder import closing_lines, finished, rank, recipe, run_folder, versions
+from vit.training.folder import (
+    RunResult,
+    chosen_on_validation,
+    closing_lines,
+    describe_run,
+    finished,
+    how_to_go_on,
+    recipe,
+    run_folder,
+    versions,
+)
 from vit.training.freezing import Freezing, learning
-from vit.training.interrupt import Interrupt
+from vit.training.interrupt import Interrupt, Stopped
 from vit.training.lora import add_lora, plain_size
 from vit.training.meter import Meter
 from vit.training.module import TrainingModule
@@ -68,21 +78,6 @@ from vit.training.suited import settled
 from vit.training.tune import tune
 
 log = logging.getLogger("vit")
-
-
-@dataclass
-class RunResult:
-    """What a run left behind.
-
-    Attributes
-        folder: the run folder.
-        metrics: what `metrics.json` holds.
-        status: exit status for the command: 0, or 130 after Ctrl-C.
-    """
-
-    folder: Path
-    metrics: dict[str, Any] = field(default_factory=dict)
-    status: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,10 +98,11 @@ def train(config: Config, overrides: list[str], call: Call | None = None) -> Run
 
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
-    leader = rank() == 0
     command = call.text if call else None
-    with logs.shown(leader, command) as early, same_threads(), workers_watched():
-        return _train(config, overrides, leader, early, call)
+    with logs.shown(command) as early, ranks.joined(config.trainer) as rank, same_threads(), workers_watched():
+        if rank:
+            log.setLevel(logging.ERROR)  # the first process says it for all
+        return _train(config, overrides, rank == 0, early, call)
 
 
 def _train(
@@ -155,19 +151,25 @@ def _train(
 
     resume = None if saved is None else saved.path
     saved = None  # as large as the model and its moments
-    folder = run_folder(config, resume) if leader else Path(os.environ.get("VIT_RUN_FOLDER", "."))
+    folder = run_folder(config, resume) if leader else Path(os.environ.get(ranks.FOLDER, "."))
+    last = folder / "checkpoints" / "last.ckpt"
+    interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=leader)
     if not leader:
-        with Interrupt(leader) as interrupt:
+        with interrupt:
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
-    os.environ["VIT_RUN_FOLDER"] = str(folder)
-    with logs.kept(folder / "train.log", early), Interrupt() as interrupt:
-        _describe(folder, config, data)
-        return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
+    os.environ[ranks.FOLDER] = str(folder)
+    with logs.kept(folder / "train.log", early), interrupt:
+        try:
+            describe_run(folder, config, data)
+            return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
+        except CannotWrite as error:
+            raise CannotWrite(f"{error}; once that is possible, {how_to_go_on(folder)}") from error
+        except KeyboardInterrupt:
+            log.warning("stopped at once: %s", how_to_go_on(folder))
+            raise
 
 
-def _reopen(
-    config: Config, overrides: list[str], saved: Saved, given: Gathered | None
-) -> tuple[Config, ImageData]:
+def _reopen(config: Config, overrides: list[str], saved: Saved, given: Gathered | None) -> tuple[Config, ImageData]:
     """The data of the run that goes on: where it was unless another place is typed, in the splits it had."""
     source = saved.description.data
     if (
@@ -181,14 +183,6 @@ def _reopen(
     return config, open_data(config.data, saved.description.class_names, saved.splits, given)
 
 
-def _describe(folder: Path, config: Config, data: ImageData) -> None:
-    """Write down what the run is, before it begins."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
-    if not (folder / FILE).is_file():
-        write_splits(folder / FILE, data)
-    log.info("run folder: %s", folder)
-
-
 def _probe(
     config: Config,
     data: ImageData,
@@ -200,7 +194,7 @@ def _probe(
     """Fit a linear head to the features of `model`, and leave what any run leaves."""
     folder = run_folder(config, None)
     with logs.kept(folder / "train.log", early):
-        _describe(folder, config, data)
+        describe_run(folder, config, data)
         events = EventFile(folder) if config.logging.tensorboard else None
         began = time.monotonic()
         probe = Probe(config, model, data, description.preprocessing)
@@ -209,11 +203,12 @@ def _probe(
         neighbours = probe.neighbours(events)
         for name in ("best", "last"):
             write_checkpoint(folder / "checkpoints" / f"{name}.ckpt", model, description)
-        best = folder / "checkpoints" / "best.ckpt"
+        best, validates = folder / "checkpoints" / "best.ckpt", len(data.splits["val"]) > 0
         metrics = {
             **finish(config, data, best, folder / "model", probe.device, probe.logits),
             "knn": neighbours,
             "penalty": penalty,
+            "chosen_on_validation": ["the penalty", "the number of neighbours", "the temperature"] * validates,
             "train_seconds": round(seconds, 3),
             "images_per_second": round(probe.images_per_second, 1),
             "parameters": plain_size(model),
@@ -346,7 +341,7 @@ def _fit_and_finish(
         spent=start.seconds,
     )
     monitor = config.monitor if len(data.splits["val"]) else None
-    callbacks: list[L.Callback] = [schedule, pace, interrupt, meter]
+    callbacks: list[L.Callback] = [schedule, pace, meter]
     if config.logging.progress:
         callbacks.append(Progress(schedule, meter))
     board = None
@@ -356,25 +351,29 @@ def _fit_and_finish(
         callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
     if config.finetune.head == "probe":
         callbacks.append(start)
-    callbacks.append(checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience))
+    callbacks += [interrupt, checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience)]
     trainer = build_trainer(config, folder, callbacks)
-    try:
-        trainer.fit(module, ckpt_path=resume, weights_only=True)
-    except SystemExit:  # Lightning's way out where it is interrupted
-        raise KeyboardInterrupt from None
+    with ranks.watched(trainer, functools.partial(how_to_go_on, folder)):
+        try:
+            trainer.fit(module, ckpt_path=resume, weights_only=True)
+        except Stopped:
+            log.info("stopped at step %d by %s", trainer.global_step, signal.Signals(interrupt.signal or 0).name)
+        except SystemExit:  # Lightning's way out where it is interrupted
+            raise KeyboardInterrupt from None
     if not trainer.is_global_zero:
         return None
 
     if resume and pace.images == pace.earlier and interrupt.signal is None and finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
-    best = folder / "checkpoints" / "best.ckpt"
-    if not best.is_file():
+    saved = [path for name in ("best", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
+    if not saved:
         raise VitError("training ended before a checkpoint was written: nothing to evaluate")
     metrics: dict[str, Any] = {
         "train_seconds": round(schedule.spent(), 3),
         "images_per_second": round(pace.images_per_second, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
+        "chosen_on_validation": chosen_on_validation(config, trainer.current_epoch) if monitor else [],
         "parameters": plain_size(module.model),
         "trained_parameters": module.trained,
         **start.metrics(),
@@ -383,17 +382,18 @@ def _fit_and_finish(
         "seed": config.seed,
         "versions": versions(),
     }
-    if interrupt.signal is None:
-        with contextlib.suppress(KeyboardInterrupt):
-            metrics = {**finish(config, data, best, folder / "model", trainer.strategy.root_device), **metrics}
-    if interrupt.signal is not None:
-        description = load_checkpoint(best)[1]
-        metrics = {"interrupted": True, "val": description.metrics.get("val", {}), **metrics}
+    figures: dict[str, Any] | None = None
+    with contextlib.suppress(KeyboardInterrupt), interrupt.raising():
+        figures = finish(config, data, saved[0], folder / "model", trainer.strategy.root_device)
+    if figures is None:
+        description = load_checkpoint(saved[0])[1]
+        figures = {"interrupted": True, "val": description.metrics.get("val", {})}
+    metrics = {**figures, **metrics}
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
     closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
-    return RunResult(folder, metrics, 130 if interrupt.signal is not None else 0)
+    return RunResult(folder, metrics, 130 if metrics.get("interrupted") else 0)
 
 
 def finish(
@@ -403,15 +403,17 @@ def finish(
     bundle: Path,
     device: torch.device,
     known: Callable[[str], tuple[Tensor, Tensor]] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Calibrate the chosen checkpoint on validation data, test it once, and write the bundle.
 
     `known` gives its logits and the labels of a split, where they need not be computed.  Returns the "test" and "val"
-    blocks of `metrics.json`.  The checkpoint's own description gets the temperature and the figures too.
+    blocks of `metrics.json`, and the classes that have images in the last of them and were never predicted there.  The
+    checkpoint's own description gets the temperature and the figures too.
     """
     weights, description = load_checkpoint(checkpoint)
     model = build(description, weights, checkpoint).to(device)
     blocks: dict[str, dict[str, Any]] = {}
+    never: list[str] = []
     for name in ("val", "test"):
         split = data.splits[name]
         if not len(split):
@@ -422,7 +424,9 @@ def finish(
             logits, labels = collect_logits(model, split, description.preprocessing, config.data, device=device)
         if name == "val":
             description.temperature = fit_temperature(logits, labels)
-        blocks[name] = scalars(evaluate_logits(logits, labels, data.class_names, description.temperature))
+        measured = evaluate_logits(logits, labels, data.class_names, description.temperature)
+        never = [row["class"] for row in measured["per_class"] if row["support"] and not row["predicted"]]
+        blocks[name] = scalars(measured)
     raw = description.metrics.get("val_raw")
     if raw:
         blocks["val"]["raw"] = raw
@@ -430,4 +434,4 @@ def finish(
     images = of_data(data, description.preprocessing).images
     write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx, images=images)
     checkpoints.describe(checkpoint, description)
-    return {"test": blocks.get("test", {}), **blocks}
+    return {"test": blocks.get("test", {}), **blocks, "never_predicted": never}

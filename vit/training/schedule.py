@@ -92,6 +92,8 @@ class Schedule(L.Callback):
         self._start = time.monotonic()
         for group in trainer.optimizers[0].param_groups:
             group.setdefault("initial_lr", group["lr"])
+        if self.max_steps is not None and trainer.global_step >= self.max_steps:
+            trainer.should_stop = True  # a run that was interrupted after its last step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.max_epochs and trainer.current_epoch + 1 >= self.max_epochs:

@@ -23,9 +23,12 @@ class ModelConfig:
     """The Vision Transformer: every keyword of `vit.model.VisionTransformer` but the number of classes."""
 
     name: str | None = setting(
-        "model=pretrained: whose weights: a name of timm's, perhaps with a tag, hf-hub:, local-dir:, a run, a bundle"
+        "model=pretrained: whose weights: a name of timm's, perhaps with a tag, hf-hub:, local-dir:, a run, a bundle",
+        path=True,
     )
-    weights: str | None = setting("model=pretrained: a file of weights for it; null: those that go with the name")
+    weights: str | None = setting(
+        "model=pretrained: a file of weights for it; null: those that go with the name", path=True
+    )
     revision: str | None = setting("model=pretrained: of a name on the hub; null: the newest")
     head: str = setting(
         "model=pretrained: keep its head (its classes have to be the data's) or replace it; auto: keep it if it fits",
@@ -177,7 +180,7 @@ class TrainerConfig:
 class ProbeConfig:
     """The linear probe: a head on features of a frozen model, and their nearest neighbours."""
 
-    cache: str | None = setting("folder where features are kept; null: .cache under run.root")
+    cache: str | None = setting("folder where features are kept; null: .cache under run.root", path=True)
     temperature: float = setting("of the neighbours' votes, exp(similarity / temperature)", over=0)
 
 
@@ -210,7 +213,7 @@ class ExportConfig:
 class RunConfig:
     """Where results go: `<root>/<name>/<date>_<time>/`."""
 
-    root: str = setting("folder of all runs")
+    root: str = setting("folder of all runs", path=True)
     name: str = setting("of the folder under root; follows data.name")
 
 
@@ -255,7 +258,7 @@ class LoraConfig:
 class DistillConfig:
     """A trained model to learn from, beside the labels."""
 
-    teacher: str | None = setting("any MODEL that knows the data's classes; null: no teacher")
+    teacher: str | None = setting("any MODEL that knows the data's classes; null: no teacher", path=True)
     kind: str = setting(
         "its probabilities (Hinton et al. 2015), or the class it finds likeliest (Touvron et al. 2021)",
         choices=("soft", "hard"),

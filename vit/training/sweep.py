@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit.files import atomic_write
+from vit.files import CannotWrite, atomic_write
 
 _RESULT = "VIT_JOB_RESULT"  # where a job's process leaves its result
 
@@ -31,7 +32,7 @@ _RESULT = "VIT_JOB_RESULT"  # where a job's process leaves its result
 def report(result: Any, error: str | None = None) -> None:
     """Leave a job's result, or the line of its error, where the sweep looks for it; nothing outside a sweep."""
     place = os.environ.get(_RESULT)
-    if place is None or os.environ.get("LOCAL_RANK", "0") != "0" or os.environ.get("NODE_RANK", "0") != "0":
+    if place is None or "VIT_RUN_FOLDER" in os.environ:  # one of the processes that a job has started
         return
     metrics, folder = getattr(result, "metrics", None), getattr(result, "folder", None)
     found = {"metrics": metrics or {}, "folder": folder and str(folder), "error": error}
@@ -48,13 +49,15 @@ class Sweep:
 
     Arguments
         args: Hydra's parsed arguments.
-        folder: where the results of the sweep go; made with the first result.
+        folder: where the results of the sweep go; with a number behind it where another sweep has its own there.
         program: what Python runs for a job, such as a script or ("-m", "vit", "train").
+
+    Raises `CannotWrite`.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, program: Sequence[str]) -> None:
         self.flags = _flags(args)
-        self.folder = folder
+        self.folder = _claim(folder)
         self.program = program
 
     def run(self, overrides: Sequence[str], number: int, monitor: str | None = None) -> float | None:
@@ -73,7 +76,6 @@ class Sweep:
                 result = json.loads(place.read_text(encoding="utf-8"))
         row = {"job": number, "overrides": list(overrides), "status": status,
                "seconds": round(time.monotonic() - start, 1), **result}  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
         if status in (130, -signal.SIGINT):
@@ -83,7 +85,7 @@ class Sweep:
     def rows(self) -> list[dict[str, Any]]:
         """Every job so far, in order."""
         file = self.folder / "results.jsonl"
-        if not file.is_file():
+        if not file.is_file():  # tidied away
             return []
         lines = file.read_text(encoding="utf-8").splitlines()
         return sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
@@ -104,6 +106,22 @@ class Sweep:
         failed = [row["status"] for row in rows if row["status"]]
         print(f"\n{len(rows) - len(failed)} of {len(rows)} jobs done; {self.folder / 'results.csv'}")
         return 0 if not failed else 2 if set(failed) == {2} else 1
+
+
+def _claim(folder: Path) -> Path:
+    """Make `folder`, or the first of `folder_2`, `folder_3`, ... that has no table of another sweep."""
+    for attempt in itertools.count(1):
+        place = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "results.jsonl").touch(exist_ok=False)
+            return place
+        except FileExistsError:
+            if not place.is_dir():
+                raise CannotWrite(f"cannot write the results of the sweep: {place} is not a folder") from None
+        except OSError as error:
+            raise CannotWrite.of(place, error) from error
+    raise AssertionError("unreachable")
 
 
 def metric(metrics: Mapping[str, Any], name: str) -> float | None:
@@ -172,7 +190,8 @@ def align(table: Sequence[Sequence[str]]) -> str:
 
 def tidy(folder: Path) -> None:
     """Remove the folder of a sweep that ended before its first job, and parents that are empty then."""
-    (folder / "multirun.yaml").unlink(missing_ok=True)
+    for name in ("multirun.yaml", "results.jsonl"):
+        (folder / name).unlink(missing_ok=True)
     for place in (folder, folder.parent, folder.parent.parent):
         try:
             place.rmdir()
