@@ -348,7 +348,7 @@ def test_a_reader_that_leaves_early_is_no_error(small_bundle, photographs):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_an_interrupt_is_quiet_and_keeps_nothing_partial(small_bundle, photographs, tmp_path):
+def test_an_interrupt_is_one_line_and_keeps_nothing_partial(small_bundle, photographs, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "vit", "classify", small_bundle, "-", "--output", "rows.jsonl"],
         stdin=subprocess.PIPE,
@@ -364,7 +364,7 @@ def test_an_interrupt_is_quiet_and_keeps_nothing_partial(small_bundle, photograp
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, b"")
+    assert (process.returncode, errors) == (130, b"vit: interrupted\n")
     assert os.listdir(tmp_path) == []
 
 

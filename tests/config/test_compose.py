@@ -28,7 +28,7 @@ FILES = [(group, name) for group, names in GROUPS.items() for name in names]
 NEEDS_FOLDER = {("data", "folder"), ("data", "imagenet"), ("data", "parquet")}
 NEEDS_FOLDER |= {("experiment", name) for name in ("folder", "imagenet_small", "finetune", "linear_probe")}
 NEEDS_WEIGHTS = {("model", "pretrained"), ("experiment", "finetune"), ("experiment", "linear_probe")}
-NEEDS_GPU = {"gpu", "ddp", "fsdp"}
+NEEDS_GPU = {"gpu", "ddp", "fsdp", "mps"}
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_groups_are_those_that_are_promised():
     }  # fmt: skip
     assert set(GROUPS["data"]) == set(CATALOGUE)
     assert set(GROUPS["model"]) >= {"vit", *SIZES}
-    assert set(GROUPS["trainer"]) >= {"auto", "cpu", "gpu", "ddp", "ddp_cpu", "fsdp"}
+    assert set(GROUPS["trainer"]) >= {"auto", "cpu", "gpu", "mps", "ddp", "ddp_cpu", "fsdp"}
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)

@@ -38,9 +38,9 @@ def data_or_stand_in(monkeypatch):
     """Real data where its files are, without the network; else a stand-in."""
     real = run.open_data
 
-    def open_data(config: DataConfig) -> ImageData:
+    def open_data(config: DataConfig, **options) -> ImageData:
         try:
-            return real(config)
+            return real(config, **options)
         except VitError:
             return stand_in(config)
 
