@@ -14,10 +14,14 @@ def override(key: str, value: str | os.PathLike[str]) -> str:
     text = os.fspath(value)
     if _PLAIN.fullmatch(text):
         return f"{key}={text}"
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # OmegaConf's interpolation; backslashes before it count double
-    text = re.sub(r"(\\*)'", r"\1\1\\'", text)  # Hydra's quote, likewise
-    text = re.sub(r"(\\+)\Z", r"\1\1", text)
-    return f"{key}='{text}'"
+    return f"{key}={quote(text)}"
+
+
+def quote(text: str) -> str:
+    """A value for Hydra that means `text`, whatever is in it."""
+    # before a quote or the end, and before OmegaConf's interpolation, backslashes count double
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def path(value: str | os.PathLike[str]) -> str:

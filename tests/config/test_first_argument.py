@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from vit import errors
 from vit.cli import main
 from vit.errors import VitError, command_name
+from vit.shell import quote
 from vit.training import app, eval_app
-from vit.training.first_argument import data_overrides, quote
+from vit.training.first_argument import data_overrides
 
 CATALOGUE = ["cifar10", "digits", "folder", "parquet"]
 

@@ -24,13 +24,13 @@ from vit.data.catalogue import preprocessing_for
 from vit.data.dataset import ArrayImages, ImageData, Split
 from vit.inference.description import Description
 from vit.training.app import resolve
+from vit.training.build import build_model, build_module
 from vit.training.config import Config, load
 from vit.training.meter import Meter
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor
 from vit.training.pace import Pace
 from vit.training.progress import Progress
-from vit.training.run import build_model, build_module
 from vit.training.schedule import Schedule
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

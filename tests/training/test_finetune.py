@@ -24,10 +24,11 @@ from vit.inference.description import Description
 from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
 from vit.training.app import CONF, resolve
+from vit.training.build import build_model
 from vit.training.config import load
 from vit.training.freezing import Freezing
 from vit.training.optim import layer_of
-from vit.training.run import build_model, train
+from vit.training.run import train
 
 DIGITS = [str(k) for k in range(10)]
 ODD = Preprocessing(

@@ -22,10 +22,11 @@ from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
 from vit.training import logistic
 from vit.training.app import CONF, resolve
+from vit.training.build import build_model
 from vit.training.config import load
 from vit.training.features import Backbone
 from vit.training.probe import Probe
-from vit.training.run import build_model, train
+from vit.training.run import train
 from vit.training.start import Start
 
 HOW = Preprocessing((16, 16), channels=1)

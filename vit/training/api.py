@@ -30,10 +30,11 @@ from hydra.version import VersionBase
 
 from vit.data.memory import EXPECTED, NAME, Gathered, gather
 from vit.errors import VitError, one_line, printable
+from vit.shell import quote
 from vit.training.app import resolve, start_training
 from vit.training.config import CONF, Config, EvalConfig
 from vit.training.eval_app import start_evaluation
-from vit.training.first_argument import data_overrides, quote
+from vit.training.first_argument import data_overrides
 from vit.training.messages import Names, explain
 
 if TYPE_CHECKING:

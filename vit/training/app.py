@@ -29,10 +29,11 @@ from vit import __version__, options
 from vit.errors import VitError, one_line
 from vit.files import home
 from vit.processors import wait_passively
+from vit.shell import quote
 from vit.signals import sigterm_interrupts
 from vit.training import resume, sweep
 from vit.training.config import CONF, Config, check_model, load
-from vit.training.first_argument import data_overrides, quote
+from vit.training.first_argument import data_overrides
 from vit.training.messages import Names, explain
 
 if TYPE_CHECKING:

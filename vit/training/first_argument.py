@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 from vit.errors import VitError, nearest
+from vit.shell import quote
 
 
 def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
@@ -31,12 +31,6 @@ def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
 def model_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
     """Return the overrides that `vit eval TEXT` stands for."""
     return [f"checkpoint={quote(text)}"]
-
-
-def quote(text: str) -> str:
-    """Return `text` as a value of Hydra's, quoted so that it means itself whatever is in it."""
-    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _is_parquet(path: str) -> bool:

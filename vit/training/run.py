@@ -26,12 +26,10 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from vit.data.augment import BatchAugment
 from vit.data.catalogue import open_data, preprocessing_for
 from vit.data.dataset import ImageData
-from vit.data.loaders import TrainLoader, eval_loader, store_images, train_loader
+from vit.data.loaders import store_images
 from vit.data.memory import Gathered
-from vit.data.preprocess import Preprocessing
 from vit.data.run_splits import FILE
 from vit.data.streaming import workers_watched
 from vit.errors import VitError
@@ -45,9 +43,10 @@ from vit.model import VisionTransformer
 from vit.model.threads import same_threads, use_threads
 from vit.training import checkpoints, logs, ranks
 from vit.training.attention import AttentionLog
-from vit.training.config import Config, device_kind
+from vit.training.build import build_model, build_module, tuned
+from vit.training.config import Config
 from vit.training.devices import build_trainer
-from vit.training.distill import Distillation, Teacher, check_teacher
+from vit.training.distill import check_teacher
 from vit.training.events import EventFile
 from vit.training.folder import (
     RunResult,
@@ -60,22 +59,20 @@ from vit.training.folder import (
     run_folder,
     versions,
 )
-from vit.training.freezing import Freezing, learning
 from vit.training.interrupt import Interrupt, Stopped
-from vit.training.lora import add_lora, plain_size
+from vit.training.lora import plain_size
 from vit.training.meter import Meter
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor, write_outcome
-from vit.training.optim import HEADS, build_optimizer
+from vit.training.optim import HEADS
 from vit.training.pace import Pace
-from vit.training.pretrained import fetch_weights, pretrained_model
+from vit.training.pretrained import fetch_weights
 from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
 from vit.training.resume import Saved, check_fits, read
 from vit.training.schedule import Schedule
 from vit.training.start import Start
 from vit.training.suited import settled
-from vit.training.tune import tune
 
 log = logging.getLogger("vit")
 
@@ -131,7 +128,7 @@ def _train(
     if config.finetune.head == "probe" and saved is None and leader:
         start.fit_head(config, model, data, preprocessing)
     if config.tune and saved is None:
-        config = _tuned(config, data, model, preprocessing)
+        config = tuned(config, data, model, preprocessing)
     threads = use_threads(model.architecture, config.data.batch_size, config.trainer.threads)
     log.info("torch computes with %s (trainer.threads)", "one thread" if threads == 1 else f"{threads} threads")
     description = Description(
@@ -224,101 +221,6 @@ def _probe(
             events.close()
         closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics)
-
-
-def build_model(config: Config, data: ImageData) -> VisionTransformer:
-    """The model of `config` for the classes of `data` as it starts: with new weights, or somebody's.
-
-    A run that is resumed gets its weights from its checkpoint.
-    """
-    if config.model.name is not None and not config.resume:
-        model = pretrained_model(config, data)
-    else:
-        model = VisionTransformer(**config.model.arguments(len(data.class_names)))
-    if config.lora.rank is not None:
-        add_lora(model, config.lora)
-    if config.model.compile:
-        model.compile()
-    return model
-
-
-def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing) -> BatchAugment:
-    """The augmentation of `config` for the classes of `data`."""
-    return BatchAugment(
-        config.augment,
-        num_classes=len(data.class_names),
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        seed=config.seed,
-    )
-
-
-def optimizer_options(config: Config) -> dict[str, Any]:
-    """What `build_optimizer` takes, beside the model."""
-    keys = ("name", "lr", "matrix_lr", "weight_decay", "momentum", "betas", "layer_decay", "head_lr")
-    return {key: getattr(config.optim, key) for key in keys}
-
-
-def build_module(config: Config, data: ImageData, model: VisionTransformer, description: Description) -> TrainingModule:
-    """Everything that a step of training needs, in one Lightning module."""
-    preprocessing, splits = description.preprocessing, data.splits
-    validates = len(splits["val"]) > 0
-    freezing = Freezing(model, freeze=config.finetune.freeze, unfreeze=config.finetune.unfreeze)
-    if (count := learning(model)) < (whole := sum(p.numel() for p in model.parameters())):
-        log.info("%s of %s parameters learn", f"{count:,}", f"{whole:,}")
-    d, distillation = config.distill, None
-    if d.teacher is not None:
-        teacher = Teacher(d.teacher, data.class_names, preprocessing)
-        distillation = Distillation(teacher, kind=d.kind, alpha=d.alpha, temperature=d.temperature)
-    return TrainingModule(
-        model=model,
-        augment=build_augment(config, data, preprocessing),
-        description=description,
-        optimizer=functools.partial(build_optimizer, **optimizer_options(config)),
-        train_loader=functools.partial(
-            train_loader, splits["train"], preprocessing, config.data, config.augment, seed=config.seed
-        ),
-        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data, again=True)
-        if validates
-        else None,
-        ema_decay=config.ema.decay,
-        patch_dropout_off=config.trainer.patch_dropout_off,
-        seed=config.seed,
-        freezing=freezing,
-        distillation=distillation,
-        lora_scale=config.lora.scale if config.lora.rank is not None else None,
-    )
-
-
-def _tuned(config: Config, data: ImageData, model: VisionTransformer, preprocessing: Preprocessing) -> Config:
-    """The configuration with the batch size and learning rates that `tune` finds."""
-    split, optim = data.splits["train"], config.optim
-    processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
-    if processes > 1 or config.trainer.strategy != "auto":
-        raise VitError("tune=true measures one process: run it with trainer=auto first, then set what it found")
-    device = torch.device(device_kind(config.trainer.accelerator))
-    augment = build_augment(config, data, preprocessing)
-
-    def loader_of(batch_size: int) -> TrainLoader:
-        sized = dataclasses.replace(config.data, batch_size=batch_size)
-        loader = train_loader(split, preprocessing, sized, config.augment, seed=config.seed, device=device)
-        augment.cropped = loader.cropped
-        return loader
-
-    batch_size, factor = tune(
-        model=model,
-        optimizer=functools.partial(build_optimizer, **optimizer_options(config)),
-        loader_of=loader_of,
-        prepare=lambda batch: augment(batch.images, batch.labels, batch.index, 0),
-        device=device,
-        batch_size=config.data.batch_size,
-        images=max(config.data.batch_size, len(split) // 16),  # at least 16 steps an epoch
-    )
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, batch_size=batch_size),
-        optim=dataclasses.replace(optim, lr=optim.lr * factor, matrix_lr=optim.matrix_lr * factor),
-    )
 
 
 def _fit_and_finish(
