@@ -348,7 +348,8 @@ def test_a_reader_that_leaves_early_is_no_error(small_bundle, photographs):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_an_interrupt_is_one_line_and_keeps_nothing_partial(small_bundle, photographs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_line_and_keeps_nothing_partial(small_bundle, photographs, tmp_path, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "vit", "classify", small_bundle, "-", "--output", "rows.jsonl"],
         stdin=subprocess.PIPE,
@@ -362,7 +363,7 @@ def test_an_interrupt_is_one_line_and_keeps_nothing_partial(small_bundle, photog
     while not any(path.stat().st_size for path in tmp_path.iterdir()):  # until the first row is in the hidden file
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"vit: interrupted\n")
     assert os.listdir(tmp_path) == []

@@ -553,7 +553,7 @@ def test_an_interrupt_leaves_whole_files_only(small_bundle, photographs, tmp_pat
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, b"")
+    assert (process.returncode, errors) == (130, b"vit: interrupted\n")
     assert os.listdir(tmp_path / "maps") == ["00.png"]
 
 

@@ -99,7 +99,13 @@ def test_one_photograph_loads_nothing_that_it_does_not_need(small_bundle, photog
             *("vit.data.filetype", "vit.data.walk"),
             *("vit.data.preprocess", "vit.errors", "vit.files", "vit.inference", "vit.inference.bundle"),
             *("vit.inference.classifier", "vit.inference.description", "vit.inference.loading"),
-            *("vit.inference.onnx_backend", "vit.inference.onnx_file", "vit.processors"),
+            *(
+                "vit.inference.onnx_backend",
+                "vit.inference.onnx_file",
+                "vit.processors",
+                "vit.signals",
+                "vit.checksums",
+            ),
             "vit.inference.sources",
         }
         assert "PIL.JpegImagePlugin" in names
