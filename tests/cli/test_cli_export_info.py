@@ -66,20 +66,22 @@ def test_a_bundle_may_be_written_over_itself(checkpoint, tmp_path):
     ("output", "message"),
     [
         ("photos", "holds other files"),
-        ("photos/a.txt", "it is a file"),
+        ("photos/a.txt", "no .txt file is written here"),
+        ("photos/a", "it is a file"),
         ("folder.onnx", "is a folder"),
         ("photos/a.txt/x.onnx", "cannot write"),
     ],
 )
 def test_export_never_writes_over_other_things(checkpoint, tmp_path, output, message):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.txt").write_text("mine")
+    for name in ("a", "a.txt"):
+        (tmp_path / "photos" / name).write_text("mine")
     (tmp_path / "folder.onnx").mkdir()
     done = vit("export", checkpoint, output, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr.decode()
     assert done.stderr.count(b"\n") == 1
-    assert (tmp_path / "photos" / "a.txt").read_text() == "mine"
+    assert [(tmp_path / "photos" / name).read_text() for name in ("a", "a.txt")] == ["mine", "mine"]
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "folder.onnx", "photos"]
 
 

@@ -130,6 +130,9 @@ def to_integers(source: str, target: str, images: np.ndarray) -> None:
             reduce_range=True,
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
         )
+    message = onnx.load(target)
+    del message.metadata_props[:]  # copied, with the checksum of the file in float32
+    onnx.save(message, target)
 
 
 def _batches(images: np.ndarray, label: str) -> Iterator[np.ndarray]:
