@@ -135,7 +135,7 @@ def test_a_path_that_exists_wins_over_a_name(small_bundle, tmp_path, monkeypatch
 def test_a_backbone_classifies_nothing_and_is_not_fetched_to_find_out(name, monkeypatch):
     monkeypatch.setattr("vit.pretrained.hub.fetch", None)
     with pytest.raises(
-        VitError, match=rf"is a backbone, .*fine-tune it first \(python train\.py .*model\.name={name} "
+        VitError, match=rf"is a backbone, .*fine-tune it first \((python -m vit|vit|python) train.* model\.name={name} "
     ):
         load(name, device="cpu")
     with pytest.raises(VitError, match=r"has no model\.onnx"):
