@@ -45,7 +45,7 @@ def test_a_shell_passes_the_words_on():
 
     collect()
     script = "".join(f"printf '%s\\0' {shell.command(*words)}\n" for words in lines)
-    done = subprocess.run(["bash"], input=os.fsencode(script), stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(["bash"], input=os.fsencode(script), stdout=subprocess.PIPE, check=True, timeout=60)
     assert [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]] == [word for words in lines for word in words]
 
 

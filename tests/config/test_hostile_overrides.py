@@ -57,7 +57,7 @@ def command(monkeypatch, tmp_path):
     """Call `train.py` or `eval.py` in this process, up to where training or evaluation would begin."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    monkeypatch.setattr("vit.training.run.train", lambda config, overrides: None)
+    monkeypatch.setattr("vit.training.run.train", lambda *arguments: None)
 
     def call(arguments: list[str], main=app.train_main) -> tuple[int, str]:
         error = io.StringIO()

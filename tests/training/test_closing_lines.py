@@ -14,6 +14,7 @@ from vit.training.folder import closing_lines
 def test_top_5_is_a_figure_where_there_are_more_classes_than_five(classes, shown, capsys):
     block = {"top1": 0.5, "top5": 1.0, "loss": 0.25, "ece": 0.125}
     metrics = {"val": block, "test": block, "train_seconds": 1.0, "images_per_second": 2.0}
+    metrics |= {"never_predicted": [], "chosen_on_validation": []}
     config = SimpleNamespace(run=SimpleNamespace(root="runs"))
     closing_lines(config, Path("runs/r"), metrics, classes)
     lines = capsys.readouterr().out.strip().splitlines()

@@ -121,10 +121,12 @@ def describe_run(folder: Path, config: Config, data: ImageData) -> None:
     log.info("run folder: %s", folder)
 
 
-def chosen_on_validation(config: Config, epochs: int) -> list[str]:
-    """What validation data decided in a run of so many epochs, in words."""
+def chosen_on_validation(config: Config, epochs: int, penalty: float | None) -> list[str]:
+    """Say in words what validation data decided in a run of so many epochs; `penalty` of the probe it started from."""
     t = config.trainer
     chosen = [f"the best of {-(-epochs // t.validate_every)} checkpoints ({config.monitor})", "the temperature"]
+    if penalty is not None:
+        chosen.append("the penalty of the probe it started from")
     return [*chosen, f"when to stop (trainer.patience={t.patience})"] if t.patience is not None else chosen
 
 

@@ -275,7 +275,7 @@ def _fit_and_finish(
         "images_per_second": round(pace.images_per_second, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "chosen_on_validation": chosen_on_validation(config, trainer.current_epoch) if monitor else [],
+        "chosen_on_validation": chosen_on_validation(config, trainer.current_epoch, start.penalty) if monitor else [],
         "parameters": plain_size(module.model),
         "trained_parameters": module.trained,
         **start.metrics(),
