@@ -96,7 +96,7 @@ def check_sizes(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], 
     """
     try:
         _check_sizes(architecture, weights, source)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise VitError(f"{source}: its architecture cannot be read ({type(error).__name__}: {error})") from None
 
 
