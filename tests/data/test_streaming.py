@@ -24,6 +24,7 @@ from vit.data.streaming import (
     RandomCrop,
     StreamingEvalLoader,
     StreamingTrainLoader,
+    _received,
     worker_count,
     workers_watched,
 )
@@ -346,6 +347,17 @@ def test_a_small_shared_memory_is_enough(tmp_path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
         assert done.stdout == "equal\n", done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")])
+def test_a_worker_that_dies_while_it_sends_ends_it_with_a_line(error, monkeypatch) -> None:
+    def batches():
+        yield 1
+        raise error
+
+    monkeypatch.setattr("vit.data.streaming.time.sleep", lambda seconds: None)
+    with pytest.raises(VitError, match=r"ended while it sent a batch.*data\.workers=0"), workers_watched():
+        list(_received(batches()))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")

@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
@@ -171,7 +172,9 @@ class _Fetcher:
                 worker_init_fn=_outlive_interrupts,
             )
         with _interrupts_held(self._context) if self._workers else contextlib.nullcontext():
-            fetched = iter(self._loader)
+            fetched: Iterator[tuple[Tensor | np.ndarray, str]] = iter(self._loader)
+        if self._workers:
+            fetched = _received(fetched)
         on_host = (
             (Batch(self._checked(images, failure), self._labels[index], index, valid), Batch)
             for (images, failure), (index, valid) in zip(fetched, wanted, strict=True)
@@ -276,6 +279,15 @@ def workers_watched() -> Iterator[None]:
             f"data.workers: {reason.removeprefix('DataLoader ').rstrip('. ')}: where memory is short the system kills "
             "a process that decodes images; try data.workers=0, and in a container more --memory and --shm-size"
         ) from error
+
+
+def _received(batches: Iterator[Any]) -> Iterator[Any]:
+    """Pass on what workers send; one that dies while it sends ends it with a `RuntimeError` as torch's own."""
+    try:
+        yield from batches
+    except (EOFError, OSError) as error:
+        time.sleep(2)  # torch's handler of the signal that it died raises here, and says what it died of
+        raise RuntimeError("DataLoader worker ended while it sent a batch") from error
 
 
 def _unchanged(batch: Any) -> Any:
