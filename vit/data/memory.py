@@ -32,7 +32,7 @@ from vit.data.folder import split_of
 from vit.data.labels import name_labels, names_of
 from vit.data.parallel import for_each, progress
 from vit.data.parquet import find_columns, total_memory
-from vit.data.scan import scan_files
+from vit.data.scan import file_content, scan_files
 from vit.errors import VitError
 from vit.options import show
 
@@ -48,7 +48,6 @@ EXPECTED = (
     "the name of a data set, a folder, a list of (path, label), (images, labels) with an array of images, a torch "
     "Dataset of (image, label), a Hugging Face Dataset, or a dict with one of these for each of train, val and test"
 )
-_ENDS = 4096  # bytes at the beginning and at the end of a file that its fingerprint is of
 
 
 @dataclass(frozen=True)
@@ -275,7 +274,7 @@ def _pairs(pairs: Iterable[tuple[Any, Any]], where: str, names: list[str] | None
             raise VitError(f"{where} takes more than half of this machine's memory: give its files, as (path, label)")
     if paths:
         sizes, reasons = scan_files(paths, 3, f"{NAME}\0{len(paths)}\0{paths[0]}")
-        return _Part(FileImages(paths), labels, names, sizes, reasons, b"".join(map(_file_digest, paths)))
+        return _Part(FileImages(paths), labels, names, sizes, reasons, "\n".join(map(file_content, paths)).encode())
     shapes = {pixels.shape for pixels in held if pixels is not None}
     sizes = np.array([(0, 0) if pixels is None else pixels.shape[:2] for pixels in held], np.int32).reshape(-1, 2)
     found: Images = ListImages(held)
@@ -307,7 +306,7 @@ def _hub(data: Any, hub: Any, where: str, columns: Any) -> _Part:
     def one(i: int) -> None:
         try:
             source = images.source(i)
-            digests[i] = _digest(source) if isinstance(source, bytes) else _file_digest(source)
+            digests[i] = _digest(source) if isinstance(source, bytes) else file_content(source).encode()
             sizes[i] = measure(source, channels=3)
         except ImageError as error:
             reasons[i] = error.reason
@@ -349,14 +348,3 @@ def _digest(*values: Any) -> bytes:
         digest.update(repr(value.shape if isinstance(value, np.ndarray) else len(value)).encode())
         digest.update(np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else value)
     return digest.digest()
-
-
-def _file_digest(path: str) -> bytes:
-    """Of a file's size, beginning and end: the same wherever it lies."""
-    try:
-        with open(path, "rb") as file:
-            start, size = file.read(_ENDS), os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _ENDS))
-            return _digest(start, file.read(), str(size).encode())
-    except OSError:
-        return _digest(b"")
