@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,21 +52,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises `CannotWrite` when the disk is full or the folder cannot be written; `path` is then what it was before.
     """
     path = Path(path)
+    start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes, and this one is longer
+    part = path.parent / f".{start}.{secrets.token_hex(4)}.part"  # known before it is there: a signal may come any time
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes, and this one is longer
-        handle, name = tempfile.mkstemp(prefix=f".{start}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise CannotWrite(f"cannot write {path}: {error.filename or path.parent} is not a folder") from error
-    except OSError as error:
-        raise CannotWrite.of(path, error) from error
-    part = Path(name)
-    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.open("xb").close()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise CannotWrite(f"cannot write {path}: {error.filename or path.parent} is not a folder") from error
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result should have the permissions of any other new file
+        # some libraries make files private; a result should have the permissions of any other new file
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(part, 0o666 & ~mask)
@@ -73,7 +71,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise CannotWrite.of(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @contextlib.contextmanager

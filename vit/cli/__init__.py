@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from vit.errors import VitError, printable
 from vit.processors import wait_passively
-from vit.signals import sigterm_interrupts
+from vit.signals import interruptible
 
 
 def command() -> NoReturn:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:
-        with sigterm_interrupts():
+        with interruptible():
             arguments = parse(sys.argv[1:] if argv is None else argv)
             status = int(arguments.run(arguments))
             sys.stdout.flush()

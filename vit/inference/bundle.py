@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,10 +105,10 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     _check_replaceable(target, os.fspath(folder))
-    part = old = None
+    part, old = target.parent / f".{target.name[:80]}.{secrets.token_hex(4)}.part", None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name[:80]}.", suffix=".part", dir=target.parent))
+        part.mkdir()
         yield part
         mask = os.umask(0)
         os.umask(mask)

@@ -30,7 +30,7 @@ from vit.errors import VitError, one_line
 from vit.files import home
 from vit.processors import wait_passively
 from vit.shell import quote
-from vit.signals import sigterm_interrupts
+from vit.signals import Interruption, interruptible
 from vit.training import resume, sweep
 from vit.training.config import CONF, Config, check_model, load
 from vit.training.first_argument import data_overrides
@@ -95,22 +95,23 @@ def launch(
     names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
     status = 0
-    with _Errors() as errors, sigterm_interrupts():
+    with _Errors() as errors:
         try:
-            args = _parse(arguments)
-            flags = _flags(arguments, args.overrides)
-            names.folders = [Path(each) for each in (args.config_path or CONF, args.config_dir) if each]
-            if first is not None:
-                args.overrides[:1] = _first(args.overrides[:1], first, names)
-            if sweep.wanted(args):
-                program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
-                jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
-                args.overrides.insert(0, f"hydra.sweep.dir={quote(str(jobs.folder))}")
-            session = _Session(task, schema, names, errors, jobs, list(sys.argv))
-            main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-            with _argv([sys.argv[0], *args.overrides, *flags]):
-                main(session.job)()
-            status = session.status
+            with interruptible() as interruption:
+                args = _parse(arguments)
+                flags = _flags(arguments, args.overrides)
+                names.folders = [Path(each) for each in (args.config_path or CONF, args.config_dir) if each]
+                if first is not None:
+                    args.overrides[:1] = _first(args.overrides[:1], first, names)
+                if sweep.wanted(args):
+                    program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
+                    jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
+                    args.overrides.insert(0, f"hydra.sweep.dir={quote(str(jobs.folder))}")
+                session = _Session(task, schema, names, errors, jobs, list(sys.argv), interruption)
+                main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+                with _argv([sys.argv[0], *args.overrides, *flags]):
+                    main(session.job)()
+                status = session.status
         except SystemExit as stop:  # Hydra's way out of --help
             status = stop.code if isinstance(stop.code, int) else 0
         except KeyboardInterrupt:
@@ -133,10 +134,17 @@ class _Session:
     """What Hydra calls for each job."""
 
     def __init__(
-        self, task: Task, schema: type, names: Names, errors: _Errors, jobs: sweep.Sweep | None, argv: Sequence[str]
+        self,
+        task: Task,
+        schema: type,
+        names: Names,
+        errors: _Errors,
+        jobs: sweep.Sweep | None,
+        argv: Sequence[str],
+        interruption: Interruption,
     ) -> None:
         self.task, self.schema, self.names, self.errors, self.jobs = task, schema, names, errors, jobs
-        self.argv = argv
+        self.argv, self.interruption = argv, interruption
         self.status = 0
 
     def job(self, composed: DictConfig) -> float | None:
@@ -152,10 +160,12 @@ class _Session:
                     return self.jobs.run(overrides, int(settings.job.num), OmegaConf.select(composed, "monitor"))
                 values = resolve(composed)
                 composing = False
+                self.interruption.check()
                 result = self.task(options.expand_paths(self.schema, values), overrides)
                 sweep.report(result)
                 self.status = getattr(result, "status", 0)
             except Exception as error:
+                self.interruption.check()
                 self.status = self.errors.report(error, self.names, composing=composing)
         return None
 
