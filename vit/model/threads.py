@@ -31,9 +31,14 @@ def use_threads(architecture: Mapping[str, Any], batch_size: int, wanted: int | 
     if wanted is not None:
         torch.set_num_threads(wanted)
     elif "OMP_NUM_THREADS" not in os.environ:
-        small = flops(architecture) * batch_size < ENOUGH * architecture["depth"]
-        torch.set_num_threads(1 if small else min(torch.get_num_threads(), available()))
+        threads = 1 if is_small(architecture, batch_size) else min(torch.get_num_threads(), available())
+        torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def is_small(architecture: Mapping[str, Any], batch_size: int) -> bool:
+    """Whether batches of this size are too little work for a second thread of torch."""
+    return flops(architecture) * batch_size < ENOUGH * architecture["depth"]
 
 
 @contextlib.contextmanager

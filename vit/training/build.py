@@ -19,6 +19,7 @@ from vit.model import VisionTransformer
 from vit.training.config import Config, device_kind
 from vit.training.distill import Distillation, Teacher
 from vit.training.freezing import Freezing, learning
+from vit.training.halves import Halves
 from vit.training.lora import add_lora
 from vit.training.module import TrainingModule
 from vit.training.optim import build_optimizer
@@ -72,6 +73,9 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
     if d.teacher is not None:
         teacher = Teacher(d.teacher, data.class_names, preprocessing)
         distillation = Distillation(teacher, kind=d.kind, alpha=d.alpha, temperature=d.temperature)
+    halves = Halves.suited_to(config, model)
+    if halves is not None and halves.threads > 1:
+        log.info("each half of a batch is computed by a thread of its own")
     return TrainingModule(
         model=model,
         augment=build_augment(config, data, preprocessing),
@@ -89,6 +93,7 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
         freezing=freezing,
         distillation=distillation,
         lora_scale=config.lora.scale if config.lora.rank is not None else None,
+        halves=halves,
     )
 
 

@@ -26,6 +26,7 @@ from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training.distill import Distillation
 from vit.training.freezing import Freezing, learning
+from vit.training.halves import Halves
 
 log = logging.getLogger("vit")
 
@@ -51,6 +52,7 @@ class TrainingModule(L.LightningModule):
         freezing: which of the model's layers learn, and from when; None: all that can.
         distillation: the loss with a teacher; None: there is none, and labels are all.
         lora_scale: of the model's changes by LoRA, where it has such; None: the weights are plain.
+        halves: computes each half of a batch by itself; None: the batch is computed whole.
 
     Attributes
         trained: how many of the model's numbers learn, sooner or later.
@@ -76,6 +78,7 @@ class TrainingModule(L.LightningModule):
         freezing: Freezing | None = None,
         distillation: Distillation | None = None,
         lora_scale: float | None = None,
+        halves: Halves | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -83,6 +86,7 @@ class TrainingModule(L.LightningModule):
         self.augment, self.description = augment, description
         self.seed, self.ema_decay, self.patch_dropout_off = seed, ema_decay, patch_dropout_off
         self.freezing, self.distillation, self.lora_scale = freezing, distillation, lora_scale
+        self.halves = halves
         self.trained = learning(model)
         self._make_optimizer = optimizer
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
@@ -136,14 +140,26 @@ class TrainingModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = self.augment(batch.images, batch.labels, batch.index, self.current_epoch, self.progress)
-        if self.distillation is None:
-            logits = self.model(images)
-            loss = F.cross_entropy(logits, targets)
+        if self.halves is not None:
+            logits, loss = self.halves.forward(self._loss, images, targets)
         else:
-            logits, loss = self.distillation(self.model, images, targets)
+            logits, loss = self._loss(images, targets)
         self._count(logits.detach(), targets, loss.detach())
         accumulate = self.trainer.accumulate_grad_batches
         return loss if accumulate == 1 else loss * (accumulate / self._window(batch_idx, accumulate))
+
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and the mean loss of a batch."""
+        if self.distillation is not None:
+            return self.distillation(self.model, images, targets)
+        logits = self.model(images)
+        return logits, F.cross_entropy(logits, targets)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.halves is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.halves.backward(loss, self.model)
 
     def _window(self, batch_idx: int, accumulate: int) -> int:
         """How many batches the step of this batch is the mean of; Lightning divides by `accumulate` in any case."""
