@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -77,6 +78,25 @@ def test_images_mean_and_place_of_the_data_stay_those_of_the_run(place, tmp_path
     assert moved["test"]["top1"] == again["top1"]
     assert train_main([f"resume={folder}", "trainer.max_epochs=3", f"data.root={tmp_path / 'elsewhere'}"]) == 0
     assert statistics(folder)[:2] == before[:2]
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_a_run_from_before_names_were_composed_keeps_its_classes(place, monkeypatch, table):
+    decomposed = normalize("NFD", "élan")
+    os.rename("photos/cat", f"photos/{decomposed}")
+    os.rename("photos/dog", "photos/fox")  # which sorts behind the one spelling and before the other
+    with monkeypatch.context() as older:
+        older.setattr("vit.data.folder.normalize", lambda form, text: text)
+        folder = start("trainer.max_epochs=30", "optim.lr=0.02", "augment=none", "schedule=constant")
+    assert statistics(folder)[1] == [decomposed, "fox"]
+    learned = json.loads((folder / "metrics.json").read_text())["val"]["top1"]
+    assert learned > 0.8
+    if not table:  # older still
+        (folder / "splits.csv").unlink()
+    os.rename(f"photos/{decomposed}", "photos/élan")
+    assert train_main([f"resume={folder}", "trainer.max_epochs=31", "optim.lr=1e-6"]) == 0
+    assert statistics(folder)[1] == [decomposed, "fox"]
+    assert json.loads((folder / "metrics.json").read_text())["val"]["top1"] == learned
 
 
 def test_an_evaluation_takes_the_stored_test_split_only_for_the_data_of_the_run(place, tmp_path):

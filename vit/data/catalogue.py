@@ -180,7 +180,7 @@ def open_data(
     """
     data = _opened(config, None if class_names is None else list(class_names), given)
     if class_names is not None:
-        data = _match(data, list(class_names))
+        data = match_classes(data, list(class_names))
     elif len(data.class_names) < 2:
         only = f" ({data.class_names[0]!r})" if data.class_names else ""
         raise VitError(f"data={config.name} has one class only{only}: a classifier needs at least two")
@@ -207,8 +207,8 @@ def _opened(config: DataConfig, class_names: list[str] | None, given: Gathered |
     return getattr(importlib.import_module(f"vit.data.{module}"), function)(config, class_names)
 
 
-def _match(data: ImageData, class_names: list[str]) -> ImageData:
-    """Relabel `data` by the position of its class names in `class_names`."""
+def match_classes(data: ImageData, class_names: list[str]) -> ImageData:
+    """Relabel `data` by the position of its class names in `class_names`.  Raises `VitError` where one is not there."""
     if data.class_names == class_names:
         return data
     present = np.sum(list(data.counts().values()), axis=0)

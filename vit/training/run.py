@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 
-from vit.data.catalogue import open_data, preprocessing_for
+from vit.data.catalogue import match_classes, open_data, preprocessing_for
 from vit.data.dataset import ImageData
 from vit.data.loaders import store_images
 from vit.data.memory import Gathered
@@ -176,7 +177,11 @@ def _reopen(config: Config, overrides: list[str], saved: Saved, given: Gathered 
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=source.get("root")))
     if saved.splits is None:
         log.warning("resume=%s: no %s beside it: its splits are cut anew", config.resume, FILE)
-        return config, open_data(config.data, given=given)
+        data = open_data(config.data, given=given)
+        names = saved.description.class_names
+        # a run from before names were composed may spell, and so sort, its classes otherwise
+        same = sorted(normalize("NFC", name) for name in names) == sorted(data.class_names)
+        return config, match_classes(data, names) if same else data
     return config, open_data(config.data, saved.description.class_names, saved.splits, given)
 
 
