@@ -117,14 +117,31 @@ def home() -> str:
     """The user's home folder; where there is none, a temporary one for this process, which libraries then use too.
 
     Under a bare user number, as in containers, there is neither HOME nor an entry in the list of users, and matplotlib,
-    torch and the hub's client fail on it or write into a folder called "~".
+    torch and the hub's client fail on it or write into a folder called "~".  Where it may only be read, matplotlib would
+    say so at length.
     """
     folder = os.path.expanduser("~")
     if folder == "~":
-        folder = os.environ["HOME"] = tempfile.mkdtemp(prefix="vit-home-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        folder = os.environ["HOME"] = _temporary()
         os.environ.setdefault("USER", str(os.getuid()) if hasattr(os, "getuid") else "user")
+    parts = {"XDG_CONFIG_HOME": ".config", "XDG_CACHE_HOME": ".cache"}
+    places = [os.environ.get(key) or os.path.join(folder, part) for key, part in parts.items()]
+    if "MPLCONFIGDIR" not in os.environ and not all(map(_can_be_made, places)):
+        os.environ["MPLCONFIGDIR"] = _temporary()
     return folder
+
+
+def _temporary() -> str:
+    folder = tempfile.mkdtemp(prefix="vit-home-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _can_be_made(folder: str) -> bool:
+    """Whether a folder may be written to, or made."""
+    while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
+        folder = os.path.dirname(folder) or os.curdir
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

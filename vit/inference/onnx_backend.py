@@ -31,6 +31,18 @@ INPUT, OUTPUT, ROLLOUT, METADATA_KEY = "image", "logits", "rollout", "vit"
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
+def runtime() -> Any:
+    """The module `onnxruntime`, which reports to nobody unless the environment tells it to.
+
+    From 1.29 on it would send what is computed, and on which machine, to its maker, and keep a number of the machine in
+    the home folder, or complain where there is none.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
+    import onnxruntime
+
+    return onnxruntime
+
+
 def open_session(path: str | os.PathLike[str]) -> Any:
     """An `onnxruntime.InferenceSession` of the file.  Raises `VitError` when there is none or it is no ONNX model."""
     path = _checked(path)
@@ -62,8 +74,7 @@ def _outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
 
 def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     """The session of the file, by its outline where there is one that the runtime takes."""
-    import onnxruntime
-
+    onnxruntime = runtime()
     check_onnx(path)
     try:
         check_graph(path)

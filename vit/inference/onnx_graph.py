@@ -67,8 +67,10 @@ def _the_same(message: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray
     for the dimension that follows the batch.
     """
     import onnx
-    import onnxruntime
 
+    from vit.inference.onnx_backend import runtime
+
+    onnxruntime = runtime()
     known = {each.name for each in message.graph.initializer}
     derived, reshaped = list[str](), list[str]()
     for node in message.graph.node:

@@ -46,7 +46,7 @@ from vit.data.parallel import progress
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.export import describe, quiet
-from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, ROLLOUT, open_session, session_description
+from vit.inference.onnx_backend import INPUT, METADATA_KEY, OUTPUT, ROLLOUT, open_session, runtime, session_description
 from vit.inference.sample import Sample
 
 FLOOR = 0.9
@@ -106,6 +106,8 @@ def linear_layers(message: Any) -> list[str]:
 def to_integers(source: str, target: str, images: np.ndarray) -> None:
     """Write the float32 file `source` to `target` in integers, fitted to `images`; what that costs is not measured."""
     import onnx
+
+    runtime()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
