@@ -117,8 +117,8 @@ def home() -> str:
     """The user's home folder; where there is none, a temporary one for this process, which libraries then use too.
 
     Under a bare user number, as in containers, there is neither HOME nor an entry in the list of users, and matplotlib,
-    torch and the hub's client fail on it or write into a folder called "~".  Where it may only be read, matplotlib would
-    say so at length.
+    torch and the hub's client fail on it or write into a folder called "~".  Where it may only be read, matplotlib
+    would say so at length.
     """
     folder = os.path.expanduser("~")
     if folder == "~":
