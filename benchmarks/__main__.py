@@ -14,9 +14,11 @@
     finetune    fine-tuning against training from scratch, in the same time (needs --weights and --data; half an hour)
     export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
     busy        training and classifying alone and beside 1, 2 and 4 busy programs, beside a plain timm loop
+    compare     whether losses, weights, logits, maps and outputs are what they were before a change (3 minutes)
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
-Each prints a table and writes it, with machine and versions, as JSON; --record also appends it to RESULTS.md.
+Each but the last two prints a table and writes it, with machine and versions, as JSON; --record also appends it to
+RESULTS.md.
 Without a name, all are run, one after another; of the options then only --record and --peers DIR may be given.
 """
 
@@ -41,6 +43,7 @@ NAMES = {
     "finetune": ("finetune", "main"),
     "export": ("export", "main"),
     "busy": ("busy", "main"),
+    "compare": ("compare", "main"),
     "peers": ("peers", "main"),
 }
 BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step", "epoch")
