@@ -1,4 +1,4 @@
-"""docs/attention.md keeps its word: its Python runs and prints what it shows, its links and overrides exist."""
+"""docs/attention.md and its Spanish page: their Python runs and prints what they show, links and overrides exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "attention.md"
-TEXT = PAGE.read_text("utf-8")
+ENGLISH, SPANISH = ROOT / "docs" / "attention.md", ROOT / "docs" / "es" / "attention.md"
+both_pages = pytest.mark.parametrize("page", [ENGLISH, SPANISH], ids=["english", "spanish"])
 
 
 class Example(NamedTuple):
@@ -24,10 +24,11 @@ class Example(NamedTuple):
     varies: bool  # the figures differ a little from machine to machine
 
 
-def examples() -> list[Example]:
+def examples(page: Path) -> list[Example]:
+    text = page.read_text("utf-8")
     pattern = re.compile(r"^```python\n(.*?)^```\n(?:\n^```text( varies)?\n(.*?)^```$)?", re.M | re.S)
     return [
-        Example(TEXT[: m.start()].count("\n") + 2, m[1], m[3] or "", m[2] is not None) for m in pattern.finditer(TEXT)
+        Example(text[: m.start()].count("\n") + 2, m[1], m[3] or "", m[2] is not None) for m in pattern.finditer(text)
     ]
 
 
@@ -40,46 +41,75 @@ def shape(text: str) -> list[str]:
     return [re.sub(r"[\d.%░▒▓█\s]+", "#", line) for line in lines(text)]
 
 
-def run(blocks: list[Example]) -> None:
+def run(page: Path, blocks: list[Example]) -> None:
     """Run blocks in one session and compare what each prints with the page."""
     session: dict[str, object] = {"__name__": "attention_doc"}
     for block in blocks:
         # numbered as in the page, so that a failing assert points there
-        code = compile("\n" * (block.line - 1) + block.code, str(PAGE), "exec")
+        code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(code, session)
-        where = f"{PAGE.name}, line {block.line}"
+        where = f"{page}, line {block.line}"
         if block.varies:
             assert shape(output.getvalue()) == shape(block.printed), where
         else:
             assert lines(output.getvalue()) == lines(block.printed), where
 
 
-def test_every_block_is_found_with_what_it_prints():
-    blocks = examples()
-    assert len(blocks) == TEXT.count("```python\n")
+class Untranslated(ast.NodeTransformer):
+    """Remove what a translation may change: the text of strings, except of keyword arguments (`init="xavier"`)."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
+        return ast.JoinedStr([part for part in node.values if isinstance(part, ast.FormattedValue)])
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        return node if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+
+@both_pages
+def test_every_block_is_found_with_what_it_prints(page):
+    blocks = examples(page)
+    assert len(blocks) == page.read_text("utf-8").count("```python\n")
     assert len(blocks) >= 10
     for block in blocks:
-        assert ("print(" in block.code) == bool(block.printed), f"{PAGE.name}, line {block.line}"
+        assert ("print(" in block.code) == bool(block.printed), f"{page}, line {block.line}"
 
 
-def test_the_blocks_before_training_print_what_the_page_shows():
-    blocks = examples()
-    run(blocks[: [block.varies for block in blocks].index(True)])
+def test_both_languages_have_the_same_code_and_figures():
+    english, spanish = examples(ENGLISH), examples(SPANISH)
+    assert len(english) == len(spanish)
+    for left, right in zip(english, spanish, strict=True):
+        trees = [ast.unparse(Untranslated().visit(ast.parse(block.code))) for block in (left, right)]
+        assert trees[0] == trees[1], f"{SPANISH}, line {right.line}"
+        figures = [re.findall(r"\d[\d.]*|[░▒▓█]+", block.printed) for block in (left, right)]
+        assert figures[0] == figures[1], f"{SPANISH}, line {right.line}"
+    overrides = [set(re.findall(r"model\.\w+=[\w.]+", page.read_text("utf-8"))) for page in (ENGLISH, SPANISH)]
+    assert overrides[0] == overrides[1]
+
+
+@both_pages
+def test_the_blocks_before_training_print_what_the_page_shows(page):
+    blocks = examples(page)
+    run(page, blocks[: [block.varies for block in blocks].index(True)])
 
 
 @pytest.mark.slow
-def test_every_block_prints_what_the_page_shows():
+@both_pages
+def test_every_block_prints_what_the_page_shows(page):
     """With the training of step 11: some twenty seconds."""
-    run(examples())
+    run(page, examples(page))
 
 
-def test_every_link_names_something_that_is_there():
-    links = re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", TEXT)
+@both_pages
+def test_every_link_names_something_that_is_there(page):
+    links = re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", page.read_text("utf-8"))
     assert len(links) > 20
     for name, target in links:
-        path = (PAGE.parent / target).resolve()
+        path = (page.parent / target).resolve()
         assert path.is_file(), f"{name}: no file {target}"
         if name.endswith((".py", "/")):
             continue
@@ -90,7 +120,7 @@ def test_every_link_names_something_that_is_there():
             defined = found[0].body
 
 
-OVERRIDES = sorted(set(re.findall(r"`(?:python train\.py )?(model\.\w+=\w[^`]*)`", TEXT)))
+OVERRIDES = sorted(set(re.findall(r"`(?:python train\.py )?(model\.\w+=\w[^`]*)`", ENGLISH.read_text("utf-8"))))
 
 
 @pytest.mark.parametrize("override", OVERRIDES)
