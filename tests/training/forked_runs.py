@@ -1,9 +1,9 @@
 """Runs of `train.py` that start at once: everything is imported here, and each run is a fork of this process.
 
 A program for tests that need many real processes and real signals: it reads a JSON object a line, `{"arguments",
-"signal", "after", "environment"}`, runs `train_main(arguments)` in a child, sends it `signal` when `after` seconds have
-passed since the run began, and answers `{"status", "out", "err", "seconds"}`.  A child that takes longer than LIMIT is
-killed, and its status is then "hangs".
+"signal", "after", "environment", "folder"}`, runs `train_main(arguments)` in a child in that folder, sends it `signal`
+when `after` seconds have passed since the run began, and answers `{"status", "out", "err", "seconds"}`.  A child that
+takes longer than LIMIT is killed, and its status is then "hangs".
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LIMIT = 240.0
 def child(request: dict[str, Any], began: int, out: Any, err: Any) -> None:
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
-    os.environ.update(request.get("environment", {}))
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
     from vit.training.app import train_main
 
     status = 1

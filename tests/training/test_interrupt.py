@@ -5,9 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -104,34 +101,14 @@ def test_a_run_stopped_at_any_moment_goes_on_to_the_same_weights(run, monkeypatc
 SMALL = ["trainer=cpu", "trainer.threads=1", "data.batch_size=64", "export.onnx=false", "logging=none", *TINY]
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """Run `train.py` as a fork of a process that has imported everything: `forked(overrides, signal, after)`."""
-    command = [sys.executable, str(Path(__file__).with_name("forked_runs.py"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment)
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def start(*overrides, number=None, after=0.0):
-        request = {"arguments": [*SMALL, *overrides], "signal": number, "after": after}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield start
-    server.stdin.close()
-    server.wait(60)
-
-
 def survive(forked, root, moments):
     """Interrupt a run at each of these moments, (signal, fraction of an unbroken run's seconds), and go on."""
-    whole = forked(f"run.root={root}", "run.name=whole")
+    whole = forked(*SMALL, f"run.root={root}", "run.name=whole")
     assert whole["status"] == 0, whole["err"]
     (unbroken,) = (root / "whole").iterdir()
     for trial, (number, fraction) in enumerate(moments):
         name = f"trial{trial}"
-        part = forked(f"run.root={root}", f"run.name={name}", number=number, after=fraction * whole["seconds"])
+        part = forked(*SMALL, f"run.root={root}", f"run.name={name}", number=number, after=fraction * whole["seconds"])
         said = f"{number!r} after {fraction:.3f}: {part['err']}"
         assert "Traceback" not in part["err"], said
         assert part["status"] in (0, -number if number == signal.SIGKILL else 130), said
@@ -141,7 +118,7 @@ def survive(forked, root, moments):
         if part["status"] == 0 or not folders or not (folders[0] / "checkpoints" / "last.ckpt").is_file():
             continue  # over before the signal came, or stopped before anything was learned
         assert number == signal.SIGKILL or "resume=" in part["out"] + part["err"], said
-        rest = forked(f"resume={folders[0]}")
+        rest = forked(*SMALL, f"resume={folders[0]}")
         assert rest["status"] == 0, said + rest["err"]
         assert same(unbroken, folders[0]), said
         assert same(unbroken, folders[0], "best"), said
