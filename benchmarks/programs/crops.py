@@ -58,11 +58,12 @@ class Loaded:
         """Each call is an epoch: its normalised batches (B, 3, H, W), each with the places of its images."""
         from vit.data.augment import BatchAugment
         from vit.data.augment_config import AugmentConfig
-        from vit.data.loaders import train_loader
+        from vit.data.loaders import crops_in_loader, train_loader
 
         config = AugmentConfig(**{"random_resized_crop": True, "flip": 0.5, **augment})
         loader = train_loader(self.split, self.preprocessing, self.config, config, seed=0)
-        make = BatchAugment(config, num_classes=1, mean=MEAN, std=STD, seed=0, cropped=loader.cropped)
+        cropped = crops_in_loader(self.split, self.preprocessing, self.config, config)
+        make = BatchAugment(config, num_classes=1, mean=MEAN, std=STD, seed=0, cropped=cropped)
         epoch = itertools.count()
 
         def run() -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Resident loaders, and what all loaders have in common: order, parts of processes, resuming, padding."""
+"""Loaders of resident images, and what all loaders have in common: order, parts of processes, resuming, padding."""
 
 import copy
 import itertools
@@ -10,19 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vit.data.batches import EvalLoader, TrainLoader
 from vit.data.random import permutation
-from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader
+from vit.data.resident import ResidentImages
 from vit.errors import VitError
 
 
-def train(samples: int, batch_size: int, **options) -> ResidentTrainLoader:
+def resident(samples: int) -> ResidentImages:
     images = torch.arange(samples, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 3, 4).contiguous()
-    return ResidentTrainLoader(images, torch.arange(samples) % 7, batch_size, **{"seed": 3, **options})
+    return ResidentImages(images, torch.arange(samples) % 7)
 
 
-def evaluation(samples: int, batch_size: int, **options) -> ResidentEvalLoader:
-    images = torch.arange(samples, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 3, 4).contiguous()
-    return ResidentEvalLoader(images, torch.arange(samples) % 7, batch_size, **options)
+def train(samples: int, batch_size: int, **options) -> TrainLoader:
+    return TrainLoader(resident(samples), batch_size, **{"seed": 3, **options})
+
+
+def evaluation(samples: int, batch_size: int, **options) -> EvalLoader:
+    return EvalLoader(resident(samples), batch_size, **options)
 
 
 def flat(lists) -> list[int]:

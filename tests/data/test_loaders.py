@@ -10,10 +10,10 @@ import torch
 from vit.data.augment import AugmentConfig, BatchAugment
 from vit.data.catalogue import DataConfig
 from vit.data.dataset import ArrayImages, FileImages, Split
-from vit.data.loaders import Batch, eval_loader, train_loader
+from vit.data.loaders import Batch, crops_in_loader, eval_loader, train_loader
 from vit.data.preprocess import Preprocessing
-from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader
-from vit.data.streaming import StreamingEvalLoader, StreamingTrainLoader
+from vit.data.resident import ResidentImages
+from vit.data.streaming import StreamedImages
 from vit.errors import VitError
 
 SIZE = Preprocessing(image_size=(8, 8), channels=1)
@@ -31,28 +31,35 @@ def config(**changes) -> DataConfig:
 
 def test_arrays_of_one_size_are_resident_and_files_stream(make_folder, caplog) -> None:
     with caplog.at_level(logging.INFO, "vit"):
-        assert isinstance(train_loader(digits(), SIZE, config(), PLAIN, seed=0), ResidentTrainLoader)
-        assert isinstance(eval_loader(digits(), SIZE, config()), ResidentEvalLoader)
+        assert isinstance(train_loader(digits(), SIZE, config(), PLAIN, seed=0).source, ResidentImages)
+        assert isinstance(eval_loader(digits(), SIZE, config()).source, ResidentImages)
     assert "40 images held on the device" in caplog.text
     caplog.clear()
     root = make_folder({"a.png": None, "b.png": None})
     split = Split(labels=np.array([0, 1]), images=FileImages([root / "a.png", root / "b.png"]), channels=1)
     with caplog.at_level(logging.INFO, "vit"):
-        assert isinstance(train_loader(split, SIZE, config(), PLAIN, seed=0), StreamingTrainLoader)
-        assert isinstance(eval_loader(split, SIZE, config()), StreamingEvalLoader)
+        assert isinstance(train_loader(split, SIZE, config(), PLAIN, seed=0).source, StreamedImages)
+        assert isinstance(eval_loader(split, SIZE, config()).source, StreamedImages)
     assert "2 images streamed" in caplog.text
-    assert isinstance(train_loader(split, SIZE, config(resident=True), PLAIN, seed=0), ResidentTrainLoader)
+    assert isinstance(train_loader(split, SIZE, config(resident=True), PLAIN, seed=0).source, ResidentImages)
 
 
 def test_the_key_decides_where_it_says_so() -> None:
-    assert isinstance(train_loader(digits(), SIZE, config(resident=False), PLAIN, seed=0), StreamingTrainLoader)
-    assert isinstance(train_loader(digits(), SIZE, config(resident=True), PLAIN, seed=0), ResidentTrainLoader)
+    assert isinstance(train_loader(digits(), SIZE, config(resident=False), PLAIN, seed=0).source, StreamedImages)
+    assert isinstance(train_loader(digits(), SIZE, config(resident=True), PLAIN, seed=0).source, ResidentImages)
+
+
+def test_who_cuts_random_crops() -> None:
+    crops = AugmentConfig(random_resized_crop=True)
+    assert not crops_in_loader(digits(), SIZE, config(), crops)  # resident: BatchAugment does
+    assert crops_in_loader(digits(), SIZE, config(resident=False), crops)
+    assert not crops_in_loader(digits(), SIZE, config(resident=False), PLAIN)
 
 
 def test_more_than_two_gibibytes_stream(monkeypatch) -> None:
     monkeypatch.setattr("vit.data.loaders.RESIDENT_LIMIT", 40 * 64 - 1)
-    assert isinstance(eval_loader(digits(), SIZE, config()), StreamingEvalLoader)
-    assert isinstance(eval_loader(digits(39), SIZE, config()), ResidentEvalLoader)
+    assert isinstance(eval_loader(digits(), SIZE, config()).source, StreamedImages)
+    assert isinstance(eval_loader(digits(39), SIZE, config()).source, ResidentImages)
 
 
 def test_more_than_there_is_memory_for(monkeypatch) -> None:
@@ -73,9 +80,9 @@ def test_resident_images_do_not_lie_on_read_only_memory() -> None:
     split = digits()
     split.images.pixels.setflags(write=False)
     loader = train_loader(split, SIZE, config(), PLAIN, seed=0)
-    assert isinstance(loader, ResidentTrainLoader)
-    assert loader.images.shape == (40, 1, 8, 8)
-    assert np.array_equal(loader.images.permute(0, 2, 3, 1).numpy(), split.images.pixels)
+    assert isinstance(loader.source, ResidentImages)
+    assert loader.source.images.shape == (40, 1, 8, 8)
+    assert np.array_equal(loader.source.images.permute(0, 2, 3, 1).numpy(), split.images.pixels)
 
 
 def test_mixing_over_processes_needs_even_parts() -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vit.data.augment import AugmentConfig
+from vit.data.batches import EvalLoader, TrainLoader
 from vit.data.dataset import ArrayImages, FileImages, Split
 from vit.data.preprocess import Preprocessing
 from vit.data.random import Stream, uniform
@@ -22,8 +23,7 @@ from vit.data.regions import NUMBERS, crop_boxes
 from vit.data.streaming import (
     DecodedImages,
     RandomCrop,
-    StreamingEvalLoader,
-    StreamingTrainLoader,
+    StreamedImages,
     _received,
     worker_count,
     workers_watched,
@@ -47,6 +47,15 @@ def split(make_folder, picture):
     return Split(labels=np.arange(23) % 4, images=FileImages(paths), channels=3)
 
 
+def training(split, batch_size, augment, *, seed, rank=0, world_size=1, **options) -> TrainLoader:
+    source = StreamedImages(split, SIZE, RandomCrop.of(augment, seed), **options)
+    return TrainLoader(source, batch_size, seed=seed, rank=rank, world_size=world_size)
+
+
+def evaluation(split, batch_size, *, rank=0, world_size=1, **options) -> EvalLoader:
+    return EvalLoader(StreamedImages(split, SIZE, **options), batch_size, rank=rank, world_size=world_size)
+
+
 def collect(loader) -> list[tuple]:
     try:
         return [tuple(part.clone() for part in batch) for batch in loader]
@@ -63,7 +72,7 @@ def same(left: list[tuple], right: list[tuple]) -> bool:
 @pytest.mark.parametrize("augment", [PLAIN, CROPS])
 def test_the_number_of_workers_changes_nothing(split, augment) -> None:
     def epochs(workers: int) -> list[tuple]:
-        loader = StreamingTrainLoader(split, SIZE, 6, augment, seed=1, workers=workers)
+        loader = training(split, 6, augment, seed=1, workers=workers)
         batches = []
         for epoch in range(2):  # the second with the workers of the first
             loader.set_epoch(epoch)
@@ -78,18 +87,16 @@ def test_the_number_of_workers_changes_nothing(split, augment) -> None:
 
 
 def test_the_number_of_processes_changes_nothing(split) -> None:
-    whole = collect(StreamingTrainLoader(split, SIZE, 6, CROPS, seed=1, workers=0))
-    parts = [
-        collect(StreamingTrainLoader(split, SIZE, 6, CROPS, seed=1, workers=0, rank=r, world_size=2)) for r in (0, 1)
-    ]
+    whole = collect(training(split, 6, CROPS, seed=1, workers=0))
+    parts = [collect(training(split, 6, CROPS, seed=1, workers=0, rank=r, world_size=2)) for r in (0, 1)]
     joined = [tuple(map(torch.cat, zip(a, b, strict=True))) for a, b in zip(*parts, strict=True)]
     assert same(joined, whole)
 
 
 def test_images_are_what_preprocessing_makes_of_them(split) -> None:
     for loader in (
-        StreamingTrainLoader(split, SIZE, 6, PLAIN, seed=1, workers=0),
-        StreamingEvalLoader(split, SIZE, 6, workers=0),
+        training(split, 6, PLAIN, seed=1, workers=0),
+        evaluation(split, 6, workers=0),
     ):
         for batch in loader:
             for image, label, i in zip(batch.images, batch.labels, batch.index.tolist(), strict=True):
@@ -99,21 +106,19 @@ def test_images_are_what_preprocessing_makes_of_them(split) -> None:
 
 
 def test_resident_and_streamed_batches_are_equal(split) -> None:
-    from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader, resident_tensors
+    from vit.data.resident import ResidentImages
 
-    images, labels = resident_tensors(split, SIZE, "cpu")
+    resident = ResidentImages.load(split, SIZE, "cpu")
     assert same(
-        collect(ResidentTrainLoader(images, labels, 6, seed=1)),
-        collect(StreamingTrainLoader(split, SIZE, 6, PLAIN, seed=1, workers=0)),
+        collect(TrainLoader(resident, 6, seed=1)),
+        collect(training(split, 6, PLAIN, seed=1, workers=0)),
     )
-    assert same(collect(ResidentEvalLoader(images, labels, 6)), collect(StreamingEvalLoader(split, SIZE, 6, workers=0)))
+    assert same(collect(EvalLoader(resident, 6)), collect(evaluation(split, 6, workers=0)))
 
 
 def test_crops_are_torchvisions_of_the_original(split) -> None:
     functional = pytest.importorskip("torchvision.transforms.v2.functional")
-    loader = StreamingTrainLoader(split, SIZE, 23, CROPS, seed=9, workers=0)
-    assert loader.cropped
-    assert not StreamingTrainLoader(split, SIZE, 23, PLAIN, seed=9, workers=0).cropped
+    loader = training(split, 23, CROPS, seed=9, workers=0)
     loader.set_epoch(4)
     (batch,) = loader
     for image, i in zip(batch.images, batch.index.tolist(), strict=True):
@@ -139,7 +144,7 @@ def test_crops_of_images_with_other_than_three_channels() -> None:
 
 
 def test_resuming_decodes_only_what_is_to_come(split) -> None:
-    loader = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=1)
+    loader = training(split, 5, CROPS, seed=2, workers=1)
     loader.set_epoch(3)
     whole = [tuple(batch) for batch in loader]
     running = iter(loader)
@@ -147,17 +152,17 @@ def test_resuming_decodes_only_what_is_to_come(split) -> None:
     state = loader.state_dict()
     running.close()
     loader.close()
-    resumed = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=2)
+    resumed = training(split, 5, CROPS, seed=2, workers=2)
     resumed.load_state_dict(state)
     assert same(collect(resumed), whole[1:])
 
 
 def test_a_pass_given_up_for_another(split) -> None:
-    loader = StreamingTrainLoader(split, SIZE, 4, PLAIN, seed=2, workers=2)
+    loader = training(split, 4, PLAIN, seed=2, workers=2)
     next(iter(loader))
     loader.set_epoch(1)
     again = collect(loader)
-    fresh = StreamingTrainLoader(split, SIZE, 4, PLAIN, seed=2, workers=0)
+    fresh = training(split, 4, PLAIN, seed=2, workers=0)
     fresh.set_epoch(1)
     assert same(again, collect(fresh))
 
@@ -169,9 +174,9 @@ def test_a_file_that_went_bad_stops_with_its_name(split, workers, kind) -> None:
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\nno more")
     if kind == "train":
-        loader = StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=workers)
+        loader = training(split, 5, CROPS, seed=2, workers=workers)
     else:
-        loader = StreamingEvalLoader(split, SIZE, 5, workers=workers)
+        loader = evaluation(split, 5, workers=workers)
     with pytest.raises(VitError) as caught:
         list(loader)
     loader.close()
@@ -183,14 +188,14 @@ def test_a_file_that_went_bad_stops_with_its_name(split, workers, kind) -> None:
 def test_a_file_that_went_away_stops_with_its_name(split) -> None:
     os.unlink(split.name(0))
     with pytest.raises(VitError, match=r"0\.png"):
-        list(StreamingEvalLoader(split, SIZE, 50, workers=0))
+        list(evaluation(split, 50, workers=0))
 
 
 def test_workers_can_be_spawned(split) -> None:
     if "spawn" not in multiprocessing.get_all_start_methods():
         pytest.skip("no spawn here")
-    expected = collect(StreamingTrainLoader(split, SIZE, 10, CROPS, seed=1, workers=0))
-    loader = StreamingTrainLoader(split, SIZE, 10, CROPS, seed=1, workers=1, context="spawn")
+    expected = collect(training(split, 10, CROPS, seed=1, workers=0))
+    loader = training(split, 10, CROPS, seed=1, workers=1, context="spawn")
     assert same(collect(loader), expected)
 
 
@@ -203,7 +208,7 @@ def test_what_workers_get_is_small_and_keeps_its_meaning(split) -> None:
 
 
 def test_processes_get_equal_parts_of_an_evaluation(split) -> None:
-    parts = [collect(StreamingEvalLoader(split, SIZE, 10, workers=0, rank=r, world_size=2)) for r in (0, 1)]
+    parts = [collect(evaluation(split, 10, workers=0, rank=r, world_size=2)) for r in (0, 1)]
     assert [len(batch[0]) for batch in parts[0]] == [len(batch[0]) for batch in parts[1]] == [5, 5, 2]
     assert [bool(v) for v in parts[1][2][3]] == [True, False]
     seen = [batch[2][batch[3]].tolist() for pair in zip(*parts, strict=True) for batch in pair]
@@ -212,7 +217,7 @@ def test_processes_get_equal_parts_of_an_evaluation(split) -> None:
 
 def test_closing_ends_the_workers(split) -> None:
     before = set(multiprocessing.active_children())
-    loader = StreamingEvalLoader(split, SIZE, 5, workers=2)
+    loader = evaluation(split, 5, workers=2)
     iterator = iter(loader)
     next(iterator)
     assert len(set(multiprocessing.active_children()) - before) == 2
@@ -223,7 +228,7 @@ def test_closing_ends_the_workers(split) -> None:
 
 def test_workers_outlive_ctrl_c(split) -> None:
     before = set(multiprocessing.active_children())
-    loader = StreamingEvalLoader(split, SIZE, 2, workers=2)
+    loader = evaluation(split, 2, workers=2)
     iterator = iter(loader)
     seen = len(next(iterator).index)
     for worker in set(multiprocessing.active_children()) - before:
@@ -238,7 +243,8 @@ from multiprocessing import resource_tracker
 import numpy as np
 from vit.data.dataset import FileImages, Split
 from vit.data.preprocess import Preprocessing
-from vit.data.streaming import StreamingEvalLoader
+from vit.data.batches import EvalLoader
+from vit.data.streaming import StreamedImages
 
 folder, context, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
 kind = multiprocessing.get_context(context).Process
@@ -254,7 +260,7 @@ kind.start = start_and_interrupt
 paths = sorted(glob.glob(folder + "/*.png"))
 split = Split(labels=np.zeros(len(paths)), images=FileImages(paths), channels=3)
 size = Preprocessing(image_size=(16, 20), channels=3, interpolation="bilinear")
-loader = StreamingEvalLoader(split, size, 2, workers=workers, context=context)
+loader = EvalLoader(StreamedImages(split, size, workers=workers, context=context), 2)
 seen = sum(len(batch.index) for batch in loader)
 loader.close()
 print(seen, resource_tracker._resource_tracker._pid is not None, flush=True)
@@ -291,7 +297,7 @@ def test_an_interrupt_while_workers_start_still_comes(split, monkeypatch) -> Non
         start(process)
 
     monkeypatch.setattr(kind, "start", start_and_interrupt)
-    loader = StreamingEvalLoader(split, SIZE, 2, workers=2, context="fork")
+    loader = evaluation(split, 2, workers=2, context="fork")
     with pytest.raises(KeyboardInterrupt):
         list(loader)
     monkeypatch.undo()
@@ -304,9 +310,9 @@ def test_without_shared_memory_batches_come_through_pipes(split, monkeypatch, ca
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    whole = collect(StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=0))
+    whole = collect(training(split, 5, CROPS, seed=2, workers=0))
     with caplog.at_level("WARNING", "vit"):
-        batches = collect(StreamingTrainLoader(split, SIZE, 5, CROPS, seed=2, workers=2, context="fork"))
+        batches = collect(training(split, 5, CROPS, seed=2, workers=2, context="fork"))
     assert same(batches, whole)
     assert [record.message for record in caplog.records if "--shm-size" in record.message] == [
         caplog.records[0].message
@@ -318,12 +324,13 @@ import sys
 import numpy as np, torch
 from vit.data.dataset import ArrayImages, Split
 from vit.data.preprocess import Preprocessing
-from vit.data.streaming import StreamingEvalLoader
+from vit.data.batches import EvalLoader
+from vit.data.streaming import StreamedImages
 
 pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 64, 3), dtype=np.uint8)
 split = Split(labels=np.zeros(48), images=ArrayImages(pixels, "noise"), channels=3)
 size = Preprocessing(image_size=(224, 224), channels=3)
-one, two = (StreamingEvalLoader(split, size, 8, workers=workers) for workers in (0, 2))
+one, two = (EvalLoader(StreamedImages(split, size, workers=workers), 8) for workers in (0, 2))
 for a, b in zip(one, two, strict=True):
     assert torch.equal(a.images, b.images)
 two.close()
@@ -364,7 +371,7 @@ def test_a_worker_that_dies_while_it_sends_ends_it_with_a_line(error, monkeypatc
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGBUS"])
 def test_a_worker_that_is_killed_ends_it_with_a_line(split, number) -> None:
     before = set(multiprocessing.active_children())
-    loader = StreamingEvalLoader(split, SIZE, 1, workers=2)
+    loader = evaluation(split, 1, workers=2)
 
     @workers_watched()
     def go_on() -> None:
@@ -379,9 +386,9 @@ def test_a_worker_that_is_killed_ends_it_with_a_line(split, number) -> None:
 
 
 def test_workers_that_send_nothing_are_not_waited_for_without_end(split, monkeypatch) -> None:
-    monkeypatch.setattr("vit.data.streaming._PATIENCE", 1)
+    monkeypatch.setattr("vit.data.streaming._TIMEOUT", 1)
     monkeypatch.setattr(DecodedImages, "__getitem__", lambda *_: time.sleep(60))
-    loader = StreamingEvalLoader(split, SIZE, 5, workers=1, context="fork")
+    loader = evaluation(split, 5, workers=1, context="fork")
     with pytest.raises(VitError, match="timed out after 1 seconds"), workers_watched():
         list(loader)
     loader.close()

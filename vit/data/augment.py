@@ -35,7 +35,7 @@ class BatchAugment:
         num_classes: K, for soft targets.
         mean, std: per channel, of values in [0, 1].
         seed: the run's.
-        cropped: random-resized crops were taken already, while decoding (`TrainLoader.cropped`).
+        cropped: the loader cuts the random-resized crops (`vit.data.loaders.crops_in_loader`).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class BatchAugment:
         self.num_classes = num_classes
         self.seed = seed
         self._device: torch.device | None = None
-        self.cropped = cropped
+        self._cropped = cropped
         self._mean, self._std = tuple(mean), tuple(std)
 
     def __call__(
@@ -93,16 +93,6 @@ class BatchAugment:
         if kept is None and config.label_smoothing == 0:
             return images, labels
         return images, mixing.soft_targets(labels, self.num_classes, config.label_smoothing, kept)
-
-    @property
-    def cropped(self) -> bool:
-        """Whether crops were taken already; may be set once the loader is known."""
-        return self._cropped
-
-    @cropped.setter
-    def cropped(self, cropped: bool) -> None:
-        self._cropped = cropped
-        self._device = None  # what is drawn changes with it
 
     def _place(self, device: torch.device) -> None:
         """Keep what does not change from step to step on the device."""

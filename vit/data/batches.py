@@ -1,6 +1,7 @@
-"""What a batch is, which images it holds, and where an epoch stands: all that loaders have in common.
+"""Batches: which images each one holds, in what order, and how far an epoch has come.
 
 Notable:
+- A loader decides the order; a `Source` delivers the images: `ResidentImages`, `StreamedImages` or `StoredImages`.
 - The order of an epoch is a function of (seed, epoch), and a batch one of (order, position). A loader's whole state is
   the epoch and a position; after a resume the very next batch comes.
 - A batch is cut over processes, not the data set: process r takes the r-th slice of every global batch, so any number
@@ -11,11 +12,10 @@ Notable:
 
 from __future__ import annotations
 
-import abc
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ log = logging.getLogger("vit")
 
 
 class Batch(NamedTuple):
-    """Images and what belongs to them.
+    """A batch of images with their labels.
 
     Attributes:
         images: uint8 (B, C, H, W).
         labels: int64 (B,).
-        index: int64 (B,), each image's place in its split.
+        index: int64 (B,), each image's index in its split.
         valid: bool (B,); false for repeats that fill up a last batch. Always true in training.
     """
 
@@ -42,10 +42,36 @@ class Batch(NamedTuple):
     valid: Tensor
 
 
-class _Timed:
-    """Counts how long its user waits for data."""
+class Source(Protocol):
+    """Delivers the images of a split in the order that a loader asks for.
+
+    Attributes:
+        index_device: where the indices in `parts` are wanted.
+    """
+
+    index_device: torch.device
+
+    def __len__(self) -> int:
+        """Count the images."""
+
+    def batches(self, epoch: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """Yield a batch for each (index, valid) in `parts`: int64 (B,) and bool (B,), in that order."""
+
+    def close(self) -> None:
+        """Stop worker processes, if there are any. `batches` starts new ones."""
+
+
+class _Loader:
+    """Passes batches on from a source, and measures how long its user waits for them."""
 
     wait_seconds: float = 0.0
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.samples = source, len(source)
+
+    def close(self) -> None:
+        """Stop worker processes, if there are any. Iterating again starts new ones."""
+        self.source.close()
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -59,8 +85,8 @@ class _Timed:
             yield batch
 
 
-class TrainLoader(_Timed, abc.ABC):
-    """Shuffled batches, every one full.
+class TrainLoader(_Loader):
+    """Yields shuffled batches, every one full.
 
     Iterating yields the batches of the epoch that `set_epoch` chose: all of them, or after `load_state_dict` those that
     were still to come. `len()` is the number in a whole epoch either way.
@@ -68,23 +94,40 @@ class TrainLoader(_Timed, abc.ABC):
     The last, partial batch is left out (another shuffle brings its images back), except that a data set smaller than a
     batch makes one batch of all of it. Over several processes that one is rounded down to equal parts.
 
-    Attributes:
-        cropped: random-resized crops are taken by the loader; tell `BatchAugment`.
-        wait_seconds: how long the user of this loader has waited for batches so far.
+    Args:
+        source: delivers the images.
         batch_size: of a global batch, all processes together.
+        seed: the run's; the order is a function of it and the epoch.
+        rank, world_size: this process and how many there are; it gets its part of every global batch.
+        paired: neighbours in a batch are mixed, so that no pair may be divided between two processes.
+
+    Attributes:
+        wait_seconds: how long the user of this loader has waited for batches so far.
+        batch_size: of a global batch; smaller than asked for only where the data set is.
+
+    Raises:
+        VitError: no images, or a batch size that the processes cannot share.
     """
 
-    cropped: bool = False
-
-    def __init__(self, samples: int, batch_size: int, *, seed: int, rank: int, world_size: int, paired: bool) -> None:
-        if samples < 1:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        paired: bool = False,
+    ) -> None:
+        super().__init__(source)
+        if self.samples < 1:
             raise VitError("the training split has no images")
-        if samples < world_size:
+        if self.samples < world_size:
             raise VitError(
-                f"the training split has {samples} images, fewer than the {world_size} processes; train with 1"
+                f"the training split has {self.samples} images, fewer than the {world_size} processes; train with 1"
             )
-        self.samples, self.seed = samples, seed
-        self.batch_size = _batch_size(samples, batch_size, world_size, paired)
+        self.seed = seed
+        self.batch_size = _batch_size(self.samples, batch_size, world_size, paired)
         local = self.batch_size // world_size
         self._slice = slice(rank * local, (rank + 1) * local)
         self._epoch = 0
@@ -96,12 +139,12 @@ class TrainLoader(_Timed, abc.ABC):
 
     @property
     def epoch(self) -> int:
-        """The epoch that iterating yields."""
+        """Return the epoch that iterating yields."""
         return self._epoch
 
     @property
     def sampler(self) -> TrainLoader:
-        """The loader itself, for Lightning to call `set_epoch` on."""
+        """Return the loader itself, for Lightning to call `set_epoch` on."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -110,7 +153,7 @@ class TrainLoader(_Timed, abc.ABC):
             self._epoch, self._position, self._resumed = epoch, 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, in plain numbers: batches handed out, and what that count depends on."""
+        """Return the position in plain numbers: batches handed out, and what that count depends on."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -144,77 +187,67 @@ class TrainLoader(_Timed, abc.ABC):
             self._position = 0
         self._resumed = False
         epoch, start = self._epoch, self._position
-        for batch in self._timed(self._batches(epoch, start)):
+        for batch in self._timed(self.source.batches(epoch, self._parts(epoch, start))):
             if epoch == self._epoch:
                 self._position += 1
             yield batch
 
-    def close(self) -> None:
-        """Stop worker processes, if there are any. Iterating again starts new ones."""
-
-    @abc.abstractmethod
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        """This process's part of the batches of `epoch`, from number `start` on."""
-
     def _parts(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of its batches from number `start` on: int64 index (B,) and bool valid (B,), which all are."""
-        order = self._order(epoch)
-        valid = torch.ones(order.shape[1], dtype=torch.bool)
-        for index in order[start:]:
+        """Yield (index, valid) of this process's part of each batch, from number `start` on."""
+        device = self.source.index_device
+        order = permutation(self.seed, epoch, self.samples, device)[: len(self) * self.batch_size]
+        own = order.view(len(self), self.batch_size)[:, self._slice]
+        valid = torch.ones(own.shape[1], dtype=torch.bool, device=device)
+        for index in own[start:]:
             yield index, valid
 
-    def _order(self, epoch: int, device: torch.device | str = "cpu") -> Tensor:
-        """This process's images of every batch of the epoch: int64 (batches, B)."""
-        order = permutation(self.seed, epoch, self.samples, device)[: len(self) * self.batch_size]
-        return order.view(len(self), self.batch_size)[:, self._slice]
 
-
-class EvalLoader(_Timed, abc.ABC):
-    """Every image once, in order.
+class EvalLoader(_Loader):
+    """Yields every image once, in order.
 
     Process r takes the r-th slice of every global batch. All processes get equally many batches of equal sizes: a last
     batch that does not divide is filled up by repeating its last image, marked `valid=False`. One process needs no
     filling, so there the last batch is just smaller.
 
+    Args:
+        source: delivers the images.
+        batch_size: of a global batch, all processes together.
+        rank, world_size: this process and how many there are.
+
     Attributes:
         wait_seconds: how long the user of this loader has waited for batches so far.
     """
 
-    def __init__(self, samples: int, batch_size: int, *, rank: int, world_size: int) -> None:
+    def __init__(self, source: Source, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(source)
         if batch_size < 1:
             raise VitError(f"data.eval_batch_size: {batch_size} is not at least 1")
-        self.samples, self._rank, self._world_size = samples, rank, world_size
+        self._rank, self._world_size = rank, world_size
         self._global = -(-batch_size // world_size) * world_size
 
     def __len__(self) -> int:
         return -(-self.samples // self._global)
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._timed(self._batches())
-
-    def close(self) -> None:
-        """Stop worker processes, if there are any. Iterating again starts new ones."""
-
-    @abc.abstractmethod
-    def _batches(self) -> Iterator[Batch]:
-        """This process's part of all batches."""
+        yield from self._timed(self.source.batches(0, self._parts()))
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images of every batch: int64 index (B,) and bool valid (B,)."""
+        """Yield (index, valid) of this process's part of each batch."""
         for start in range(0, self.samples, self._global):
             size = min(self._global, self.samples - start)
             local = -(-size // self._world_size)
-            place = torch.arange(start + self._rank * local, start + (self._rank + 1) * local)
-            yield place.clamp(max=self.samples - 1), place < self.samples
+            first = start + self._rank * local
+            index = torch.arange(first, first + local, device=self.source.index_device)
+            yield index.clamp(max=self.samples - 1), index < self.samples
 
 
 def to_device(
     batches: Iterator[tuple[Sequence[Tensor], Callable[..., Batch]]], device: torch.device
 ) -> Iterator[Batch]:
-    """Bring tensors from the host to the device, and make batches of them there with the function beside them.
+    """Copy tensors from the host to the device, and make batches of them there with the function beside them.
 
-    To a GPU they go by pinned memory and on a stream of their own: the host runs ahead of the GPU, so this work meets
-    the computation of the batch before.
+    To a GPU they go through pinned memory and on a stream of their own, so that copying overlaps with the computation
+    of the batch before.
     """
     if device.type != "cuda":
         for tensors, finish in batches:
@@ -232,10 +265,10 @@ def to_device(
 
 
 def _batch_size(samples: int, batch_size: int, world_size: int, paired: bool) -> int:
-    """The global batch size, checked; smaller than asked for only where the data set is."""
+    """Check the global batch size, and reduce it to what a small data set fills."""
     if batch_size < 1:
         raise VitError(f"data.batch_size: {batch_size} is not at least 1")
-    # pairs that mix must not be cut apart by a process's border
+    # a pair that is mixed must lie in one process
     unit = world_size * (2 if paired and world_size > 1 else 1)
     if batch_size % unit:
         lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit

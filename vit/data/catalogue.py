@@ -163,6 +163,7 @@ def open_data(
     class_names: Sequence[str] | None = None,
     splits: str | os.PathLike[str] | None = None,
     given: Gathered | None = None,
+    scan_limit: int | None = None,
 ) -> ImageData:
     """Open the data set that `config` describes.
 
@@ -173,12 +174,14 @@ def open_data(
             know is refused.
         splits: the file that says which image is in which split, of the run that `class_names` are of.
         given: the images themselves, where they come from Python (`vit.data.memory`).
+        scan_limit: refuse a data set of which more images than this would have to be decoded to open it; None for
+            any number.
 
     Raises:
         VitError: files that are missing or unreadable, a layout that is not understood, fewer than two classes, or
             classes that do not match; the message says what was expected and where.
     """
-    data = _opened(config, None if class_names is None else list(class_names), given)
+    data = _opened(config, None if class_names is None else list(class_names), given, scan_limit)
     if class_names is not None:
         data = match_classes(data, list(class_names))
     elif len(data.class_names) < 2:
@@ -198,13 +201,15 @@ def open_data(
     return data
 
 
-def _opened(config: DataConfig, class_names: list[str] | None, given: Gathered | None) -> ImageData:
+def _opened(
+    config: DataConfig, class_names: list[str] | None, given: Gathered | None, scan_limit: int | None
+) -> ImageData:
     if config.name == MEMORY:
         return open_gathered(given, config, class_names)
     if given is not None:
         raise VitError(f"that run was trained on data={config.name}, not on images from Python: leave the data out")
     module, function = ENTRIES[config.name].opener.split(":")
-    return getattr(importlib.import_module(f"vit.data.{module}"), function)(config, class_names)
+    return getattr(importlib.import_module(f"vit.data.{module}"), function)(config, class_names, scan_limit)
 
 
 def match_classes(data: ImageData, class_names: list[str]) -> ImageData:

@@ -48,7 +48,7 @@ LAYOUT = "expected one folder a class (ROOT/cat/*.jpg, ROOT/dog/*.jpg), or those
 _NO_LABEL = "image without a label"
 
 
-def folder(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def folder(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """A person's own images: `data.root` in one of the two layouts."""
     if config.root is None:
         raise VitError(f"data=folder needs data.root=FOLDER: {LAYOUT}")
@@ -75,7 +75,7 @@ def folder(config: DataConfig, class_names: list[str] | None) -> ImageData:
     files = {split: _flatten(by_class) for split, by_class in classes.items()}
     if sum(len(paths) for paths, _ in files.values()) == 1 and class_names is None:
         raise VitError(f"{shown} holds one image only{_aside(walk)}: nothing can be learned from it")
-    data = from_files("folder", files, config, class_names, where=shown)
+    data = from_files("folder", files, config, class_names, where=shown, scan_limit=scan_limit)
     data.passed_over = dict(walk.passed_over)
     return data
 
@@ -88,11 +88,13 @@ def from_files(
     *,
     where: str,
     known_classes: Sequence[str] | None = None,
+    scan_limit: int | None = None,
 ) -> ImageData:
-    """A data set of image files: for each split there is, the paths and the class name of each.  See `assemble`."""
+    """Make a data set of image files: for each split there is, the paths and the class name of each. See `assemble`."""
     order = [split for split in SPLITS if split in files]
     paths = [path for split in order for path in files[split][0]]
-    sizes, reasons = scan_files(paths, config.channels, f"{name}\0{os.path.abspath(config.root or name)}")
+    memory = f"{name}\0{os.path.abspath(config.root or name)}"
+    sizes, reasons = scan_files(paths, config.channels, memory, scan_limit)
     return assemble(
         name,
         FileImages(paths),

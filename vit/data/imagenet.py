@@ -34,7 +34,7 @@ log = logging.getLogger("vit")
 LAYOUT = "expected ROOT/train/n01440764/*.JPEG and ROOT/val/n01440764/*.JPEG, one folder a synset in both"
 
 
-def imagenet(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def imagenet(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """ImageNet-1k, or any part of it in the same layout."""
     if config.root is None:
         raise VitError(f"data=imagenet cannot be downloaded, it needs data.root=FOLDER: {LAYOUT}")
@@ -56,7 +56,7 @@ def imagenet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         )
         for split, by_class in found.items()
     }
-    data = from_files("imagenet", files, config, class_names, where=printable(config.root))
+    data = from_files("imagenet", files, config, class_names, where=printable(config.root), scan_limit=scan_limit)
     data.passed_over = dict(walk.passed_over)
     synsets = data.class_names
     places = _places(synsets, class_names) if class_names is not None else None

@@ -1,13 +1,13 @@
-"""Which loader a split gets: resident on the device, read from decoded images on the disk, or streamed from files.
+"""Makes the loader of a split, and chooses its source: resident, decoded on the disk, or streamed from files.
 
 Notable:
 - `data.resident=auto` keeps a split on the device where all its images share one size and it takes at most 2 GiB;
   anything else streams. The log says which was taken and why.
-- `data.cache=true` decodes files once (`vit.data.store`). What training reads then is, with random-resized crops, whole
-  images somewhat larger than the model's; without, and for validation, exactly what streaming would give.
-- All kinds yield the same `Batch`es in the same order and draw the same random numbers. One thing differs: resident
-  images have the model's size already, so a random-resized crop is cut from those; it is cut from the stored image, and
-  in streaming from the original.
+- `data.cache=true` decodes files once (`vit.data.store`). With random-resized crops, training then reads whole images
+  somewhat larger than the model's; without them, and in validation, exactly what streaming would give.
+- All sources yield the same `Batch`es in the same order and draw the same random numbers. One thing differs: a
+  random-resized crop is cut from the resident image, which has the model's size already; from the stored image; in
+  streaming, from the original.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 
 from vit.data.augment_config import AugmentConfig
-from vit.data.batches import Batch, EvalLoader, TrainLoader
+from vit.data.batches import Batch, EvalLoader, Source, TrainLoader
 from vit.data.catalogue import DataConfig
 from vit.data.dataset import Split
 from vit.data.preprocess import Preprocessing
-from vit.data.resident import ResidentEvalLoader, ResidentTrainLoader, resident_bytes, resident_tensors
+from vit.data.resident import ResidentImages, resident_bytes
 from vit.data.scan import cache_root
 from vit.data.store import Recipe, Store, open_store
-from vit.data.stored import StoredEvalLoader, StoredTrainLoader
-from vit.data.streaming import StreamingEvalLoader, StreamingTrainLoader
+from vit.data.stored import StoredImages
+from vit.data.streaming import RandomCrop, StreamedImages, worker_count
 from vit.errors import VitError
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "eval_loader", "store_images", "train_loader"]
+__all__ = ["Batch", "EvalLoader", "TrainLoader", "crops_in_loader", "eval_loader", "store_images", "train_loader"]
 
 log = logging.getLogger("vit")
 
@@ -59,35 +59,18 @@ def train_loader(
     Raises:
         VitError: an empty split, a batch size that the processes cannot share, or too little memory.
     """
-    paired = augment.mixes
     store = _store(split, preprocessing, config, crops=augment.random_resized_crop)
-    if store is not None:
-        return StoredTrainLoader(
-            store,
-            config.batch_size,
-            augment,
-            seed=seed,
-            workers=config.workers,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-    if _resident(split, preprocessing, config, logging.INFO):
-        images, labels = resident_tensors(split, preprocessing, device)
-        return ResidentTrainLoader(
-            images, labels, config.batch_size, seed=seed, rank=rank, world_size=world_size, paired=paired
-        )
-    return StreamingTrainLoader(
-        split,
-        preprocessing,
-        config.batch_size,
-        augment,
-        workers=config.workers,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-    )
+    resident = store is None and _resident(split, preprocessing, config, logging.INFO)
+    crop = RandomCrop.of(augment, seed)
+    source = _source(split, preprocessing, config, crop, store, resident, world_size, device)
+    return TrainLoader(source, config.batch_size, seed=seed, rank=rank, world_size=world_size, paired=augment.mixes)
+
+
+def crops_in_loader(split: Split, preprocessing: Preprocessing, config: DataConfig, augment: AugmentConfig) -> bool:
+    """Say whether `train_loader` cuts random-resized crops, so that `BatchAugment` must not."""
+    if not augment.random_resized_crop:
+        return False
+    return _store(split, preprocessing, config, crops=True) is not None or not _resident(split, preprocessing, config)
 
 
 def eval_loader(
@@ -105,27 +88,28 @@ def eval_loader(
     `again`: it will be read many times, so that `data.cache` pays; what it yields is the same.
     """
     store = _store(split, preprocessing, config, crops=False) if again else None
+    resident = store is None and _resident(split, preprocessing, config)
+    source = _source(split, preprocessing, config, None, store, resident, world_size, device)
+    return EvalLoader(source, config.eval_batch_size, rank=rank, world_size=world_size)
+
+
+def _source(
+    split: Split,
+    preprocessing: Preprocessing,
+    config: DataConfig,
+    crop: RandomCrop | None,
+    store: Store | None,
+    resident: bool,
+    world_size: int,
+    device: torch.device | str,
+) -> Source:
+    """Make the source of a split: its store, or resident, or streamed."""
     if store is not None:
-        return StoredEvalLoader(
-            store,
-            config.eval_batch_size,
-            workers=config.workers,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
-    if _resident(split, preprocessing, config):
-        images, labels = resident_tensors(split, preprocessing, device)
-        return ResidentEvalLoader(images, labels, config.eval_batch_size, rank=rank, world_size=world_size)
-    return StreamingEvalLoader(
-        split,
-        preprocessing,
-        config.eval_batch_size,
-        workers=config.workers,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-    )
+        return StoredImages(store, crop, threads=worker_count(config.workers, None, world_size), device=device)
+    if resident:
+        return ResidentImages.load(split, preprocessing, device)
+    workers = worker_count(config.workers, len(split), world_size)
+    return StreamedImages(split, preprocessing, crop, workers=workers, device=device)
 
 
 def store_images(

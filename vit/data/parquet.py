@@ -132,7 +132,7 @@ class ParquetImages:
             return rows
 
 
-def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def parquet(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """The data set in `data.root`: a Parquet file or a folder of them."""
     try:
         import pyarrow  # noqa: F401
@@ -191,6 +191,7 @@ def parquet(config: DataConfig, class_names: list[str] | None) -> ImageData:
         lambda i: images.size(i, config.channels),
         f"parquet\0{os.path.abspath(config.root)}",
         "Checking images",
+        scan_limit,
     )
     return assemble(
         "parquet",

@@ -11,14 +11,12 @@ Notable:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,52 +78,43 @@ def file_content(path: str) -> str:
         return ""
 
 
-_most: ContextVar[int | None] = ContextVar("most", default=None)
-
-
-@contextlib.contextmanager
-def at_most(images: int) -> Iterator[None]:
-    """In the body, a scan that would have to look at more images than this raises `VitError` and looks at none.
-
-    For whoever wants but a few of them.
-    """
-    token = _most.set(images)
-    try:
-        yield
-    finally:
-        _most.reset(token)
-
-
 def scan(
-    prints: np.ndarray, look: Callable[[int], tuple[int, int]], memory: str, label: str
+    prints: np.ndarray,
+    read_size: Callable[[int], tuple[int, int]],
+    memory: str,
+    label: str,
+    limit: int | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Look at every image that was not already known to be good.
+    """Decode every image that was not already known to be good.
 
     Args:
         prints: uint64 (N,), the fingerprint of each image; 0 for one that has none.
-        look: decodes image i, gives its (H, W) or raises `ImageError`.  Called from several threads.
+        read_size: decodes image i, and returns its (H, W) or raises `ImageError`. Called from several threads.
         memory: names the cache file: the same text for the same data set.
         label: the progress bar's.
+        limit: decode at most so many images; None for any number.
 
     Returns:
         int32 (N, 2) of (H, W), 0 for unreadable images; and the reason for each of those, by index.
+
+    Raises:
+        VitError: more than `limit` images would have to be decoded; none of them is.
     """
     path = cache_root() / "scans" / f"{fingerprint(memory):016x}.npz"
     sizes = np.zeros((len(prints), 2), dtype=np.int32)
     known, known_sizes = _remembered(path)
     if len(known):
-        place = np.searchsorted(known, prints).clip(max=len(known) - 1)
-        hit = (known[place] == prints) & (prints != 0)
-        sizes[hit] = known_sizes[place[hit]]
+        position = np.searchsorted(known, prints).clip(max=len(known) - 1)
+        hit = (known[position] == prints) & (prints != 0)
+        sizes[hit] = known_sizes[position[hit]]
     todo = np.flatnonzero(sizes[:, 0] == 0)
-    most = _most.get()
-    if most is not None and len(todo) > most:
+    if limit is not None and len(todo) > limit:
         raise VitError(f"{len(todo):,} of its images would have to be looked at first")
     bad: dict[int, str] = {}
 
     def one(i: int) -> None:
         try:
-            sizes[i] = look(i)
+            sizes[i] = read_size(i)
         except ImageError as error:
             bad[i] = error.reason
 
@@ -136,10 +125,12 @@ def scan(
     return sizes, dict(sorted(bad.items()))
 
 
-def scan_files(paths: Sequence[str], channels: int, memory: str) -> tuple[np.ndarray, dict[int, str]]:
-    """`scan` for image files."""
+def scan_files(
+    paths: Sequence[str], channels: int, memory: str, limit: int | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Run `scan` on image files."""
     prints = np.fromiter((file_fingerprint(path, channels) for path in paths), dtype=np.uint64, count=len(paths))
-    return scan(prints, lambda i: measure(paths[i], channels=channels), memory, "Checking images")
+    return scan(prints, lambda i: measure(paths[i], channels=channels), memory, "Checking images", limit)
 
 
 def accept(bad: Sequence[tuple[str, str]], total: int, most: float, where: str) -> None:

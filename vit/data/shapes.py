@@ -158,7 +158,7 @@ class ShapeImages:
         return mask.reduce(_SMOOTH), (left, top)
 
 
-def shapes(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def shapes(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """The generated data set: `data.train_images`, `val_images`, `test_images` of `data.image_size`."""
     classes = list(config.kinds or CLASS_KINDS)
     for kind in classes:

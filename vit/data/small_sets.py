@@ -47,7 +47,7 @@ def with_validation(name: str, class_names: Sequence[str], train: Split, test: S
     return ImageData(name, list(class_names), splits, channels=config.channels)
 
 
-def digits(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def digits(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """scikit-learn's digits: values 0 to 16 become uint8 by `round(value * 255 / 16)`; no official split."""
     from sklearn.datasets import load_digits
 
@@ -59,7 +59,7 @@ def digits(config: DataConfig, class_names: list[str] | None) -> ImageData:
     return ImageData("digits", [str(digit) for digit in range(10)], splits, channels=config.channels)
 
 
-def fashion_mnist(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def fashion_mnist(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """Fashion-MNIST, from files in torchvision's or Debian's layout, or downloaded."""
     from vit.data.torchvision_sets import fetch, root_of
 

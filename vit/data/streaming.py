@@ -1,12 +1,12 @@
-"""Loaders for data sets that stay in their files: decoded by worker processes while the model computes.
+"""Images that stay in their files: worker processes decode them while the model computes.
 
 Notable:
-- What a worker is asked for is (epoch, indices): it keeps no state, so any number of workers gives the same batches.
-- A random-resized crop is cut from the original while decoding, by the numbers that `BatchAugment` would have drawn;
-  the rest of the augmentation happens to whole batches on the device, as for resident images.
-- A file that went bad since it was scanned stops the run with its name. It never becomes another image.
-- Workers are started with the first batch, kept from epoch to epoch, and deaf to Ctrl-C. Batches travel by shared
-  memory, or through a pipe where there is too little of it; to a GPU by pinned memory on a stream of their own.
+- A worker is asked for (epoch, indices) and keeps no state, so any number of workers gives the same batches.
+- A random-resized crop is cut from the original while decoding, with the numbers that `BatchAugment` would have drawn;
+  the rest of the augmentation is applied to whole batches on the device, as for resident images.
+- A file that became unreadable since it was scanned stops the run with its name. No other image takes its place.
+- Workers are started with the first batch, kept from epoch to epoch, and ignore Ctrl-C. Batches come through shared
+  memory, or a pipe where there is too little of it; to a GPU through pinned memory and on a stream of their own.
 - A worker that dies, or a batch that does not come, ends the run with one line (`workers_watched`).
 """
 
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from vit.data import regions
 from vit.data.augment_config import AugmentConfig
-from vit.data.batches import Batch, EvalLoader, TrainLoader, to_device
+from vit.data.batches import Batch, to_device
 from vit.data.dataset import Split
 from vit.data.decode import ImageError
 from vit.data.preprocess import Preprocessing, scaled
@@ -40,26 +40,36 @@ from vit.errors import VitError
 from vit.processors import available
 
 _MOST_WORKERS = 8
-_TOGETHER = 8  # images whose crops are drawn in one call, which costs as much as for one
-_FEW_IMAGES = 256  # that many are decoded before worker processes have started
-_PATIENCE = 600  # seconds for a batch to come
+_BOXES_PER_CALL = 8  # images whose crops are drawn in one call, which costs as much as for one
+_FEW_IMAGES = 256  # so many are decoded before worker processes have started
+_TIMEOUT = 600  # seconds to wait for a batch
 
 log = logging.getLogger("vit")
 
-Key = tuple[int, list[int]]  # epoch, and places in the split
+Key = tuple[int, list[int]]  # epoch, and indices in the split
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop:
-    """A random-resized crop: a function of (seed, epoch, index), as `augment.crop_scale` and `crop_ratio` say."""
+    """Draws random-resized crops, each a function of (seed, epoch, index).
+
+    Attributes:
+        seed: the run's.
+        scale, ratio: `augment.crop_scale` and `augment.crop_ratio`.
+    """
 
     seed: int
     scale: tuple[float, float]
     ratio: tuple[float, float]
 
-    def boxes(self, epoch: int, index: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """Left, top, right, bottom for each image, whose (H, W) is in `sizes`."""
-        numbers = uniform(self.seed, epoch, torch.tensor(index), Stream.CROP, regions.NUMBERS)
+    @classmethod
+    def of(cls, config: AugmentConfig, seed: int) -> RandomCrop | None:
+        """Make the crop that `config` asks for; None where it asks for none."""
+        return cls(seed, config.crop_scale, config.crop_ratio) if config.random_resized_crop else None
+
+    def boxes(self, epoch: int, indices: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Draw left, top, right, bottom for each image, whose (H, W) is in `sizes`."""
+        numbers = uniform(self.seed, epoch, torch.tensor(indices), Stream.CROP, regions.NUMBERS)
         height, width = torch.tensor(sizes, dtype=torch.float32).unbind(1)
         box = regions.crop_boxes(numbers, height, width, self.scale, self.ratio)
         box[:, 2:] += box[:, :2]
@@ -67,15 +77,15 @@ class RandomCrop:
 
 
 class DecodedImages(Dataset[tuple[Tensor | np.ndarray, str]]):
-    """Batches of decoded images, asked for by (epoch, indices). Holds no state and can be pickled."""
+    """Decodes batches of images, each asked for as (epoch, indices). Holds no state and can be pickled."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, crop: RandomCrop | None) -> None:
         self.split, self.preprocessing, self.crop = split, preprocessing, crop
 
     def __getitem__(self, key: Key) -> tuple[Tensor | np.ndarray, str]:
-        """uint8 (B, C, H, W), and an empty string; or what is wrong with which file.
+        """Return uint8 (B, C, H, W) and an empty string; or nothing, and which file is unreadable and why.
 
-        A tensor; from a worker that has no shared memory for it, an array, which is sent through the pipe.
+        A worker without enough shared memory returns an array, which is sent through the pipe; all others a tensor.
         """
         images, failure = self._decode(*key)
         if get_worker_info() is None:
@@ -86,22 +96,22 @@ class DecodedImages(Dataset[tuple[Tensor | np.ndarray, str]]):
         except RuntimeError:
             return images, failure
 
-    def _decode(self, epoch: int, index: list[int]) -> tuple[np.ndarray, str]:
+    def _decode(self, epoch: int, indices: list[int]) -> tuple[np.ndarray, str]:
         (height, width), channels = self.preprocessing.image_size, self.preprocessing.channels
-        out = np.empty((len(index), channels, height, width), dtype=np.uint8)
+        out = np.empty((len(indices), channels, height, width), dtype=np.uint8)
         i = 0
         try:
             if self.crop is None:
-                for place, i in enumerate(index):
-                    out[place] = np.moveaxis(self.split.resized(i, self.preprocessing), -1, 0)
+                for row, i in enumerate(indices):
+                    out[row] = np.moveaxis(self.split.resized(i, self.preprocessing), -1, 0)
                 return out, ""
-            for first in range(0, len(index), _TOGETHER):
-                part, images = index[first : first + _TOGETHER], []
+            for first in range(0, len(indices), _BOXES_PER_CALL):
+                part, images = indices[first : first + _BOXES_PER_CALL], []
                 for i in part:
                     images.append(self._decoded(i))
                 boxes = self.crop.boxes(epoch, part, [_size(image) for image in images])
-                for place, (image, box) in enumerate(zip(images, boxes, strict=True), start=first):
-                    out[place] = np.moveaxis(self._cut(image, box), -1, 0)
+                for row, (image, box) in enumerate(zip(images, boxes, strict=True), start=first):
+                    out[row] = np.moveaxis(self._cut(image, box), -1, 0)
         except ImageError as error:
             # as a value: an exception would come through the worker's pipe as a traceback in a string
             return np.empty(0, np.uint8), f"{self.split.name(i)}: {error.reason}"
@@ -124,7 +134,7 @@ class DecodedImages(Dataset[tuple[Tensor | np.ndarray, str]]):
 
 
 class _Keys:
-    """What a DataLoader's next pass is to fetch; set before each pass."""
+    """Gives a DataLoader the keys of its next pass, set before each pass."""
 
     def __init__(self) -> None:
         self.keys: list[Key] = []
@@ -136,26 +146,43 @@ class _Keys:
         return len(self.keys)
 
 
-class _Fetcher:
-    """Decodes the images of given keys in worker processes and brings them to the device, in the keys' order."""
+class StreamedImages:
+    """Decodes the images of a split in worker processes: a `vit.data.batches.Source`.
+
+    One pass at a time; a new pass may start before the last one has ended.
+
+    Args:
+        split, preprocessing: the images, and how to bring them to the model's size.
+        crop: random-resized crops to cut while decoding; None for whole images.
+        workers: how many processes decode; 0 decodes in this one.
+        device: where batches are wanted.
+        context: how workers start (`multiprocessing`'s "fork", "spawn", "forkserver"); None for the platform's way.
+    """
 
     def __init__(
         self,
-        images: DecodedImages,
-        labels: np.ndarray,
+        split: Split,
+        preprocessing: Preprocessing,
+        crop: RandomCrop | None = None,
+        *,
         workers: int,
-        device: torch.device | str,
-        context: str | None,
+        device: torch.device | str = "cpu",
+        context: str | None = None,
     ) -> None:
-        self._images, self._workers, self._context = images, workers, context
-        self._labels = torch.tensor(np.asarray(labels), dtype=torch.int64)
+        self._images = DecodedImages(split, preprocessing, crop)
+        self._workers, self._context = workers, context
+        self._labels = torch.tensor(np.asarray(split.labels), dtype=torch.int64)
         self._device = torch.device(device)
+        self.index_device = torch.device("cpu")
         self._keys = _Keys()
         self._loader: DataLoader[tuple[Tensor | np.ndarray, str]] | None = None
-        self._shares = True
+        self._shares_memory = True
 
-    def __call__(self, epoch: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
-        """Fetch the batches of (index, valid) in `parts`."""
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def batches(self, epoch: int, parts: Iterator[tuple[Tensor, Tensor]]) -> Iterator[Batch]:
+        """Fetch the batch of each (index, valid) in `parts` from the workers."""
         wanted = list(parts)
         self._keys.keys = [(epoch, index.tolist()) for index, _ in wanted]
         if self._loader is None:
@@ -163,15 +190,15 @@ class _Fetcher:
                 self._images,
                 sampler=self._keys,
                 batch_size=None,
-                collate_fn=_unchanged,
-                timeout=_PATIENCE if self._workers else 0,
+                collate_fn=_identity,
+                timeout=_TIMEOUT if self._workers else 0,
                 num_workers=self._workers,
                 persistent_workers=self._workers > 0,
                 pin_memory=self._device.type == "cuda",
                 multiprocessing_context=self._context if self._workers else None,
-                worker_init_fn=_outlive_interrupts,
+                worker_init_fn=_ignore_interrupts,
             )
-        with _interrupts_held(self._context) if self._workers else contextlib.nullcontext():
+        with _delay_interrupts(self._context) if self._workers else contextlib.nullcontext():
             fetched: Iterator[tuple[Tensor | np.ndarray, str]] = iter(self._loader)
         if self._workers:
             fetched = _received(fetched)
@@ -182,6 +209,7 @@ class _Fetcher:
         return to_device(on_host, self._device)
 
     def close(self) -> None:
+        """Stop the workers. `batches` starts new ones."""
         # Not left to the garbage collector: an exception's traceback may keep the iterator alive, and collected at a
         # bad moment it waits ten seconds for its workers. Lightning stops a DataLoader's workers in the same way.
         iterator = self._loader._iterator if self._loader is not None else None
@@ -195,80 +223,18 @@ class _Fetcher:
             raise VitError(f"{failure} (it could be read when the data was scanned)")
         if isinstance(images, Tensor):
             return images
-        if self._shares:
+        if self._shares_memory:
             log.warning(
                 "shared memory (/dev/shm) has no room for the batches ahead: they come through pipes, which takes "
                 "longer (a container gets more with --shm-size)"
             )
-            self._shares = False
+            self._shares_memory = False
         return torch.from_numpy(images)
-
-
-class StreamingTrainLoader(TrainLoader):
-    """Shuffled batches from files. One pass at a time; abandoning a pass for a new one is fine.
-
-    Args:
-        workers: how many processes decode; "auto" for one a core, 8 at most, none for a few images.
-        context: how they start (`multiprocessing`'s "fork", "spawn", "forkserver"); None for the platform's way.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        augment: AugmentConfig,
-        *,
-        seed: int,
-        workers: int | str = "auto",
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        context: str | None = None,
-    ) -> None:
-        super().__init__(len(split), batch_size, seed=seed, rank=rank, world_size=world_size, paired=augment.mixes)
-        crop = RandomCrop(seed, augment.crop_scale, augment.crop_ratio) if augment.random_resized_crop else None
-        self.cropped = crop is not None
-        count = worker_count(workers, len(split), world_size)
-        images = DecodedImages(split, preprocessing, crop)
-        self._fetch = _Fetcher(images, split.labels, count, device, context)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        return self._fetch(epoch, self._parts(epoch, start))
-
-    def close(self) -> None:
-        self._fetch.close()
-
-
-class StreamingEvalLoader(EvalLoader):
-    """Images from files, in order. Takes what `StreamingTrainLoader` takes."""
-
-    def __init__(
-        self,
-        split: Split,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        *,
-        workers: int | str = "auto",
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        context: str | None = None,
-    ) -> None:
-        super().__init__(len(split), batch_size, rank=rank, world_size=world_size)
-        count = worker_count(workers, len(split), world_size)
-        self._fetch = _Fetcher(DecodedImages(split, preprocessing, None), split.labels, count, device, context)
-
-    def _batches(self) -> Iterator[Batch]:
-        return self._fetch(0, self._parts())
-
-    def close(self) -> None:
-        self._fetch.close()
 
 
 @contextlib.contextmanager
 def workers_watched() -> Iterator[None]:
-    """Let a worker's death, of which torch may tell anywhere in this process, leave as a `VitError`."""
+    """Turn torch's error about a dead worker, which may be raised anywhere in this process, into a `VitError`."""
     try:
         yield
     except RuntimeError as error:
@@ -282,7 +248,7 @@ def workers_watched() -> Iterator[None]:
 
 
 def _received(batches: Iterator[Any]) -> Iterator[Any]:
-    """Pass on what workers send; one that dies while it sends ends it with a `RuntimeError` as torch's own."""
+    """Pass on what workers send; raise torch's own `RuntimeError` for one that dies while it sends."""
     try:
         yield from batches
     except (EOFError, OSError) as error:
@@ -290,11 +256,11 @@ def _received(batches: Iterator[Any]) -> Iterator[Any]:
         raise RuntimeError("DataLoader worker ended while it sent a batch") from error
 
 
-def _unchanged(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch  # torch would make tensors of arrays
 
 
-def _outlive_interrupts(worker: int) -> None:
+def _ignore_interrupts(worker: int) -> None:
     # Ctrl-C in a terminal reaches every process; the main one decides, and may still want to evaluate
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -302,8 +268,8 @@ def _outlive_interrupts(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_held(context: str | None) -> Iterator[None]:
-    """Let Ctrl-C wait inside it, so that a worker started here cannot meet it before `_outlive_interrupts` has run."""
+def _delay_interrupts(context: str | None) -> Iterator[None]:
+    """Delay Ctrl-C inside, so that it cannot reach a worker started here before `_ignore_interrupts` has run."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -317,14 +283,15 @@ def _interrupts_held(context: str | None) -> Iterator[None]:
 
 
 def _size(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """(H, W)."""
+    """Return (H, W)."""
     return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[0], image.shape[1])
 
 
 def worker_count(workers: int | str, samples: int | None, world_size: int) -> int:
-    """How many worker processes a loader of `samples` images gets; raises `VitError` on nonsense.
+    """Count the worker processes for `samples` images. Raises `VitError` for a value of `data.workers` that cannot be.
 
-    "auto" shares this machine's cores among its processes. `samples` is None for threads, which pay for a few, too.
+    "auto" divides this machine's cores among its processes. `samples` is None for threads, which pay off for a few
+    images, too.
     """
     if workers != "auto":
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:

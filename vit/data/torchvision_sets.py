@@ -83,12 +83,12 @@ def _seconds_of_silence(most: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def cifar10(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def cifar10(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """CIFAR-10 (Krizhevsky 2009)."""
     return _cifar("CIFAR10", "cifar-10-python.tar.gz", config)
 
 
-def cifar100(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def cifar100(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """CIFAR-100 (Krizhevsky 2009), its fine labels."""
     return _cifar("CIFAR100", "cifar-100-python.tar.gz", config)
 
@@ -103,7 +103,7 @@ def _cifar(kind: str, archive: str, config: DataConfig) -> ImageData:
     return with_validation(config.name, train.classes, splits[0], splits[1], config)
 
 
-def stl10(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def stl10(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """STL-10 (Coates, Lee and Ng 2011): its 5,000 labelled training images and its 8,000 test images.
 
     The files are read here: torchvision first checks the 2.7 GB of unlabelled images beside them, every time.
@@ -128,7 +128,7 @@ def stl10(config: DataConfig, class_names: list[str] | None) -> ImageData:
     return with_validation("stl10", classes, splits[0], splits[1], config)
 
 
-def flowers102(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def flowers102(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """102 Category Flower Dataset (Nilsback and Zisserman 2008), with its three official splits."""
     root = root_of(config)
     folder = root / "flowers-102"
@@ -150,10 +150,10 @@ def flowers102(config: DataConfig, class_names: list[str] | None) -> ImageData:
             files[split] = paths, [names[int(label[i - 1]) - 1] for i in ids[key]]
     except Exception as error:  # scipy's reader has exceptions of its own
         raise _damaged(folder, error) from error
-    return _from_list(config, class_names, folder, files, names)
+    return _from_list(config, class_names, scan_limit, folder, files, names)
 
 
-def oxford_pets(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def oxford_pets(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """Oxford-IIIT Pet (Parkhi et al. 2012), 37 breeds; "trainval" is cut into train and val."""
     root = root_of(config)
     folder = root / "oxford-iiit-pet"
@@ -171,10 +171,10 @@ def oxford_pets(config: DataConfig, class_names: list[str] | None) -> ImageData:
             files[split] = paths, [breeds[int(number)] for _, number, *_ in rows]
     except (OSError, ValueError, IndexError) as error:
         raise _damaged(folder, error) from error
-    return _from_list(config, class_names, folder, files, [breeds[number] for number in sorted(breeds)])
+    return _from_list(config, class_names, scan_limit, folder, files, [breeds[number] for number in sorted(breeds)])
 
 
-def food101(config: DataConfig, class_names: list[str] | None) -> ImageData:
+def food101(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
     """Food-101 (Bossard, Guillaumin and Van Gool 2014)."""
     root = root_of(config)
     folder = root / "food-101"
@@ -189,7 +189,7 @@ def food101(config: DataConfig, class_names: list[str] | None) -> ImageData:
             files[split] = paths, [name for _, name in pairs]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(folder, error) from error
-    return _from_list(config, class_names, folder, files, None)
+    return _from_list(config, class_names, scan_limit, folder, files, None)
 
 
 def _ensure(needed: Sequence[Path], kind: str, root: Path, config: DataConfig, archives: Sequence[str]) -> None:
@@ -203,7 +203,12 @@ def _ensure(needed: Sequence[Path], kind: str, root: Path, config: DataConfig, a
 
 
 def _from_list(
-    config: DataConfig, class_names: list[str] | None, folder: Path, files: Files, known: Sequence[str] | None
+    config: DataConfig,
+    class_names: list[str] | None,
+    scan_limit: int | None,
+    folder: Path,
+    files: Files,
+    known: Sequence[str] | None,
 ) -> ImageData:
     everything = [path for paths, _ in files.values() for path in paths]
     missing = [path for path in everything if not os.path.exists(path)]
@@ -212,7 +217,8 @@ def _from_list(
             f"data={config.name}: {len(missing)} of {len(everything)} images are missing, {printable(missing[0])} for "
             f"one; remove {printable(folder)} to have it unpacked again"
         )
-    return from_files(config.name, files, config, class_names, where=printable(folder), known_classes=known)
+    where = printable(folder)
+    return from_files(config.name, files, config, class_names, where=where, known_classes=known, scan_limit=scan_limit)
 
 
 def _damaged(folder: Path, error: Exception) -> VitError:

@@ -19,7 +19,6 @@ from vit.data.dataset import ImageData, Split
 from vit.data.decode import ImageError, decode
 from vit.data.draws import shuffled
 from vit.data.preprocess import Preprocessing
-from vit.data.scan import at_most
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.processors import available
@@ -121,8 +120,8 @@ def open_own(description: Description) -> ImageData:
     level = log.level
     log.setLevel(logging.ERROR)  # what is missing in the data was said when it was trained on
     try:
-        with at_most(_UNKNOWN):
-            return open_data(DataConfig.from_dict({**known, "download": False}), description.class_names)
+        config = DataConfig.from_dict({**known, "download": False})
+        return open_data(config, description.class_names, scan_limit=_UNKNOWN)
     finally:
         log.setLevel(level)
 

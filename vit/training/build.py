@@ -11,7 +11,7 @@ import torch
 
 from vit.data.augment import BatchAugment
 from vit.data.dataset import ImageData
-from vit.data.loaders import TrainLoader, eval_loader, train_loader
+from vit.data.loaders import TrainLoader, crops_in_loader, eval_loader, train_loader
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.inference.description import Description
@@ -53,6 +53,7 @@ def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing)
         mean=preprocessing.mean,
         std=preprocessing.std,
         seed=config.seed,
+        cropped=crops_in_loader(data.splits["train"], preprocessing, config.data, config.augment),
     )
 
 
@@ -108,9 +109,7 @@ def tuned(config: Config, data: ImageData, model: VisionTransformer, preprocessi
 
     def loader_of(batch_size: int) -> TrainLoader:
         sized = dataclasses.replace(config.data, batch_size=batch_size)
-        loader = train_loader(split, preprocessing, sized, config.augment, seed=config.seed, device=device)
-        augment.cropped = loader.cropped
-        return loader
+        return train_loader(split, preprocessing, sized, config.augment, seed=config.seed, device=device)
 
     batch_size, factor = tune(
         model=model,

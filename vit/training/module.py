@@ -112,7 +112,6 @@ class TrainingModule(L.LightningModule):
         self.loader = self._make_train_loader(
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=strategy.root_device
         )
-        self.augment.cropped = self.loader.cropped
         self.trainer.limit_train_batches = _limit(self.trainer.limit_train_batches, len(self.loader))
         return self.loader
 
