@@ -15,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning.pytorch as L
 import torch
@@ -128,6 +130,25 @@ def _rank(size: int, nodes: int) -> int:
 
 
 @contextlib.contextmanager
+def faults_in(path: Path) -> Iterator[None]:
+    """Write the traceback of a fault in the body to the run's log, and end this process with status 1.
+
+    For the processes that the first one has started: it says in a line that they are gone.  Where nobody started them
+    so, or tracebacks are asked for, the fault goes on.
+    """
+    try:
+        yield
+    except VitError:
+        raise
+    except Exception:
+        if FOLDER not in os.environ or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"a fault of process {os.environ.get('LOCAL_RANK')}:\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
 def watched(trainer: L.Trainer, go_on: Callable[[], str]) -> Iterator[None]:
     """Turn the loss of another process in the body into one line.
 
@@ -199,7 +220,7 @@ def _kill(children: list[subprocess.Popen[bytes]]) -> None:
 
 def _ended(status: int) -> str:
     if status >= 0:
-        return f"it ended with status {status}"
+        return f"it ended with status {status}" + ": see train.log" * (status == 1)
     with contextlib.suppress(ValueError):
         return f"killed by {signal.Signals(-status).name}" + ", as when memory is short" * (-status == signal.SIGKILL)
     return f"killed by signal {-status}"

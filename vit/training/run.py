@@ -153,7 +153,7 @@ def _train(
     last = folder / "checkpoints" / "last.ckpt"
     interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=leader)
     if not leader:
-        with interrupt:
+        with interrupt, ranks.faults_in(folder / "train.log"):
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
     os.environ[ranks.FOLDER] = str(folder)
     with logs.kept(folder / "train.log", early), interrupt:
