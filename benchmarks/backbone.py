@@ -59,7 +59,7 @@ def write_folder(folder: Path, state: dict[str, np.ndarray]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from vit.pretrained.foreign import in_timms_names
+    from vit.pretrained.huggingface import in_timms_names
     from vit.pretrained.registry import entry
 
     found = entry(NAME)

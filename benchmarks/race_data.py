@@ -24,14 +24,14 @@ def make(folder: Path, typed: list[str]) -> None:
     from vit.data.catalogue import open_data, preprocessing_for
     from vit.model import VisionTransformer
     from vit.training.app import CONF, resolve
+    from vit.training.auto import resolve_auto
     from vit.training.config import load
-    from vit.training.suited import settled
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = load(resolve(hydra.compose("train", typed)))
     data = open_data(config.data)
     preprocessing = preprocessing_for(config.data, data)
-    config = settled(config, data, typed)
+    config = resolve_auto(config, data, typed)
     model = VisionTransformer(**config.model.arguments(len(data.class_names)))
     for name, split in data.splits.items():
         np.save(folder / f"{name}_images.npy", split.array(preprocessing))

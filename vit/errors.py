@@ -47,7 +47,7 @@ def command_name(name: str) -> str:
     return f"python -m vit {name}" if (os.path.basename(folder), script) == ("vit", "__main__.py") else f"vit {name}"
 
 
-def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
+def did_you_mean(word: str, choices: Iterable[str], count: int = 3) -> str:
     """Name the choices closest to `word`, as a phrase to end a message with.
 
     Returns `"did you mean 'a' or 'b'?"`, or `"choose from a, b, c"` when nothing is close and the list is short,

@@ -5,7 +5,7 @@ One declaration serves everyone: `build` checks a person's values against it, an
     @dataclass(frozen=True)
     class OptimConfig:
         name: str = option("muon", "the optimiser", choices=("muon", "adamw"))  # with a default
-        lr: float = setting("learning rate", over=0)  # has to be given
+        lr: float = setting("learning rate", gt=0)  # has to be given
 
 Types are those of configuration files: int, float, bool, str, tuples of them, and unions of these with None.
 Standard library only.
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 T = TypeVar("T")
 
@@ -34,10 +34,10 @@ class Rule:
 
     help: str = ""
     choices: tuple[str, ...] = ()  # all that text may be; other types of a union stand beside them
-    least: float | None = None
-    most: float | None = None
-    over: float | None = None  # strictly greater
-    under: float | None = None  # strictly less
+    ge: float | None = None
+    le: float | None = None
+    gt: float | None = None  # strictly greater
+    lt: float | None = None  # strictly less
     path: bool = False  # of a file or a folder: `~` is the home folder
     part_of: type | None = None  # a dictionary of any of this dataclass's keys; those that are null are left out
 
@@ -193,7 +193,7 @@ def convert(name: str, value: Any, kind: Any, rule: Rule) -> Any:
         good, result = _fit(value, each, rule)
         if good:
             return result
-    close = nearest(value, rule.choices) if isinstance(value, str) and rule.choices else ""
+    close = did_you_mean(value, rule.choices) if isinstance(value, str) and rule.choices else ""
     hint = f"; {close}" if close.startswith("did you mean") else ""
     raise VitError(f"{name}: expected {describe(kind, rule)}, got {show(value)}{hint}")
 
@@ -269,10 +269,10 @@ def _fit(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
 def _in_range(value: float, rule: Rule) -> bool:
     return (
         math.isfinite(value)
-        and (rule.least is None or value >= rule.least)
-        and (rule.most is None or value <= rule.most)
-        and (rule.over is None or value > rule.over)
-        and (rule.under is None or value < rule.under)
+        and (rule.ge is None or value >= rule.ge)
+        and (rule.le is None or value <= rule.le)
+        and (rule.gt is None or value > rule.gt)
+        and (rule.lt is None or value < rule.lt)
     )
 
 
@@ -296,15 +296,15 @@ def _describe_one(kind: Any, rule: Rule) -> str:
         each = _plural(_describe_one(parts[0], rule))
         return f"a list of {each}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {each}"
     text = "a whole number" if kind is int else "a number"
-    if rule.least is not None and rule.most is not None:
-        return f"{text} from {rule.least:g} to {rule.most:g}"
-    if rule.least is not None and rule.under is not None:
-        return f"{text} from {rule.least:g} to under {rule.under:g}"
-    if rule.over is not None and (rule.most is not None or rule.under is not None):
-        return f"{text} above {rule.over:g} and " + (
-            f"up to {rule.most:g}" if rule.most is not None else f"under {rule.under:g}"
+    if rule.ge is not None and rule.le is not None:
+        return f"{text} from {rule.ge:g} to {rule.le:g}"
+    if rule.ge is not None and rule.lt is not None:
+        return f"{text} from {rule.ge:g} to under {rule.lt:g}"
+    if rule.gt is not None and (rule.le is not None or rule.lt is not None):
+        return f"{text} above {rule.gt:g} and " + (
+            f"up to {rule.le:g}" if rule.le is not None else f"under {rule.lt:g}"
         )
-    limits = {"of at least": rule.least, "above": rule.over, "of at most": rule.most, "under": rule.under}
+    limits = {"of at least": rule.ge, "above": rule.gt, "of at most": rule.le, "under": rule.lt}
     return next((f"{text} {words} {limit:g}" for words, limit in limits.items() if limit is not None), text)
 
 

@@ -49,7 +49,7 @@ def vit_onnx(model: str, batch: int) -> Built:
     """ONNX Runtime as `vit classify` calls it, for one image or for many."""
     from vit.inference.loading import load
 
-    return classifier_contestant(load(model, device="cpu", backend="onnx", many=batch > 1), batch)
+    return classifier_contestant(load(model, device="cpu", backend="onnx", throughput=batch > 1), batch)
 
 
 def classifier_contestant(classifier: Any, batch: int) -> Built:

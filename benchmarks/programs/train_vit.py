@@ -22,14 +22,14 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
     import lightning.pytorch as L
 
     import vit.training.run as training
-    from vit.training.pace import Pace
+    from vit.training.metrics import Throughput
     from vit.training.schedule import Schedule
 
     data = Data(given["data"])
 
     class Watch(L.Callback):
-        def __init__(self, schedule: Schedule, pace: Pace) -> None:
-            self.schedule, self.pace = schedule, pace
+        def __init__(self, schedule: Schedule, throughput: Throughput) -> None:
+            self.schedule, self.throughput = schedule, throughput
             self.curve: list[tuple[float, float]] = []
             self.measured: dict[str, float] = {}
             self._points, self._spent = 0, 0.0
@@ -41,8 +41,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
                 self._points += 1
                 self.curve.append((spent, data.accuracy(pl_module.kept, "val")))
                 self._stood(time.monotonic() - stopped)
-                assert self.pace._running is not None
-                self.pace._running += time.monotonic() - stopped
+                assert self.throughput._running is not None
+                self.throughput._running += time.monotonic() - stopped
 
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             # the schedule's own callback has run before
@@ -51,7 +51,11 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
             self.curve.append((self.schedule.spent(), float(trainer.callback_metrics["val/top1"])))
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            self.measured = {"seconds": self._spent, "images": self.pace.images, "waiting": Pace.waiting(pl_module)}
+            self.measured = {
+                "seconds": self._spent,
+                "images": self.throughput.images,
+                "waiting": Throughput.waiting(pl_module),
+            }
             self.measured |= size(pl_module.model, data)
 
         def _stood(self, seconds: float) -> None:
@@ -61,8 +65,8 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
 
     def build_trainer(config: Any, folder: Path, callbacks: list[Any]) -> Any:
         schedule = next(each for each in callbacks if isinstance(each, Schedule))
-        pace = next(each for each in callbacks if isinstance(each, Pace))
-        watching.append(Watch(schedule, pace))
+        throughput = next(each for each in callbacks if isinstance(each, Throughput))
+        watching.append(Watch(schedule, throughput))
         return real(config, folder, [*callbacks, watching[0]])
 
     training.build_trainer = build_trainer

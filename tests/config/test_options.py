@@ -16,11 +16,11 @@ from vit.options import option, setting
 
 @dataclass(frozen=True)
 class Inner:
-    rate: float = setting("how fast", over=0, most=10)
-    count: int | None = setting("how many", least=1)
+    rate: float = setting("how fast", gt=0, le=10)
+    count: int | None = setting("how many", ge=1)
     mode: str = setting("which", choices=("fast", "slow"))
-    devices: int | str = setting("where", choices=("auto",), least=1)
-    span: tuple[float, float] = setting("from, to", least=0)
+    devices: int | str = setting("where", choices=("auto",), ge=1)
+    span: tuple[float, float] = setting("from, to", ge=0)
     names: tuple[str, ...] | None = setting("which")
     flag: bool | str = setting("whether", choices=("auto",))
 
@@ -29,7 +29,7 @@ class Inner:
 class Outer:
     inner: Inner
     part: Mapping[str, object] = option(None, "some of them", part_of=Inner)
-    seed: int = option(0, "of all", least=0)
+    seed: int = option(0, "of all", ge=0)
 
 
 GOOD = {

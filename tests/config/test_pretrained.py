@@ -17,9 +17,9 @@ from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.pretrained.create import create_model
 from vit.training import suited
+from vit.training.auto import auto_epochs, passes_over, resolve_auto, suited_augment
 from vit.training.config import check_model, load
 from vit.training.pretrained import resolution, working_size
-from vit.training.suited import passes_over, settled, suited_augment, suited_epochs
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_passes_in_a_time_grow_with_the_time_and_fall_with_what_an_image_costs(p
 
 def test_epochs_fall_with_the_images_and_steps_still_grow():
     counts = [10, 100, 1000, 10_000, 100_000, 1_000_000]
-    epochs = [suited_epochs(n) for n in counts]
+    epochs = [auto_epochs(n) for n in counts]
     assert epochs == sorted(epochs, reverse=True)
     assert (epochs[0], epochs[-1]) == (100, 5)
     seen = [n * e for n, e in zip(counts, epochs, strict=True)]
@@ -275,17 +275,17 @@ class Counted:
 def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compose, caplog):
     caplog.set_level("INFO", logger="vit")
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "augment.flip=0", "augment.rotate=5"]
-    config = settled(load(compose(*typed)), Counted(10_000, 2), typed)
-    chosen = suited_augment(10_000, 2, suited_epochs(10_000))
+    config = resolve_auto(load(compose(*typed)), Counted(10_000, 2), typed)
+    chosen = suited_augment(10_000, 2, auto_epochs(10_000))
     assert config.augment.name == chosen
     plain = load(compose(f"augment={chosen}")).augment
     assert plain.flip == 0.5
     assert (config.augment.flip, config.augment.rotate) == (0.0, 5.0)
     assert caplog.messages[1].endswith("; as typed: flip, rotate")
     assert config.augment.label_smoothing == plain.label_smoothing
-    assert config.trainer.max_epochs == suited_epochs(10_000)
+    assert config.trainer.max_epochs == auto_epochs(10_000)
     typed += ["augment=light", "trainer.max_epochs=3"]
-    config = settled(load(compose(*typed)), Counted(10_000, 2), typed)
+    config = resolve_auto(load(compose(*typed)), Counted(10_000, 2), typed)
     assert (config.augment.name, config.trainer.max_epochs) == ("light", 3)
 
 
@@ -294,7 +294,7 @@ def test_a_choice_that_contradicts_the_rest_is_refused(compose, weights):
     typed += ["trainer.max_epochs=200"]
     config = load(compose(*typed))
     with pytest.raises(VitError, match=r"data\.batch_size=6 .* even parts"):
-        settled(config, Counted(1_000_000, 2), typed)
+        resolve_auto(config, Counted(1_000_000, 2), typed)
 
 
 def test_plain_types_only(pretrained):

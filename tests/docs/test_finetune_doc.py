@@ -106,5 +106,5 @@ def test_the_recipe_is_the_one_in_the_table(place):
     for (few, first), (more, second), (_, last) in (suited.IMAGES, suited.PASSES):
         assert f"`{first}` under {few}, `{second}` under {more}, else `{last}`" in TEXT
     assert "90 for a hundred images, 9 for ten thousand" in TEXT
-    assert (suited.suited_epochs(100), suited.suited_epochs(10_000)) == (90, 9)
+    assert (suited.auto_epochs(100), suited.auto_epochs(10_000)) == (90, 9)
     assert f"`trainer.patience={config.trainer.patience}`" in TEXT

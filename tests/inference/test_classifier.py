@@ -19,7 +19,7 @@ from PIL import Image
 import vit
 from vit.data.decode import decode
 from vit.errors import VitError
-from vit.inference.classifier import Classifier, Pause, Unusable, softmax
+from vit.inference.classifier import Classifier, Flush, InvalidInput, softmax
 from vit.inference.loading import load, load_torch
 from vit.processors import available
 
@@ -90,7 +90,7 @@ def test_a_result_does_not_depend_on_batch_or_neighbours(onnx, torch_, photograp
 
 def test_many_at_once_answer_as_one_does(small_bundle, onnx, photographs):
     """In order, whichever thread is done first; and no more threads than processors compute."""
-    many = load(small_bundle, device="cpu", backend="onnx", many=True)
+    many = load(small_bundle, device="cpu", backend="onnx", throughput=True)
     computing, most, lock = 0, 0, threading.Lock()
     real = many._backend.logits
 
@@ -113,7 +113,7 @@ def test_many_at_once_answer_as_one_does(small_bundle, onnx, photographs):
         for one, other in zip(results, onnx.classify(inputs), strict=True):
             assert one.index == other.index
             assert abs(one.probability - other.probability) < 1e-6
-    assert most == many._backend.at_once == available()
+    assert most == many._backend.threads == available()
 
 
 def test_rows_come_with_their_pixels(onnx, torch_, photographs, tmp_path):
@@ -193,7 +193,7 @@ def test_nothing_gives_nothing(onnx):
 def test_logits_of_a_large_batch_are_those_of_its_images(small_bundle, onnx, torch_):
     images = np.random.default_rng(0).standard_normal((70, 3, 32, 32), dtype=np.float32)
     expected = torch_.logits(images)
-    for classifier in (onnx, load(small_bundle, device="cpu", backend="onnx", many=True)):
+    for classifier in (onnx, load(small_bundle, device="cpu", backend="onnx", throughput=True)):
         np.testing.assert_allclose(classifier.logits(images), expected, atol=1e-4)
         np.testing.assert_allclose(classifier.logits(images[:1]), expected[:1], atol=1e-4)
         probabilities = classifier.probabilities(images)
@@ -247,9 +247,9 @@ def test_a_pause_answers_what_came(onnx, photographs):
         yield photographs[0]
         yield photographs[1]
         steps.append("pause")
-        yield Pause()
+        yield Flush()
         steps.append("went on")
-        yield Unusable("x", "because")
+        yield InvalidInput("x", "because")
 
     stream = onnx.stream(inputs(), batch_size=32)
     first, second = next(stream), next(stream)

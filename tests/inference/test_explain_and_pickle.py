@@ -135,11 +135,11 @@ def test_a_relative_path_is_found_from_another_folder(small_bundle, photographs,
 
 
 def test_the_way_it_uses_threads_is_pickled(small_bundle):
-    many = vit.load(small_bundle, backend="onnx", many=True)
+    many = vit.load(small_bundle, backend="onnx", throughput=True)
     few = vit.load(small_bundle, backend="onnx")
     for each in (many, few):
         backend, again = each._backend, pickle.loads(pickle.dumps(each))._backend
-        assert again.at_once == backend.at_once
+        assert again.threads == backend.threads
         again.ready()
         counts = [found._session.get_session_options().intra_op_num_threads for found in (backend, again)]
         assert counts[0] == counts[1]

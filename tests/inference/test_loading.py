@@ -220,7 +220,7 @@ def test_processors_are_at_least_one_and_at_most_what_may_be_used():
 
 def test_a_model_may_be_waited_for_later(small_bundle, photographs, tmp_path):
     """What is wrong with its weights is raised then, and always before an answer, of whatever input."""
-    classifier = load(small_bundle, device="cpu", wait=False)
+    classifier = load(small_bundle, device="cpu", block=False)
     assert classifier.classify(photographs[:1])[0].error is None
     bundle = tmp_path / "bundle"
     shutil.copytree(small_bundle, bundle)
@@ -231,7 +231,7 @@ def test_a_model_may_be_waited_for_later(small_bundle, photographs, tmp_path):
     (bundle / "model.onnx").write_bytes(message.SerializeToString())
     with pytest.raises(VitError, match=r"model\.onnx is damaged or not an ONNX model"):
         load(bundle, device="cpu")
-    classifier = load(bundle, device="cpu", wait=False)
+    classifier = load(bundle, device="cpu", block=False)
     for _ in range(2):
         with pytest.raises(VitError, match=r"model\.onnx is damaged or not an ONNX model"):
             classifier.ready()

@@ -17,7 +17,7 @@ from vit.explain.observer import Observer
 from vit.inference import export
 from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
-from vit.inference.export import export_onnx, steady, trace
+from vit.inference.export import export_onnx, stable_images, trace
 from vit.inference.loading import load, load_torch
 from vit.inference.onnx_backend import ROLLOUT, OnnxBackend, open_session
 from vit.inference.program import export_program
@@ -176,14 +176,14 @@ class TestSteady:
     def test_images_on_the_brink_are_left_out(self):
         images = np.full((4, 1, 2, 2), 0.5, dtype=np.float32)
         images[:, 0, 0, 0] = [0.2, 1.0, 3.0, 1.0]
-        found = steady(Jumpy(), images)  # type: ignore[arg-type]
+        found = stable_images(Jumpy(), images)  # type: ignore[arg-type]
         assert found.shape == images.shape
         np.testing.assert_array_equal(found[:, 0, 0, 0], np.float32([0.2, 3.0, 0.2, 3.0]))
 
     def test_where_all_are_they_are_compared_all_the_same(self):
         images = np.ones((3, 1, 2, 2), dtype=np.float32)
-        assert steady(Jumpy(), images) is images  # type: ignore[arg-type]
+        assert stable_images(Jumpy(), images) is images  # type: ignore[arg-type]
 
     def test_without_reduction_nothing_is_left_out(self):
         images = np.random.default_rng(0).standard_normal((3, 3, 24, 24), dtype=np.float32)
-        assert steady(make()[0], images) is images
+        assert stable_images(make()[0], images) is images

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vit.errors import VitError
-from vit.inference.classifier import Pause, Unusable
+from vit.inference.classifier import Flush, InvalidInput
 from vit.inference.sources import paths
 
 TREE = [
@@ -39,7 +39,7 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 
 def listed(*sources, **options) -> list:
-    return [item for item in paths(sources, **options) if not isinstance(item, Pause)]
+    return [item for item in paths(sources, **options) if not isinstance(item, Flush)]
 
 
 def test_a_folder_gives_its_images_in_plain_order_of_full_paths(tree):
@@ -88,12 +88,12 @@ def test_names_that_are_no_text(tree):
 def test_what_is_missing_is_passed_on_in_its_place(tree):
     items = listed("no.jpg", "b.jpg", "nowhere/*.jpg", "a", "gone.txt")
     assert items == [
-        Unusable("no.jpg", "no such file"),
+        InvalidInput("no.jpg", "no such file"),
         "b.jpg",
-        Unusable("nowhere/*.jpg", "no file matches"),
+        InvalidInput("nowhere/*.jpg", "no file matches"),
         "a/deep/er/x.webp",
         "a/z.PNG",
-        Unusable("gone.txt", "no such file"),
+        InvalidInput("gone.txt", "no such file"),
     ]
 
 
@@ -191,7 +191,7 @@ def test_a_folder_without_images_says_what_it_holds(tree):
 def test_a_folder_that_may_not_be_read_is_a_row(tree):
     (tree / "a").chmod(0)
     try:
-        assert any(isinstance(item, Unusable) and "ermission" in item.reason for item in listed("."))
+        assert any(isinstance(item, InvalidInput) and "ermission" in item.reason for item in listed("."))
     finally:
         (tree / "a").chmod(0o755)
 
@@ -201,12 +201,12 @@ def test_standard_input_is_a_stream_with_pauses():
     stream = paths(["-"], stdin=reader)
     os.write(writer, b"a.jpg\nb.jp")
     assert next(stream) == "a.jpg"
-    assert isinstance(next(stream), Pause)
+    assert isinstance(next(stream), Flush)
     threading.Timer(0.2, lambda: (os.write(writer, b"g\n"), os.close(writer))).start()
     start = time.monotonic()
-    assert next(item for item in stream if not isinstance(item, Pause)) == "b.jpg"
+    assert next(item for item in stream if not isinstance(item, Flush)) == "b.jpg"
     assert time.monotonic() - start < 30
-    assert [item for item in stream if not isinstance(item, Pause)] == []
+    assert [item for item in stream if not isinstance(item, Flush)] == []
     os.close(reader)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from vit.errors import VitError
 from vit.pretrained.hub import fetch, split_revision
-from vit.pretrained.places import Place, local
+from vit.pretrained.locations import WeightsLocation, local
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -170,7 +170,7 @@ def test_impossible_repositories(name):
 def test_a_file_by_its_address_is_kept_where_timm_keeps_it(hub, tmp_path, monkeypatch):
     """Weights that timm knows by an address only (I-JEPA's) go to torch's cache, and are there offline."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = Place("url", f"{hub.url}/timm/{NAME}/resolve/main/model.safetensors")
+    place = WeightsLocation("url", f"{hub.url}/timm/{NAME}/resolve/main/model.safetensors")
     path, label = local(place)
     assert path == tmp_path / "hub" / "checkpoints" / "model.safetensors"
     assert path.read_bytes() == (hub.folder / "model.safetensors").read_bytes()
@@ -180,5 +180,5 @@ def test_a_file_by_its_address_is_kept_where_timm_keeps_it(hub, tmp_path, monkey
     assert hub.requests == []
     for address in (f"{hub.url}/timm/{NAME}/resolve/main/none.pth", "http://127.0.0.1:9/none.pth"):
         with pytest.raises(VitError, match=r"none\.pth is not in .*/checkpoints, and http.* cannot be fetched"):
-            local(Place("url", address))
+            local(WeightsLocation("url", address))
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["model.safetensors"]

@@ -17,7 +17,7 @@ from vit.errors import VitError
 from vit.inference.bundle import read_bundle
 from vit.inference.loading import load_torch
 from vit.pretrained.create import load_pretrained, look
-from vit.pretrained.places import whereabouts
+from vit.pretrained.locations import whereabouts
 
 SIZES = {"embed_dim": 48, "num_heads": 3, "depth": 2, "img_size": 64}
 

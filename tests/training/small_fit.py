@@ -26,10 +26,9 @@ from vit.inference.description import Description
 from vit.training.app import resolve
 from vit.training.build import build_model, build_module
 from vit.training.config import Config, load
-from vit.training.meter import Meter
+from vit.training.metrics import Throughput, TrainMetrics
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor
-from vit.training.pace import Pace
 from vit.training.progress import Progress
 from vit.training.schedule import Schedule
 
@@ -47,7 +46,7 @@ class Fit:
     trainer: L.Trainer
     monitor: Monitor | None
     progress: Progress | None
-    meter: Meter
+    train_metrics: TrainMetrics
     checkpoint: Path | None = None
 
     def run(self) -> Fit:
@@ -97,11 +96,11 @@ def prepare(
     model = build_model(config, data)
     description = Description(architecture=model.architecture, class_names=names, preprocessing=preprocessing)
     module = build_module(config, data, model, description)
-    pace = Pace()
+    throughput = Throughput()
     schedule = Schedule(schedule=asdict(config.schedule), max_epochs=epochs, max_steps=max_steps, max_time=None)
-    meter = Meter(config.logging.every, pace)
-    progress = Progress(schedule, meter) if bar else None
-    monitor = Monitor(config, Path(folder), data.class_names, meter) if board else None
+    train_metrics = TrainMetrics(config.logging.every, throughput)
+    progress = Progress(schedule, train_metrics) if bar else None
+    monitor = Monitor(config, Path(folder), data.class_names, train_metrics) if board else None
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
@@ -111,7 +110,9 @@ def prepare(
         gradient_clip_val=config.optim.clip,
         accumulate_grad_batches=config.optim.accumulate,
         check_val_every_n_epoch=config.trainer.validate_every,
-        callbacks=[c for c in (schedule, pace, meter, progress, monitor, *(extra or [])) if c is not None],
+        callbacks=[
+            c for c in (schedule, throughput, train_metrics, progress, monitor, *(extra or [])) if c is not None
+        ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -120,7 +121,7 @@ def prepare(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
-    return Fit(config, data, module, trainer, monitor, progress, meter, checkpoint)
+    return Fit(config, data, module, trainer, monitor, progress, train_metrics, checkpoint)
 
 
 def fit(folder: str | Path, *overrides: str, **options: Any) -> Fit:

@@ -34,7 +34,7 @@ from vit.explain import explain
 from vit.training import attention, budget, observation
 from vit.training.attention import AttentionLog
 from vit.training.observation import Observation, plan
-from vit.training.probes import choose_probes, stratified
+from vit.training.tracked_images import choose_probes, stratified
 
 CTX = RequestContext()
 
@@ -109,7 +109,7 @@ def test_all_that_is_promised_is_there(small: ModuleType, tmp_path: Path, always
     # the last record is of the model that training ends with
     preprocessing = run.module.description.preprocessing
     images = normalise(picked.images, preprocessing.mean, preprocessing.std)
-    model = run.module.kept
+    model = run.module.eval_model
     logits = model.eval()(images)
     for method in ("rollout", "relevance", "legrad"):
         maps = explain(model, images, method).flatten(1).numpy()

@@ -108,7 +108,7 @@ def test_the_probe_chooses_by_the_same_order(run, monkeypatch):
             head = self.model.head
             yield float(number), torch.zeros_like(head.weight), head.bias, {"val/loss": loss, "val/top1": top1}
 
-    from vit.training.probe import Probe
+    from vit.training.linear_probe import Probe
 
     monkeypatch.setattr(Probe, "_heads", heads)
     for monitor, chosen in (("val/top1", 2), ("val/loss", 4)):

@@ -12,7 +12,7 @@ from vit.errors import VitError
 from vit.inference.bundle import write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
-from vit.training.distill import Distillation, Teacher, both_answers, imitation
+from vit.training.distill import Distillation, Teacher, both_answers, distillation_loss
 
 NAMES = ["cat", "dog", "owl"]
 OURS = Preprocessing(image_size=(16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -45,7 +45,7 @@ def test_the_soft_gradient_is_the_difference_of_the_softened_probabilities(tempe
     torch.manual_seed(0)
     z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     t = torch.randn(5, 4, dtype=torch.float64)
-    loss = imitation(z, t, "soft", temperature)
+    loss = distillation_loss(z, t, "soft", temperature)
     loss.backward()
     q, p = softmax(z.detach().numpy() / temperature), softmax(t.numpy() / temperature)
     assert loss.item() == pytest.approx(temperature**2 * (p * np.log(p / q)).sum() / 5, rel=1e-12)
@@ -56,7 +56,7 @@ def test_the_hard_gradient_is_that_of_the_cross_entropy_with_the_teachers_choice
     torch.manual_seed(0)
     z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     t = torch.randn(5, 4, dtype=torch.float64)
-    imitation(z, t, "hard", 7.0).backward()
+    distillation_loss(z, t, "hard", 7.0).backward()
     q, chosen = softmax(z.detach().numpy()), np.eye(4)[t.numpy().argmax(1)]
     np.testing.assert_allclose(z.grad.numpy(), (q - chosen) / 5, rtol=1e-10)
 

@@ -160,7 +160,7 @@ def test_examples_are_those_that_validation_saw(small: ModuleType, tmp_path: Pat
     pixels = split.array(module.description.preprocessing)
     inputs = torch.from_numpy(module.description.preprocessing.normalise(pixels))
     with torch.no_grad():
-        probabilities = module.kept.eval()(inputs).softmax(1)
+        probabilities = module.eval_model.eval()(inputs).softmax(1)
     top, predicted = probabilities.max(1)
     wrong = sorted((i for i in range(35) if predicted[i] != split.labels[i]), key=lambda i: -float(top[i]))[:4]
     assert wrong, "the test needs mistakes"

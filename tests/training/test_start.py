@@ -25,7 +25,7 @@ from vit.training.app import CONF, resolve
 from vit.training.build import build_model
 from vit.training.config import load
 from vit.training.features import Backbone
-from vit.training.probe import Probe
+from vit.training.linear_probe import Probe
 from vit.training.run import train
 from vit.training.start import Start
 
@@ -242,7 +242,7 @@ def test_two_processes_start_from_the_head_that_the_first_has_fitted(run, source
 
 def test_the_time_for_the_features_is_part_of_the_time(run, monkeypatch):
     now = [1000.0]
-    for module in ("start", "schedule", "meter", "probe"):
+    for module in ("start", "schedule", "metrics", "linear_probe"):
         monkeypatch.setattr(f"vit.training.{module}.time.monotonic", lambda: now[0])
     original = Probe.fit_head
 

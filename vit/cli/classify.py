@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         check_folder_name(arguments.explain, "--explain")
     # paths on standard input may be long in coming, and a wrong model should be reported before
-    wait = "-" in arguments.sources
-    many = not wait and (len(arguments.sources) > 1 or not _is_image(arguments.sources[0]))
+    block = "-" in arguments.sources
+    throughput = not block and (len(arguments.sources) > 1 or not _is_image(arguments.sources[0]))
     where = {"device": arguments.device, "backend": arguments.backend, "reduction": arguments.reduction}
-    classifier = load(arguments.model, wait=wait, many=many, **where)
+    classifier = load(arguments.model, block=block, throughput=throughput, **where)
     lines = formatter(form, classifier.description.class_names)
     channels = classifier.description.preprocessing.channels
     passed_over, errors = Counter[str](), Counter[str]()

@@ -13,10 +13,10 @@ from vit.errors import VitError
 from vit.inference.bundle import WEIGHTS, read_bundle
 from vit.inference.card import about_data
 from vit.inference.description import Description, parse_json, plain
-from vit.inference.loading import Found, locate
+from vit.inference.loading import ResolvedModel, locate
 
 if TYPE_CHECKING:
-    from vit.pretrained.sources import Known
+    from vit.pretrained.sources import ModelInfo
 
 KINDS = {"run": "run folder", "bundle": "bundle", "checkpoint": "checkpoint", "onnx": "ONNX file", "timm": "timm model"}
 _MOST_NAMES = 20
@@ -53,19 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _look(name: str) -> Known:
+def _look(name: str) -> ModelInfo:
     from vit.pretrained.create import look
 
     return look(name)
 
 
-def _whereabouts(known: Known) -> str:
-    from vit.pretrained.places import whereabouts
+def _whereabouts(known: ModelInfo) -> str:
+    from vit.pretrained.locations import whereabouts
 
     return whereabouts(known.place)
 
 
-def _told(known: Known) -> tuple[Description, int]:
+def _told(known: ModelInfo) -> tuple[Description, int]:
     """What is said of a model of that name, and how many parameters it has; its weights stay where they are."""
     from vit.pretrained.create import count_parameters
 
@@ -76,7 +76,7 @@ def _told(known: Known) -> tuple[Description, int]:
     return description, count_parameters(known.architecture)
 
 
-def _read(found: Found) -> tuple[Description, int | None]:
+def _read(found: ResolvedModel) -> tuple[Description, int | None]:
     """The description and, where the file tells without loading it into a model, the number of parameters."""
     if found.bundle is not None:
         weights = found.bundle / WEIGHTS
@@ -112,7 +112,7 @@ def count_safetensors(path: Path) -> int:
 
 
 def _sections(
-    model: str, found: Found, description: Description, parameters: int | None, grid: list[int]
+    model: str, found: ResolvedModel, description: Description, parameters: int | None, grid: list[int]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     a, preprocessing = description.architecture, description.preprocessing
     front = [a.get("class_token", True), a.get("distillation_token", False)]
@@ -151,11 +151,11 @@ def _sections(
     return sections
 
 
-def _both(found: Found) -> bool:
+def _both(found: ResolvedModel) -> bool:
     return found.onnx is not None and found.bundle is not None and (found.bundle / WEIGHTS).is_file()
 
 
-def _only(found: Found) -> str:
+def _only(found: ResolvedModel) -> str:
     return "ONNX Runtime" if found.onnx is not None else "torch"
 
 

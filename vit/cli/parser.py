@@ -211,7 +211,7 @@ def _tune_reduction(commands: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument(
-        "--budget", type=_share, required=True, metavar="SHARE", help="of the cost without reduction, such as 0.5"
+        "--budget", type=_fraction, required=True, metavar="SHARE", help="of the cost without reduction, such as 0.5"
     )
     command.add_argument(
         "--measure",
@@ -271,7 +271,7 @@ def _count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

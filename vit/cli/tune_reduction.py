@@ -14,7 +14,7 @@ from vit.files import check_folder_name
 from vit.inference.loading import load_torch
 
 if TYPE_CHECKING:
-    from vit.evaluation.reduction import Candidate, Found
+    from vit.evaluation.reduction import Candidate, SearchResult
     from vit.inference.description import Description
     from vit.inference.sample import Sample
     from vit.model import VisionTransformer
@@ -100,7 +100,7 @@ def _overrides(pairs: list[str]) -> dict[str, Any] | None:
     return found or None
 
 
-def table(found: Found, measure: str) -> str:
+def table(found: SearchResult, measure: str) -> str:
     """Accuracy against cost: the model without reduction, then each candidate, the best of its cost first."""
     heads = ["reduction", "cost" if measure == "flops" else "seconds", "images/s", "top-1", "loss"]
     rows = [heads, _row(found.whole, found)]
@@ -114,7 +114,7 @@ def table(found: Found, measure: str) -> str:
     return "\n".join(lines)
 
 
-def _row(each: Candidate, found: Found) -> list[str]:
+def _row(each: Candidate, found: SearchResult) -> list[str]:
     mark = " *" if each is found.best else ""
     return [
         each.line + mark,
@@ -128,7 +128,7 @@ def _row(each: Candidate, found: Found) -> list[str]:
 def described(
     model: VisionTransformer,
     description: Description,
-    found: Found,
+    found: SearchResult,
     shown: Sample,
     held_out: Sample | None,
     arguments: argparse.Namespace,
@@ -165,7 +165,7 @@ def described(
     )
 
 
-def _verdict(model: VisionTransformer, description: Description, found: Found, held_out: Sample | None) -> str:
+def _verdict(model: VisionTransformer, description: Description, found: SearchResult, held_out: Sample | None) -> str:
     """Accuracy with and without on the images that decided nothing."""
     from vit.evaluation.reduction import figures, scores
 

@@ -20,29 +20,29 @@ class AugmentConfig:
     """What `conf/augment/*.yaml` can say. The default changes nothing."""
 
     name: str = option("none", "of the file in conf/augment")
-    crop_padding: int = option(0, "crop at random after adding this many pixels on every side", least=0, most=512)
+    crop_padding: int = option(0, "crop at random after adding this many pixels on every side", ge=0, le=512)
     random_resized_crop: bool = option(False, "crop a random rectangle and resize it to the whole")
-    crop_scale: tuple[float, float] = option((0.08, 1.0), "least and greatest share of the image in it", over=0, most=1)
-    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "least and greatest width over height", over=0, most=100)
-    flip: float = option(0.0, "probability of mirroring left to right", least=0, most=1)
-    rotate: float = option(0.0, "up to this many degrees either way", least=0, most=180)
-    translate: float = option(0.0, "up to this share of width and height either way", least=0, most=1)
+    crop_scale: tuple[float, float] = option((0.08, 1.0), "least and greatest share of the image in it", gt=0, le=1)
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "least and greatest width over height", gt=0, le=100)
+    flip: float = option(0.0, "probability of mirroring left to right", ge=0, le=1)
+    rotate: float = option(0.0, "up to this many degrees either way", ge=0, le=180)
+    translate: float = option(0.0, "up to this share of width and height either way", ge=0, le=1)
     scale: tuple[float, float] | None = option(
-        None, "least and greatest enlargement about the centre; null: none", over=0, most=10
+        None, "least and greatest enlargement about the centre; null: none", gt=0, le=10
     )
-    shear: float = option(0.0, "along x, up to this many degrees either way", least=0, most=80)
+    shear: float = option(0.0, "along x, up to this many degrees either way", ge=0, le=80)
     border: str = option("zero", "what lies outside: black, the mean colour, the mirrored image", choices=BORDERS)
-    rand_augment: int = option(0, "how many of RandAugment's operations; 0: none", least=0, most=16)
-    rand_magnitude: float = option(9.0, "their strength", least=0, most=10)
+    rand_augment: int = option(0, "how many of RandAugment's operations; 0: none", ge=0, le=16)
+    rand_magnitude: float = option(9.0, "their strength", ge=0, le=10)
     color_jitter: float = option(
-        0.0, "brightness, contrast and saturation change by factors of 1 - this to 1 + this", least=0, most=1
+        0.0, "brightness, contrast and saturation change by factors of 1 - this to 1 + this", ge=0, le=1
     )
-    erasing: float = option(0.0, "probability of turning a rectangle into the mean colour", least=0, most=1)
-    mixup: float = option(0.0, "alpha of its Beta distribution; 0: none", least=0, most=10)
-    cutmix: float = option(0.0, "alpha of its Beta distribution; 0: none", least=0, most=10)
-    mix_prob: float = option(1.0, "probability that a pair is mixed at all", least=0, most=1)
-    mix_off_epochs: float = option(0.0, "last share of training without mixing", least=0, most=1)
-    label_smoothing: float = option(0.0, "share of each target spread evenly over all classes", least=0, under=1)
+    erasing: float = option(0.0, "probability of turning a rectangle into the mean colour", ge=0, le=1)
+    mixup: float = option(0.0, "alpha of its Beta distribution; 0: none", ge=0, le=10)
+    cutmix: float = option(0.0, "alpha of its Beta distribution; 0: none", ge=0, le=10)
+    mix_prob: float = option(1.0, "probability that a pair is mixed at all", ge=0, le=1)
+    mix_off_epochs: float = option(0.0, "last share of training without mixing", ge=0, le=1)
+    label_smoothing: float = option(0.0, "share of each target spread evenly over all classes", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         for key in ("crop_scale", "crop_ratio", "scale"):

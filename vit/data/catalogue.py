@@ -32,7 +32,7 @@ from vit.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing
 from vit.data.run_splits import restore_splits
 from vit.data.splits import cap
 from vit.data.walk import describe
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.options import convert, keys, option, unknown
 
 log = logging.getLogger("vit")
@@ -82,37 +82,35 @@ class DataConfig:
 
     name: str = option("digits", "of the data set", choices=tuple(ENTRIES))
     root: str | None = option(None, "folder of the files; null: the cache folder, where downloads go", path=True)
-    image_size: int | tuple[int, int] = option(0, "pixels, or [height, width], of the model's input", least=0)
-    channels: int = option(0, "of the model's input: 1 grey, 3 colour", least=0)
-    patch_size: int | tuple[int, int] = option(0, "pixels; what the model's patch_size follows", least=0)
-    batch_size: int = option(0, "images a step, over all processes", least=0)
-    eval_batch_size: int = option(0, "images at a time where nothing is learned; 0: at least 256", least=0)
-    val_fraction: float = option(0.1, "share held out of train, where there is no official validation", least=0, most=1)
-    test_fraction: float = option(0.2, "share held out of all, where there is no official test", least=0, most=1)
-    split_seed: int = option(0, "which images are held out; does not move with the run's seed", least=0)
-    max_bad_fraction: float = option(0.01, "a larger share of unreadable images stops the run", least=0, most=1)
+    image_size: int | tuple[int, int] = option(0, "pixels, or [height, width], of the model's input", ge=0)
+    channels: int = option(0, "of the model's input: 1 grey, 3 colour", ge=0)
+    patch_size: int | tuple[int, int] = option(0, "pixels; what the model's patch_size follows", ge=0)
+    batch_size: int = option(0, "images a step, over all processes", ge=0)
+    eval_batch_size: int = option(0, "images at a time where nothing is learned; 0: at least 256", ge=0)
+    val_fraction: float = option(0.1, "share held out of train, where there is no official validation", ge=0, le=1)
+    test_fraction: float = option(0.2, "share held out of all, where there is no official test", ge=0, le=1)
+    split_seed: int = option(0, "which images are held out; does not move with the run's seed", ge=0)
+    max_bad_fraction: float = option(0.01, "a larger share of unreadable images stops the run", ge=0, le=1)
     resident: str | bool = option("auto", "all images on the training device as uint8", choices=("auto",))
-    workers: str | int = option(
-        "auto", "processes that decode images that are not resident", choices=("auto",), least=0
-    )
+    workers: str | int = option("auto", "processes that decode images that are not resident", choices=("auto",), ge=0)
     cache: bool = option(False, "keep images decoded on the disk: each is decoded once, training reads them from there")
     cache_side: int | None = option(
-        None, "their shorter side, for random crops; null: 8/7 of image_size; smaller images stay as they are", least=1
+        None, "their shorter side, for random crops; null: 8/7 of image_size; smaller images stay as they are", ge=1
     )
     cache_folder: str | None = option(None, "where they are kept; null: images in the cache folder", path=True)
     mean: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train")
-    std: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train", over=0)
+    std: tuple[float, ...] | None = option(None, "per channel, of values in 0..1; null: measured on train", gt=0)
     interpolation: str = option("bicubic", "how images are resized", choices=INTERPOLATIONS)
-    crop_pct: float = option(1.0, "images are resized to image_size / crop_pct, and the centre kept", over=0, most=1)
+    crop_pct: float = option(1.0, "images are resized to image_size / crop_pct, and the centre kept", gt=0, le=1)
     crop_mode: str = option("center", "fit the shorter side, both sides, or the longer side", choices=CROP_MODES)
     download: bool = option(True, "fetch what is not there")
-    max_images: int | None = option(None, "at most this many a split, stratified, to try things; null: all", least=1)
-    objects: int = option(1, "shapes: objects of a class; of two, the larger names the image", least=1, most=2)
-    object_scale: float = option(0.1, "shapes: share of the image that an object takes", over=0, most=1)
-    clutter: int = option(0, "shapes: objects of kinds that are no class", least=0)
-    train_images: int = option(10_000, "shapes: how many to train on", least=1)
-    val_images: int = option(1_000, "shapes: how many to validate on", least=0)
-    test_images: int = option(2_000, "shapes: how many to test on", least=0)
+    max_images: int | None = option(None, "at most this many a split, stratified, to try things; null: all", ge=1)
+    objects: int = option(1, "shapes: objects of a class; of two, the larger names the image", ge=1, le=2)
+    object_scale: float = option(0.1, "shapes: share of the image that an object takes", gt=0, le=1)
+    clutter: int = option(0, "shapes: objects of kinds that are no class", ge=0)
+    train_images: int = option(10_000, "shapes: how many to train on", ge=1)
+    val_images: int = option(1_000, "shapes: how many to validate on", ge=0)
+    test_images: int = option(2_000, "shapes: how many to test on", ge=0)
     kinds: tuple[str, ...] | None = option(None, "shapes: which are the classes; null: the first six")
     image_column: str | None = option(None, "parquet: column of the images; null: found")
     label_column: str | None = option(None, "parquet: column of the labels; null: found")
@@ -121,7 +119,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         entry = ENTRIES.get(self.name) if isinstance(self.name, str) else None
         if entry is None:
-            raise VitError(f"data.name={self.name!r}: no such data set; {nearest(str(self.name), CATALOGUE)}")
+            raise VitError(f"data.name={self.name!r}: no such data set; {did_you_mean(str(self.name), CATALOGUE)}")
         given = {key.name: getattr(self, key.name) for key in keys(DataConfig)}
         for name in ("image_size", "channels", "patch_size", "batch_size"):
             given[name] = given[name] or getattr(entry, name)

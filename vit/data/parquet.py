@@ -29,7 +29,7 @@ from vit.data.assemble import assemble
 from vit.data.dataset import SPLITS, ImageData
 from vit.data.decode import ImageError, decode, measure, printable
 from vit.data.scan import file_content, file_fingerprint, name_fingerprint, scan
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -302,7 +302,7 @@ def find_columns(schema: Any, config: Any, shown: str) -> Columns:
         if given is not None:
             if given not in possible:
                 raise VitError(
-                    f"data.{key}={given!r}: {shown} has no such column of {what}; {nearest(given, possible)}"
+                    f"data.{key}={given!r}: {shown} has no such column of {what}; {did_you_mean(given, possible)}"
                 )
             return given
         for choice in (

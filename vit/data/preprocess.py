@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +77,11 @@ class Preprocessing:
                 raise VitError(f"std: expected numbers above 0, got {list(values)!r}")
             set_(self, key, tuple(float(value) for value in values))
         if self.interpolation not in INTERPOLATIONS:
-            raise VitError(f"interpolation={self.interpolation!r}: {nearest(str(self.interpolation), INTERPOLATIONS)}")
+            raise VitError(
+                f"interpolation={self.interpolation!r}: {did_you_mean(str(self.interpolation), INTERPOLATIONS)}"
+            )
         if self.crop_mode not in CROP_MODES:
-            raise VitError(f"crop_mode={self.crop_mode!r}: {nearest(str(self.crop_mode), CROP_MODES)}")
+            raise VitError(f"crop_mode={self.crop_mode!r}: {did_you_mean(str(self.crop_mode), CROP_MODES)}")
         if not _number(self.crop_pct) or not 0 < self.crop_pct <= 1:
             raise VitError(f"crop_pct: expected a number above 0 and up to 1, got {self.crop_pct!r}")
         set_(self, "crop_pct", float(self.crop_pct))
@@ -161,7 +163,7 @@ class Preprocessing:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise VitError(f"preprocessing: unknown key {key!r}; {nearest(str(key), known)}")
+                raise VitError(f"preprocessing: unknown key {key!r}; {did_you_mean(str(key), known)}")
         if "image_size" not in values:
             raise VitError("preprocessing: 'image_size' is missing")
         try:

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from vit.data.dataset import ImageData, Split
 from vit.data.decode import decode
 from vit.data.draws import keys, uniform
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -163,7 +163,7 @@ def shapes(config: DataConfig, class_names: list[str] | None, scan_limit: int | 
     classes = list(config.kinds or CLASS_KINDS)
     for kind in classes:
         if kind not in KINDS:
-            raise VitError(f"data.kinds: no shape {kind!r}; {nearest(kind, KINDS)}")
+            raise VitError(f"data.kinds: no shape {kind!r}; {did_you_mean(kind, KINDS)}")
     if len(set(classes)) != len(classes):
         raise VitError(f"data.kinds names a shape twice: {', '.join(classes)}")
     if config.objects > len(classes):

@@ -3,7 +3,7 @@
 Notable:
 - NumPy, in float64, in blocks: ImageNet's 50,000 x 1,000 logits need no second copy in memory.  The same figures from
   torchmetrics take seconds more to import and are float32 inside; the tests hold the two against each other.
-- Ties are settled by one rule everywhere: of equal logits the lower class index comes first, as in `argmax`.
+- Ties are broken by one rule everywhere: of equal logits the lower class index comes first, as in `argmax`.
 - A figure that the images cannot give (the recall of a class without images) is None, JSON's null: never 0, never NaN.
 """
 

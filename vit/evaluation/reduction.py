@@ -69,7 +69,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found: the model without reduction, all candidates within the budget, and the best of them."""
 
     whole: Candidate
@@ -87,7 +87,7 @@ def search(
     trials: int = TRIALS,
     seed: int = 0,
     told: Callable[[Candidate], None] = lambda candidate: None,
-) -> Found:
+) -> SearchResult:
     """Find the reduction that keeps the most images right at a cost of at most `budget`.
 
     Args:
@@ -128,7 +128,7 @@ class _Search:
         self.told, self.random = told, np.random.default_rng(seed)
         self.patches, self.depth = model.grid[0] * model.grid[1], model.architecture["depth"]
 
-    def run(self, trials: int) -> Found:
+    def run(self, trials: int) -> SearchResult:
         whole = self.judge({"reduction": "none"}, 1.0)
         named = [self.judge(*each) for each in self.named()]
         if not named:
@@ -147,7 +147,7 @@ class _Search:
                 continue
             found[key] = self.judge(moved, cost)
             best = max(best, found[key], key=lambda each: (each.top1, -each.loss))
-        return Found(whole, list(found.values()), best)
+        return SearchResult(whole, list(found.values()), best)
 
     def named(self) -> Iterator[tuple[dict[str, Any], float]]:
         """Each method with each schedule at the smallest rate that keeps to the budget, and its cost."""

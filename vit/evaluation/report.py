@@ -26,7 +26,7 @@ from vit.data.dataset import SPLITS, ImageData
 from vit.data.memory import NAME as MEMORY
 from vit.data.memory import Gathered
 from vit.data.run_splits import FILE
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.evaluation.collect import collect_logits
 from vit.evaluation.figures import confusion_figure, reliability_figure, save_png
 from vit.evaluation.metrics import as_arrays, evaluate_logits, outcomes, reliability
@@ -86,7 +86,7 @@ def evaluate(
     from vit.model.reduction import spell
 
     if split not in SPLITS:
-        raise VitError(f"split={split!r}: {nearest(str(split), SPLITS)}")
+        raise VitError(f"split={split!r}: {did_you_mean(str(split), SPLITS)}")
     if batch_size is not None and batch_size < 1:
         raise VitError(f"batch_size={batch_size}: expected at least 1")
     scorer, description, where = _load(model, device, reduction)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model.reduction import Move
 
 Fusion = Literal["mean", "max", "min"]
@@ -113,7 +113,7 @@ def back(move: Move | None, rows_BxN: Tensor) -> Tensor:
 def down(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
     """Rows times `Â = rownorm(fuse_h(A) + I)`: (B, R, N) -> (B, R, N)."""
     if fusion not in FUSIONS:
-        raise VitError(f"fusion: no {fusion!r}; {nearest(str(fusion), FUSIONS)}")
+        raise VitError(f"fusion: no {fusion!r}; {did_you_mean(str(fusion), FUSIONS)}")
     if not 0 <= discard < 1:
         raise VitError(f"discard: expected a share from 0 to under 1, not {discard!r}")
     if fusion == "mean" and not discard and rows_BRN.shape[1] == 1:

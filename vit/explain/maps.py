@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vit.data.preprocess import Preprocessing
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.explain.methods import CLASS_SPECIFIC, METHODS, check_method, trace
 from vit.explain.record import find, resolve_layer
 from vit.explain.records import Observed, measure, observe
@@ -61,7 +61,7 @@ def class_index(label: str | int | None, names: Sequence[str]) -> int | None:
         return found[0]
     if label.isascii() and label.isdecimal() and len(label) < 9 and int(label) < len(names):
         return int(label)
-    hint = f"numbers go from 0 to {len(names) - 1}" if label.isdecimal() else nearest(label, names)
+    hint = f"numbers go from 0 to {len(names) - 1}" if label.isdecimal() else did_you_mean(label, names)
     raise VitError(f"target: no class {label!r}; {hint}")
 
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.explain.carry import Fusion, back, carry, down, through, to_map
 from vit.explain.record import Record, Weights, find, record_attention, resolve_layer, single
 from vit.model.reduction import Move, shares, together
@@ -228,7 +228,7 @@ def _target(target: int | Tensor | None, logits: Tensor) -> Tensor:
 def check_method(method: str) -> None:
     """Raise `VitError` for a method that does not exist."""
     if method not in METHODS:
-        raise VitError(f"no method {method!r}; {nearest(str(method), METHODS)}")
+        raise VitError(f"no method {method!r}; {did_you_mean(str(method), METHODS)}")
 
 
 # on a trace

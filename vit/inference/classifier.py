@@ -49,14 +49,14 @@ NO_NUMBER = "the model gives no number for this image (its weights hold NaN or i
 class Backend(Protocol):
     """What computes logits: float32 (B, C, H, W) -> float32 (B, K).
 
-    `at_once` is how many threads should call `logits` at the same time, each with a small batch; 0 where one batch
+    `threads` is how many threads should call `logits` at the same time, each with a small batch; 0 where one batch
     after the other is better.
     """
 
     name: str
     device: str
     description: Description
-    at_once: int
+    threads: int
 
     def ready(self) -> None:
         """Wait for what is prepared in the background.  Raises `VitError` when it failed; `logits` does so as well."""
@@ -99,14 +99,14 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Unusable:
+class InvalidInput:
     """An input known to be of no use before it is opened; it becomes a row with this error."""
 
     path: str
     reason: str
 
 
-class Pause:
+class Flush:
     """In a stream of inputs: no more for now, so answer those that came."""
 
 
@@ -141,8 +141,8 @@ class Classifier:
             raise VitError(f"the model takes images of shape (B, {wanted}), not {images.shape}")
         if len(images) == 0:
             return np.empty((0, len(self.description.class_names)), np.float32)
-        few = self._few()
-        if not self._backend.at_once or len(images) <= few:
+        few = self._batch_per_thread()
+        if not self._backend.threads or len(images) <= few:
             return self._backend.logits(images)
         parts = [images[start : start + few] for start in range(0, len(images), few)]
         return np.concatenate(list(self._threads.map(self._backend.logits, parts)))
@@ -190,7 +190,7 @@ class Classifier:
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
         """Those that share a batch handed to `logits`."""
-        return ThreadPoolExecutor(self._backend.at_once, thread_name_prefix="logits")
+        return ThreadPoolExecutor(self._backend.threads, thread_name_prefix="logits")
 
     def ready(self) -> None:
         """Wait until the model is loaded, where `vit.inference.loading.load` did not.
@@ -218,7 +218,7 @@ class Classifier:
         return list(self.stream(inputs, top_k=top_k, batch_size=batch_size))
 
     def stream(
-        self, inputs: Iterable[Input | Unusable | Pause], *, top_k: int = 5, batch_size: int | None = None
+        self, inputs: Iterable[Input | InvalidInput | Flush], *, top_k: int = 5, batch_size: int | None = None
     ) -> Iterator[Result]:
         """As `classify`, one result at a time, in constant memory however many inputs there are.
 
@@ -236,17 +236,17 @@ class Classifier:
                 yield from results
 
     def answered(
-        self, inputs: Iterable[Input | Unusable | Pause], top_k: int = 5, batch_size: int | None = None
+        self, inputs: Iterable[Input | InvalidInput | Flush], top_k: int = 5, batch_size: int | None = None
     ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
         """The inputs in batches, in their order, as `prepared` gives them, with their results."""
-        if self._backend.at_once:
-            yield from self._answered_by_threads(inputs, top_k, batch_size or self._few())
+        if self._backend.threads:
+            yield from self._answered_by_threads(inputs, top_k, batch_size or self._batch_per_thread())
             return
         with contextlib.closing(self.prepared(inputs, batch_size or BATCH)) as batches:
             for rows in batches:
                 yield rows, self.answer(rows, top_k)
 
-    def _few(self) -> int:
+    def _batch_per_thread(self) -> int:
         """Images in a batch for one thread: some 400 patches keep a processor busy without leaving its caches."""
         architecture = self.description.architecture
         sides = zip(architecture["image_size"], architecture["patch_size"], strict=True)
@@ -259,13 +259,13 @@ class Classifier:
             rows = [(_path(item), self._prepare(item)) for item in items]
             return rows, self.answer(rows, top_k)
 
-        threads = self._backend.at_once
+        threads = self._backend.threads
         waiting: deque[Future[tuple[list[Prepared], list[Result]]]] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="classify")
         items: list[Any] = []
         try:
             for item in inputs:
-                pause = isinstance(item, Pause)
+                pause = isinstance(item, Flush)
                 if not pause:
                     items.append(item)
                 if items and (pause or len(items) >= batch_size):
@@ -281,7 +281,7 @@ class Classifier:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def prepared(
-        self, inputs: Iterable[Input | Unusable | Pause], batch_size: int = BATCH
+        self, inputs: Iterable[Input | InvalidInput | Flush], batch_size: int = BATCH
     ) -> Generator[list[Prepared], None, None]:
         """The inputs in batches, in their order, decoded ahead by threads.
 
@@ -294,7 +294,7 @@ class Classifier:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         try:
             for item in inputs:
-                if isinstance(item, Pause):
+                if isinstance(item, Flush):
                     while waiting:
                         yield _taken(waiting, batch_size)
                     continue
@@ -320,7 +320,7 @@ class Classifier:
 
     def _prepare(self, item: Any) -> np.ndarray | str:
         """The model's input before normalisation, uint8 (H, W, C), or why there is none."""
-        if isinstance(item, Unusable):
+        if isinstance(item, InvalidInput):
             return item.reason
         # here, so that a thread loads Pillow while the session is built
         from vit.data.decode import ImageError, decode
@@ -359,6 +359,6 @@ def _taken(waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: in
 
 
 def _path(item: Any) -> str | None:
-    if isinstance(item, Unusable):
+    if isinstance(item, InvalidInput):
         return item.path
     return os.fsdecode(item) if isinstance(item, str | os.PathLike) else None

@@ -84,9 +84,9 @@ def export_onnx(
 
     if not fits_onnx(model):
         raise VitError(f"cannot write {os.fspath(path)}: the model is too large for one ONNX file (2 GB)")
-    twin = float_twin(model)
+    twin = export_copy(model)
     shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
-    images = steady(twin, images_to_check(description, images))
+    images = stable_images(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False):
         message = _trace(shown, torch.from_numpy(images[:2]))
         simplify(message)
@@ -98,7 +98,7 @@ def export_onnx(
         return check(path, lambda batch: session.run(names, {INPUT: batch}), images, expected(twin, shown, images))
 
 
-def float_twin(model: VisionTransformer) -> VisionTransformer:
+def export_copy(model: VisionTransformer) -> VisionTransformer:
     """A copy of the model to export: float32, on the CPU, in evaluation mode, without gradients."""
     import torch
 
@@ -114,7 +114,7 @@ def images_to_check(description: Description, images: np.ndarray | None) -> np.n
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-def steady(twin: VisionTransformer, images: np.ndarray) -> np.ndarray:
+def stable_images(twin: VisionTransformer, images: np.ndarray) -> np.ndarray:
     """Of the images to compare on, as many, those whose logits do not jump with a rounding of their pixels.
 
     Token reduction may find two patches so much alike that rounding decides which of them goes, and two runtimes round

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vit.checksums import read_config
-from vit.errors import VitError, command_name, nearest, printable
+from vit.errors import VitError, command_name, did_you_mean, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
 from vit.processors import gpu_possible
@@ -35,7 +35,7 @@ _FAMILY = re.compile(r"vit|deit|_patch\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedModel:
     """What a MODEL turned out to be.
 
     Attributes
@@ -54,7 +54,7 @@ class Found:
     name: str | None = None
 
 
-def locate(model: str | os.PathLike[str]) -> Found:
+def locate(model: str | os.PathLike[str]) -> ResolvedModel:
     """Look what `model` is.  Of a run folder the best model is taken: its bundle, else the best, else the last
     checkpoint.
 
@@ -75,7 +75,7 @@ def locate(model: str | os.PathLike[str]) -> Found:
     if other:  # a pipe, a device: reading it might never end
         raise VitError(f"{printable(path)} is neither a file nor a folder: expected {EXPECTED}")
     if path.suffix.lower() == ".onnx":
-        return Found(path, "onnx", onnx=path)
+        return ResolvedModel(path, "onnx", onnx=path)
     if path.suffix.lower() == ".pt2":
         raise VitError(
             f"{printable(path)} is a program for torch.export.load, which vit does not run: give what it was exported "
@@ -83,7 +83,7 @@ def locate(model: str | os.PathLike[str]) -> Found:
         )
     if path.name in (WEIGHTS, CONFIG, ONNX) and is_bundle(path.parent):
         return _bundle(path, path.parent, "bundle")
-    return Found(path, "checkpoint", checkpoint=path)
+    return ResolvedModel(path, "checkpoint", checkpoint=path)
 
 
 def load(
@@ -91,8 +91,8 @@ def load(
     *,
     device: str = "auto",
     backend: str = "auto",
-    wait: bool = True,
-    many: bool = False,
+    block: bool = True,
+    throughput: bool = False,
     reduction: str | None = None,
 ) -> Classifier:
     """A classifier from any MODEL.
@@ -100,8 +100,8 @@ def load(
     Arguments
         device: "auto" (a GPU where torch finds one), "cpu", "cuda", "cuda:1", "mps".
         backend: "onnx" (ONNX Runtime, CPU only), "torch", or "auto": ONNX on a CPU where the model has such a file.
-        many: whether there will be many images at a time: more of them a second, at the cost of each.
-        wait: whether to wait until the model is ready; if not, `Classifier.ready` and the first answer do, and raise
+        throughput: whether there will be many images at a time: more of them a second, at the cost of each.
+        block: whether to wait until the model is ready; if not, `Classifier.ready` and the first answer do, and raise
             what is wrong with its weights.
         reduction: fewer tokens, as one line, such as "merge:0.5" (see `vit.model.reduction.parse`), by torch; None: as
             the model has it.
@@ -110,7 +110,7 @@ def load(
     be had.
     """
     if backend not in BACKENDS:
-        raise VitError(f"no backend {backend!r}; {nearest(backend, BACKENDS)}")
+        raise VitError(f"no backend {backend!r}; {did_you_mean(backend, BACKENDS)}")
     if backend == "onnx" and device not in ("auto", "cpu"):
         raise VitError(f"the onnx backend runs on the CPU, not on {device!r}: use device cpu, or backend torch")
     if backend == "onnx" and reduction is not None:
@@ -126,8 +126,8 @@ def load(
         from vit.inference.onnx_backend import OnnxBackend
 
         description = read_bundle(found.bundle) if found.bundle else None
-        classifier = Classifier(OnnxBackend(found.onnx, description, many=many))
-        if wait:
+        classifier = Classifier(OnnxBackend(found.onnx, description, throughput=throughput))
+        if block:
             classifier.ready()
         return classifier
     from vit.inference.torch_backend import TorchBackend
@@ -184,21 +184,21 @@ def _load_torch(model: str | os.PathLike[str], device: str) -> tuple[VisionTrans
     return build(description, weights, source).to(place), description
 
 
-def _named(name: str) -> Found:
+def _named(name: str) -> ResolvedModel:
     """A name of timm's, or nothing at all.  Raises `VitError` with the runs and the names that come nearest."""
     if name.startswith(SCHEMES):
-        return Found(Path(name), "timm", name=name)
+        return ResolvedModel(Path(name), "timm", name=name)
     if not _NAME.fullmatch(name) or not _FAMILY.search(name):
         raise VitError(f"no model at {printable(name)}: expected {EXPECTED}; {suggest(Path(name))}")
     from vit.pretrained.registry import entry, is_name
 
     if is_name(name.partition("@")[0].partition(".")[0]):
-        return Found(Path(name), "timm", name=name)
+        return ResolvedModel(Path(name), "timm", name=name)
     try:
         entry(name)
     except VitError as error:
         raise VitError(f"no model at {printable(name)}: {error}; as for runs, {suggest(Path(name))}") from None
-    return Found(Path(name), "timm", name=name)
+    return ResolvedModel(Path(name), "timm", name=name)
 
 
 def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]:
@@ -228,16 +228,16 @@ def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]
     return loaded.model.to(place), description
 
 
-def _locate_in(folder: Path) -> Found:
+def _locate_in(folder: Path) -> ResolvedModel:
     if _of_timm(folder):
-        return Found(folder, "timm", name=f"local-dir:{folder}")
+        return ResolvedModel(folder, "timm", name=f"local-dir:{folder}")
     if is_bundle(folder):
         return _bundle(folder, folder, "bundle")
     if is_bundle(folder / "model"):
         return _bundle(folder, folder / "model", "run")
     for name in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / name).is_file():
-            return Found(folder, "run", checkpoint=folder / "checkpoints" / name)
+            return ResolvedModel(folder, "run", checkpoint=folder / "checkpoints" / name)
     if (folder / CONFIG).is_file():
         raise VitError(f"{printable(folder)} has a {CONFIG} but neither {WEIGHTS} nor {ONNX}: its weights are missing")
     if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
@@ -247,9 +247,10 @@ def _locate_in(folder: Path) -> Found:
     raise VitError(f"{printable(folder)} is not a model: expected {EXPECTED}; {hint}")
 
 
-def _bundle(path: Path, folder: Path, kind: str) -> Found:
+def _bundle(path: Path, folder: Path, kind: str) -> ResolvedModel:
     onnx = folder / ONNX if (folder / ONNX).is_file() else None
-    return Found(path, kind, bundle=folder if (folder / WEIGHTS).is_file() or onnx is not None else None, onnx=onnx)
+    bundle = folder if (folder / WEIGHTS).is_file() or onnx is not None else None
+    return ResolvedModel(path, kind, bundle=bundle, onnx=onnx)
 
 
 def _of_timm(folder: Path) -> bool:
@@ -266,7 +267,7 @@ def suggest(path: Path | None = None, root: str = "runs") -> str:
     if not runs:
         return f"there is no run under ./{root} yet ({command_name('train')} makes one)"
     names = [printable(run) for run in runs]
-    near = "" if path is None else nearest(printable(path), names, 1)
+    near = "" if path is None else did_you_mean(printable(path), names, 1)
     return near if near.startswith("did you mean") else f"the newest run here is {names[0]}"
 
 

@@ -132,12 +132,12 @@ class OnnxBackend:
     device = "cpu"
 
     def __init__(
-        self, path: str | os.PathLike[str], description: Description | None = None, *, many: bool = False
+        self, path: str | os.PathLike[str], description: Description | None = None, *, throughput: bool = False
     ) -> None:
-        """`many`: the images are more than the processors, so that each is computed by one, the others meanwhile."""
-        self._path, self._many = _checked(path), many
-        threads = 1 if many else available()
-        self.at_once = available() if many else min(4, available())
+        """`throughput`: the images are more than the processors, so that each is computed by one, the others meanwhile."""
+        self._path, self._throughput = _checked(path), throughput
+        threads = 1 if throughput else available()
+        self.threads = available() if throughput else min(4, available())
         outline = _outline(self._path)
         if outline is None:  # the runtime may be able to read what `read_outline` is not
             session = _session(self._path, None, threads)
@@ -155,7 +155,7 @@ class OnnxBackend:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a session cannot be pickled, its file can be opened again, wherever the other process works
-        return functools.partial(OnnxBackend, many=self._many), (self._path.absolute(), self.description)
+        return functools.partial(OnnxBackend, throughput=self._throughput), (self._path.absolute(), self.description)
 
     def ready(self) -> None:
         """Wait until the session is there.  Raises `VitError` when the file is not the model it should be."""

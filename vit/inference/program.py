@@ -22,7 +22,7 @@ from vit.checksums import check_archive, seal_archive
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
-from vit.inference.export import check, expected, float_twin, images_to_check, quiet, steady
+from vit.inference.export import check, expected, export_copy, images_to_check, quiet, stable_images
 
 if TYPE_CHECKING:
     from vit.inference.export import Observer
@@ -61,9 +61,9 @@ def export_program(
     """
     import torch
 
-    twin = float_twin(model)
+    twin = export_copy(model)
     shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
-    images = steady(twin, images_to_check(description, images))
+    images = stable_images(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
         try:
             free = ({0: torch.export.Dim("batch", min=1)},)

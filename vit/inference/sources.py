@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from vit.data.walk import Found, Walk, describe, system_name
 from vit.errors import VitError, printable
-from vit.inference.classifier import Pause, Unusable
+from vit.inference.classifier import Flush, InvalidInput
 
-Item = str | Unusable | Pause
+Item = str | InvalidInput | Flush
 
 _LONGEST_LINE = 1 << 16  # far over any path; keeps input without line ends from filling the memory
 _PATIENCE = 0.05  # seconds without new paths before those that came are answered
@@ -44,16 +44,16 @@ def paths(
     `-` for such lines on the file descriptor `stdin`.  `channels` are the model's: one of more or less than 1 or 3
     also takes `.npy` files from folders.  `passed_over` counts what folders hold that is no image, by kind.
 
-    What is missing is passed on as `Unusable`, but `VitError` is raised, before anything is given, when all is:
+    What is missing is passed on as `InvalidInput`, but `VitError` is raised, before anything is given, when all is:
     no source named anything that is there.
     """
-    found, missing = False, list[Unusable]()
+    found, missing = False, list[InvalidInput]()
     reader = _Sources(recursive, channels, stdin, Counter() if passed_over is None else passed_over)
     for source in sources:
         for item in reader.expand(source):
             if found:
                 yield item
-            elif isinstance(item, Unusable):
+            elif isinstance(item, InvalidInput):
                 missing.append(item)
             else:
                 found = True
@@ -63,7 +63,7 @@ def paths(
         raise VitError(_nothing(missing))
 
 
-def _nothing(missing: list[Unusable]) -> str:
+def _nothing(missing: list[InvalidInput]) -> str:
     if not missing:
         return "no input: name files, folders, globs, a .txt list, or - for paths on standard input"
     first = f"{printable(missing[0].path)}: {missing[0].reason}"
@@ -85,7 +85,7 @@ class _Sources:
         except (OSError, ValueError):
             if glob.has_magic(source) and not os.path.lexists(source):
                 return _or_nothing(self._matches(source), source, lambda: "no file matches")
-            return iter([Unusable(source, "no such file" if not os.path.lexists(source) else "cannot be read")])
+            return iter([InvalidInput(source, "no such file" if not os.path.lexists(source) else "cannot be read")])
         if stat.S_ISDIR(mode):
             walk = Walk(self._channels, say=_say)
             return _or_nothing(self._images(walk, source), source, lambda: self._no_images(walk))
@@ -98,7 +98,7 @@ class _Sources:
 
         for found in walk.files(folder, self._recursive):
             if isinstance(found, OSError):
-                yield Unusable(str(found.filename), f"cannot read this folder: {found.strerror or found}")
+                yield InvalidInput(str(found.filename), f"cannot read this folder: {found.strerror or found}")
             elif found.kind is None or found.kind in UNDECODED:
                 yield found.path
             else:
@@ -156,18 +156,18 @@ def _or_nothing(items: Iterable[Item], source: str, reason: Callable[[], str]) -
     """`items`, or that there were none."""
     some = False
     for item in items:
-        some = some or not isinstance(item, Pause)
+        some = some or not isinstance(item, Flush)
         if some:
             yield item
     if not some:
-        yield Unusable(source, reason())
+        yield InvalidInput(source, reason())
 
 
 def _list(file: str) -> Iterator[Item]:
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        yield Unusable(file, f"cannot be read: {error.strerror or error}")
+        yield InvalidInput(file, f"cannot be read: {error.strerror or error}")
         return
     try:
         yield from _read_lines(descriptor)
@@ -176,14 +176,14 @@ def _list(file: str) -> Iterator[Item]:
 
 
 def _read_lines(descriptor: int) -> Iterator[Item]:
-    """Paths, one a line, blank lines skipped, with a `Pause` wherever no more come for a moment.
+    """Paths, one a line, blank lines skipped, with a `Flush` wherever no more come for a moment.
 
     Read from the descriptor itself: a buffered reader would hold lines back until its buffer is full.
     """
     rest, first = b"", True
     while True:
         if not _ready(descriptor):
-            yield Pause()
+            yield Flush()
         try:
             chunk = os.read(descriptor, _LONGEST_LINE)
         except OSError as error:

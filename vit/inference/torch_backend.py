@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 
@@ -17,7 +17,7 @@ class TorchBackend:
     """Runs the module: float32 (B, C, H, W) -> logits float32 (B, K)."""
 
     name = "torch"
-    at_once = 0
+    threads = 0
 
     def __init__(self, model: VisionTransformer, description: Description) -> None:
         self.model, self.description = model.eval(), description
@@ -49,7 +49,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if kinds["cuda"] else "mps" if kinds["mps"] else "cpu")
     kind, _, number = name.partition(":")
     if kind not in kinds or (number and not number.isdecimal()):
-        raise VitError(f"no device {name!r}; {nearest(name, ['auto', *kinds])}")
+        raise VitError(f"no device {name!r}; {did_you_mean(name, ['auto', *kinds])}")
     if int(number or 0) >= kinds[kind]:
         here = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items() if count)
         raise VitError(f"device {name!r} is not on this machine; it has {here}")

@@ -18,8 +18,8 @@ from torch import Tensor
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.model import VisionTransformer
-from vit.pretrained.blank import Blank
-from vit.pretrained.own import check_sizes, read_checkpoint
+from vit.pretrained.native import check_sizes, read_checkpoint
+from vit.pretrained.skip_init import SkipInit
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Description]:
@@ -45,7 +45,7 @@ def build(
             raise VitError(f"{source}: {key} is {type(value).__name__}, not a tensor")
     check_sizes(description.architecture, weights, source)
     try:
-        with Blank():
+        with SkipInit():
             # any scheme would do, the weights follow; this one computes nothing
             model = VisionTransformer(**{**description.architecture, "init": "trunc_normal"})
     except VitError as error:

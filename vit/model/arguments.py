@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model.blocks import ACTIVATIONS
 from vit.model.initialisation import SCHEMES
 from vit.model.norms import NORMS
@@ -68,7 +68,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
         a["final_norm"] = "none" if a["norm"] == "post" else "pooled" if a["pool"] == "mean" else "tokens"
     for key, choices in CHOICES.items():
         if a[key] not in choices:
-            raise VitError(f"model.{key}: no {a[key]!r}; {nearest(str(a[key]), choices)}")
+            raise VitError(f"model.{key}: no {a[key]!r}; {did_you_mean(str(a[key]), choices)}")
     for key, value in SIZES[a.pop("size")]._asdict().items():
         a[key] = value if a[key] is None else a[key]
     if a["attention"] != "multi_head":
@@ -99,7 +99,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
 def resolve_reduction(a: dict[str, Any]) -> None:
     """Check the arguments of token reduction among resolved others.  Raises `VitError` when they cannot be."""
     if a["reduction"] not in METHODS:
-        raise VitError(f"model.reduction: no {a['reduction']!r}; {nearest(str(a['reduction']), METHODS)}")
+        raise VitError(f"model.reduction: no {a['reduction']!r}; {did_you_mean(str(a['reduction']), METHODS)}")
     rate, proportional = a["reduction_rate"], a["reduction_proportional"]
     _check("reduction_rate", rate, _number(rate) and 0 <= rate < 1, "a share from 0 to under 1")
     right = proportional is None or isinstance(proportional, bool)
@@ -119,7 +119,7 @@ def counts(a: Mapping[str, Any]) -> tuple[int, ...] | None:
     patches = math.prod(image // patch for image, patch in zip(a["image_size"], a["patch_size"], strict=True))
     if plan is None or isinstance(plan, str):
         if plan not in (None, *SCHEDULES):
-            raise VitError(f"model.reduction_schedule: no {plan!r}; {nearest(str(plan), SCHEDULES)}")
+            raise VitError(f"model.reduction_schedule: no {plan!r}; {did_you_mean(str(plan), SCHEDULES)}")
         if method == "none":
             return None
         found = schedule(method, a["reduction_rate"], plan or DEFAULT_SCHEDULE[method], patches, depth)

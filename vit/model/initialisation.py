@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model.attention import DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, SwiGlu
 
@@ -39,7 +39,7 @@ def initialise(model: nn.Module, scheme: str) -> None:
     width, so attention starts near the mean of all tokens and learns from there.
     """
     if scheme not in SCHEMES:
-        raise VitError(f"model.init: no scheme {scheme!r}; {nearest(scheme, SCHEMES)}")
+        raise VitError(f"model.init: no scheme {scheme!r}; {did_you_mean(scheme, SCHEMES)}")
     if any(parameter.is_meta for parameter in model.parameters()):
         return  # there is nothing to fill, and drawing nothing takes long
     modules = dict(model.named_modules())

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model.attention import attention_weights
 from vit.model.positions import Rotary
 
@@ -88,7 +88,7 @@ def parse(text: str) -> dict[str, Any]:
     """
     method, *rest = text.strip().split(":")
     if method not in METHODS:
-        raise VitError(f"reduction: no method {method!r}; {nearest(method, METHODS)}")
+        raise VitError(f"reduction: no method {method!r}; {did_you_mean(method, METHODS)}")
     found: dict[str, Any] = {"reduction": method, "reduction_schedule": None}
     if rest and "-" in rest[0] and len(rest) == 1:
         counts = rest[0].split("-")
@@ -101,7 +101,7 @@ def parse(text: str) -> dict[str, Any]:
             rate = -1.0
         if 0 <= rate < 1:
             if len(rest) == 2 and rest[1] not in SCHEDULES:
-                raise VitError(f"reduction: no schedule {rest[1]!r}; {nearest(rest[1], SCHEDULES)}")
+                raise VitError(f"reduction: no schedule {rest[1]!r}; {did_you_mean(rest[1], SCHEDULES)}")
             return {**found, "reduction_rate": rate, "reduction_schedule": rest[1] if len(rest) == 2 else None}
     elif not rest:
         return found

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model.arguments import SIZES, counts, resolve, resolve_reduction
 from vit.model.attention import DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, PostNormBlock, make_mlp
@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
         `model.reduce("merge", reduction_rate=0.5)`; no weights change.  Raises `VitError`, and then nothing changes.
         """
         if unknown := [key for key in options if key not in REDUCTION]:
-            raise VitError(f"reduce: no option {unknown[0]!r}; {nearest(unknown[0], tuple(REDUCTION)[1:])}")
+            raise VitError(f"reduce: no option {unknown[0]!r}; {did_you_mean(unknown[0], tuple(REDUCTION)[1:])}")
         changed = {**self.architecture, **REDUCTION, "reduction": reduction, **options}
         resolve_reduction(changed)
         self.architecture = changed
@@ -293,5 +293,5 @@ def create_model(name: str = "vit_tiny", **options: Any) -> VisionTransformer:
     """
     size = name.removeprefix("vit_")
     if size not in SIZES or not name.startswith("vit_"):
-        raise VitError(f"no model is called {name!r}; {nearest(name, [f'vit_{size}' for size in SIZES])}")
+        raise VitError(f"no model is called {name!r}; {did_you_mean(name, [f'vit_{size}' for size in SIZES])}")
     return VisionTransformer(size=size, **options)

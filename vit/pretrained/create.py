@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 from vit.data.preprocess import Preprocessing
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model import VisionTransformer
 from vit.model import create_model as create_own
 from vit.model.patches import pair
-from vit.pretrained.blank import Blank
 from vit.pretrained.fit import HEADS, Report, fit_weights
 from vit.pretrained.preprocessing import for_channels
 from vit.pretrained.registry import entry
-from vit.pretrained.sources import Known, look, place_of, read
+from vit.pretrained.skip_init import SkipInit
+from vit.pretrained.sources import ModelInfo, look, place_of, read
 
-__all__ = ["Known", "Loaded", "count_parameters", "create_model", "load_pretrained", "look"]
+__all__ = ["ModelInfo", "PretrainedModel", "count_parameters", "create_model", "load_pretrained", "look"]
 
 MAY_DIFFER = frozenset(
     {"image_size", "patch_size", "in_channels", "num_classes", "pool", "final_norm", "distillation_token"}
@@ -44,7 +44,7 @@ MAY_DIFFER = frozenset(
 
 
 @dataclass
-class Loaded:
+class PretrainedModel:
     """A model with somebody's weights, and what goes with them.
 
     Attributes
@@ -117,7 +117,7 @@ def load_pretrained(
     head: str | None = None,
     revision: str | None = None,
     **overrides: Any,
-) -> Loaded:
+) -> PretrainedModel:
     """A model with somebody's weights, resampled to what is asked for.
 
     Arguments
@@ -158,7 +158,7 @@ def load_pretrained(
         state = _reordered(state, own_names, names)
     # pooling by attention, where the weights do not, starts as any model does; all else is the weights' at once
     fresh = arguments.get("pool") == "attention" != known.architecture.get("pool")
-    with contextlib.nullcontext() if fresh else Blank():
+    with contextlib.nullcontext() if fresh else SkipInit():
         model = _built(arguments, known.name)
     try:
         report = fit_weights(model, state, head=decided, source=found.label, grid=_grid(known, state) if own else None)
@@ -169,7 +169,7 @@ def load_pretrained(
     preprocessing = replace(preprocessing, image_size=pair(model.architecture["image_size"], "data.image_size"))
     if names is None and own and report.head == "kept":
         names = own_names
-    return Loaded(model.eval(), preprocessing, names, report, found.label, known.preprocessing.image_size)
+    return PretrainedModel(model.eval(), preprocessing, names, report, found.label, known.preprocessing.image_size)
 
 
 def count_parameters(architecture: dict[str, Any]) -> int:
@@ -186,7 +186,7 @@ def _decide(
     Raises `VitError` when it is to be kept for other classes than it has.
     """
     if head is not None and head not in HEADS:
-        raise VitError(f"head={head!r}: {nearest(str(head), HEADS)}")
+        raise VitError(f"head={head!r}: {did_you_mean(str(head), HEADS)}")
     other = None if wanted in (None, has) else f"{wanted} classes"
     if other is None and names is not None and own is not None and sorted(own) != sorted(names):
         other = "classes of other names"
@@ -198,7 +198,7 @@ def _decide(
     return "drop" if wanted == 0 else "replace" if other is not None or unknown else "keep"
 
 
-def _arguments(known: Known, overrides: dict[str, Any]) -> dict[str, Any]:
+def _arguments(known: ModelInfo, overrides: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the model: the weights' own, but for what may differ."""
     own = dict(known.architecture)
     for key, value in overrides.items():
@@ -233,7 +233,7 @@ def _reordered(state: dict[str, Tensor], own: list[str], names: list[str]) -> di
     }
 
 
-def _grid(known: Known, state: dict[str, Tensor]) -> tuple[int, int] | None:
+def _grid(known: ModelInfo, state: dict[str, Tensor]) -> tuple[int, int] | None:
     """Rows and columns of patches that the positions are for, where the architecture's are as many."""
     a, positions = known.architecture, state.get("pos_embed")
     if positions is None or positions.ndim != 3:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.model import VisionTransformer
 from vit.pretrained.resample import Pair, resample_channels, resample_patches, resample_positions, square
 
@@ -127,7 +127,7 @@ def fit_weights(
     Raises `VitError` when the weights do not fit by the rule above; the model is then as it was.
     """
     if head not in HEADS:
-        raise VitError(f"head={head!r}: {nearest(str(head), HEADS)}")
+        raise VitError(f"head={head!r}: {did_you_mean(str(head), HEADS)}")
     own, report = model.state_dict(), Report(source)
     given = _moved_norm(own, dict(state), report)
     fitted = _fit_head(own, given, head, report)

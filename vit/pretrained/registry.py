@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.pretrained.architecture import read_architecture
 
 _MODULES = ("vision_transformer", "deit", "eva")
@@ -78,9 +78,8 @@ def entry(name: str) -> Entry:
         raise VitError(f"timm has no model called {name!r}; {_near(wanted)}")
     if tag and tag not in _tags(architecture):
         tags = _tags(architecture)
-        raise VitError(
-            f"timm has no weights {tag!r} of {architecture}; {nearest(tag, tags) if tags else 'it has none at all'}"
-        )
+        near = did_you_mean(tag, tags) if tags else "it has none at all"
+        raise VitError(f"timm has no weights {tag!r} of {architecture}; {near}")
     try:
         model = build(wanted)
         found = read_architecture(model)
@@ -129,7 +128,7 @@ def _near(name: str) -> str:
     """The nearest names that would work, as a phrase; only some are looked at, which takes no time to speak of."""
     close = difflib.get_close_matches(name, _candidates(), 12, 0.5)
     works = [candidate for candidate in close if _builds(candidate)]
-    return nearest(name, works or ["vit_small_patch16_224", "vit_base_patch16_224", "deit3_small_patch16_224"])
+    return did_you_mean(name, works or ["vit_small_patch16_224", "vit_base_patch16_224", "deit3_small_patch16_224"])
 
 
 def _tags(architecture: str) -> list[str]:

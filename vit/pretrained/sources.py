@@ -31,10 +31,11 @@ from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.pretrained import hub
 from vit.pretrained.convert import from_bundle, from_timm
-from vit.pretrained.foreign import in_timms_names, unwrap
+from vit.pretrained.huggingface import in_timms_names, unwrap
 from vit.pretrained.jax import from_jax
 from vit.pretrained.labels import class_names
-from vit.pretrained.own import (
+from vit.pretrained.locations import ENDINGS, PREFERRED, WeightsLocation, content, local, weights_in
+from vit.pretrained.native import (
     CONFIG,
     WEIGHTS,
     check_sizes,
@@ -43,7 +44,6 @@ from vit.pretrained.own import (
     find_in,
     read_own,
 )
-from vit.pretrained.places import ENDINGS, PREFERRED, Place, content, local, weights_in
 from vit.pretrained.preprocessing import from_timm_cfg
 from vit.pretrained.reading import read_pickled
 
@@ -61,7 +61,7 @@ _MOST = {"depth": 1024, "num_classes": 10_000_000}
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelInfo:
     """What is known of weights before they are read.
 
     Attributes
@@ -80,7 +80,7 @@ class Known:
     architecture: dict[str, Any]
     preprocessing: Preprocessing
     class_names: list[str] | None
-    place: Place | None
+    place: WeightsLocation | None
     trusted: bool = False
     license: str | None = None
     own: Mapping[str, Any] | None = None
@@ -101,7 +101,7 @@ class Weights:
     notes: list[str] = field(default_factory=list)
 
 
-def look(source: str | os.PathLike[str], revision: str | None = None) -> Known:
+def look(source: str | os.PathLike[str], revision: str | None = None) -> ModelInfo:
     """What is known of a source's weights; of a name of timm's without a network.
 
     Raises `VitError` when there is no such source, it cannot be read, or it does not say what model it is for.
@@ -121,7 +121,7 @@ def look(source: str | os.PathLike[str], revision: str | None = None) -> Known:
     return _registered(source, revision)
 
 
-def place_of(source: str | os.PathLike[str], revision: str | None = None) -> Place:
+def place_of(source: str | os.PathLike[str], revision: str | None = None) -> WeightsLocation:
     """Where a source's weights are, whatever they are for.  Raises `VitError` when there is no such source."""
     source = os.fspath(source)
     scheme, rest = _scheme(source)
@@ -132,14 +132,14 @@ def place_of(source: str | os.PathLike[str], revision: str | None = None) -> Pla
         if not path.exists():
             raise VitError(f"there is no folder {path}")
         own = find_in(path.parent if path.name == WEIGHTS else path)
-        return Place("path", str(own or (weights_in(path) if path.is_dir() else path)), own=own is not None)
+        return WeightsLocation("path", str(own or (weights_in(path) if path.is_dir() else path)), own=own is not None)
     place = _registered(source, revision).place
     if place is None:
         raise VitError(f"timm has no weights for {source}: give a name with a tag, or a file of weights")
     return place
 
 
-def read(place: Place, known: Known) -> Weights:
+def read(place: WeightsLocation, known: ModelInfo) -> Weights:
     """The weights at a place, for the architecture of `known`, under this project's names.
 
     Raises `VitError` when they cannot be had or read, are refused, or hold no such model.
@@ -175,16 +175,16 @@ def _exists(source: str) -> bool:
     return os.path.lexists(source)
 
 
-def _on_hub(name: str, revision: str | None) -> tuple[Place, dict[str, Any] | None]:
+def _on_hub(name: str, revision: str | None) -> tuple[WeightsLocation, dict[str, Any] | None]:
     """A repository, and its configuration; None where it has none."""
     repo, revision = hub.split_revision(name, revision)
     found = hub.fetch(repo, [CONFIG], revision, optional=True)
     config = None if found is None else read_config(found.path)
     own = config is not None and isinstance(config.get("vit"), dict)
-    return Place("hub", repo, (WEIGHTS,) if own else PREFERRED, revision, own), config
+    return WeightsLocation("hub", repo, (WEIGHTS,) if own else PREFERRED, revision, own), config
 
 
-def _registered(source: str, revision: str | None) -> Known:
+def _registered(source: str, revision: str | None) -> ModelInfo:
     """A name of timm's."""
     from vit.pretrained.registry import entry
 
@@ -196,16 +196,16 @@ def _registered(source: str, revision: str | None) -> Known:
     repo, url, file = cfg.get("hf_hub_id"), cfg.get("url"), cfg.get("hf_hub_filename")
     if revision is not None and not repo:
         raise VitError(f"{source}: the weights of {found.name} are not on the hub, so they have no revisions")
-    place = Place("url", url) if url else None
+    place = WeightsLocation("url", url) if url else None
     if repo:
         files = (f"{file.rpartition('.')[0]}.safetensors", file) if file else PREFERRED[:2]
-        place = Place("hub", repo, tuple(dict.fromkeys(files)), revision)
+        place = WeightsLocation("hub", repo, tuple(dict.fromkeys(files)), revision)
     preprocessing = from_timm_cfg(cfg, image_size=a["image_size"], channels=a["in_channels"], source=name)
     names = class_names({**cfg, "num_classes": a["num_classes"]}, name) if place is not None else None
-    return Known(found.name, a, preprocessing, names, place, trusted=True, license=cfg.get("license"))
+    return ModelInfo(found.name, a, preprocessing, names, place, trusted=True, license=cfg.get("license"))
 
 
-def _in_folder(folder: Path, source: str) -> Known:
+def _in_folder(folder: Path, source: str) -> ModelInfo:
     own = find_in(folder)
     if own is not None:
         return _own(own, source)
@@ -213,10 +213,10 @@ def _in_folder(folder: Path, source: str) -> Known:
         raise VitError(f"there is no folder {folder}")
     if not (folder / CONFIG).is_file():
         raise VitError(f"{folder} is not a model: expected {EXPECTED}")
-    return _configured(read_config(folder / CONFIG), source, Place("path", str(weights_in(folder))))
+    return _configured(read_config(folder / CONFIG), source, WeightsLocation("path", str(weights_in(folder))))
 
 
-def _in_file(path: Path, source: str) -> Known:
+def _in_file(path: Path, source: str) -> ModelInfo:
     if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
         return _in_folder(path.parent, source)
     if path.suffix not in (".safetensors", ".npz"):
@@ -226,20 +226,20 @@ def _in_file(path: Path, source: str) -> Known:
         # timm's training script notes its model's name beside the weights
         name = content.get("arch") if isinstance(content, Mapping) else None
         if isinstance(name, str):
-            return dataclasses.replace(_registered(name, None), name=source, place=Place("path", str(path)))
+            return dataclasses.replace(_registered(name, None), name=source, place=WeightsLocation("path", str(path)))
     raise VitError(
         f"{source} does not say what model it is for: give the model's name and this file as its weights, as in "
         f'load_pretrained("vit_small_patch16_224", weights="{path.name}")'
     )
 
 
-def _own(place: Path, source: str) -> Known:
+def _own(place: Path, source: str) -> ModelInfo:
     """A bundle's folder or a checkpoint of this project."""
     table = read_config(place / CONFIG)["vit"] if place.is_dir() else read_own(place)[1]
-    return _described(table, source, Place("path", str(place), own=True))
+    return _described(table, source, WeightsLocation("path", str(place), own=True))
 
 
-def _described(table: Mapping[str, Any], source: str, place: Place) -> Known:
+def _described(table: Mapping[str, Any], source: str, place: WeightsLocation) -> ModelInfo:
     """What a model of this project says about itself (`vit.inference.description` has the meaning)."""
     architecture, names = table.get("architecture"), table.get("class_names")
     if not isinstance(architecture, dict):
@@ -254,7 +254,7 @@ def _described(table: Mapping[str, Any], source: str, place: Place) -> Known:
         preprocessing = Preprocessing.from_dict(table.get("preprocessing"))
     except VitError as error:
         raise VitError(f"{source}: {error}") from None
-    return Known(source, _completed(architecture, source), preprocessing, names, place, own=table)
+    return ModelInfo(source, _completed(architecture, source), preprocessing, names, place, own=table)
 
 
 def _completed(architecture: dict[str, Any], source: str) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _completed(architecture: dict[str, Any], source: str) -> dict[str, Any]:
         raise VitError(f"{source}: its architecture cannot be built: {error}") from None
 
 
-def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
+def _configured(config: dict[str, Any], source: str, place: WeightsLocation) -> ModelInfo:
     """What a `config.json` says: timm's, or a bundle's, which has this project's own account beside timm's."""
     if isinstance(config.get("vit"), dict):
         return _described(config["vit"], source, place)
@@ -296,7 +296,7 @@ def _configured(config: dict[str, Any], source: str, place: Place) -> Known:
     cfg["num_classes"] = architecture["num_classes"]
     size, channels = architecture["image_size"], architecture["in_channels"]
     preprocessing = from_timm_cfg(cfg, image_size=size, channels=channels, source=source)
-    return Known(source, architecture, preprocessing, class_names(cfg, source), place)
+    return ModelInfo(source, architecture, preprocessing, class_names(cfg, source), place)
 
 
 def _bounded(arguments: Any, cfg: Mapping[str, Any], source: str) -> dict[str, Any]:

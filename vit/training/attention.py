@@ -1,7 +1,7 @@
 """Attention while it forms: what training writes for the Attention tab, and plain pictures and curves beside it.
 
 Notable:
-- the same images all the time (`vit.training.probes`), explained by the model that is kept, in float32;
+- the same images all the time (`vit.training.tracked_images`), explained by the model that is kept, in float32;
 - at the start, at the end and in between as often as the clock allows: everything here together stays under two per
   cent of the time, and under 100 steps and 50 MB a run (`vit.training.observation`).  Steps are denser at first, when
   most happens;
@@ -34,10 +34,10 @@ from vit.data.preprocess import Preprocessing
 from vit.data.resident import free_memory
 from vit.explain.records import measure, run_info
 from vit.training import attention_pictures, pictures
-from vit.training.budget import Budget, Price
+from vit.training.budget import Budget, CostEstimate
 from vit.training.events import EventFile
 from vit.training.observation import FIRST, MOST_SHOWS, REST, Observation, Plan, look, plan
-from vit.training.probes import Probes, choose_probes
+from vit.training.tracked_images import Probes, choose_probes
 
 log = logging.getLogger("vit")
 
@@ -75,8 +75,8 @@ class AttentionLog(L.Callback):
         self._grid = (1, 1)
         self._logged = -1
         self._done: dict[str, int] | None = None  # how many of each kind are written; None: not known yet
-        self._look, self._show = Price(), Price()  # of the records, and of pictures and pairs
-        self._method = Price()  # of a method's faithfulness
+        self._look, self._show = CostEstimate(), CostEstimate()  # of the records, and of pictures and pairs
+        self._method = CostEstimate()  # of a method's faithfulness
 
     # when
 
@@ -133,7 +133,7 @@ class AttentionLog(L.Callback):
         probes = choose_probes(self.data, self.preprocessing, self.count)
         if probes is None:
             return None
-        info = run_info(module.kept, self.data.class_names, self.data.name)
+        info = run_info(module.eval_model, self.data.class_names, self.data.name)
         self._grid = tuple(info["grid"])
         memory = (free_memory(module.device) or math.inf) / 4
         sizes = len(probes), info["layers"], info["heads"], math.prod(self._grid), info["prefix"]
@@ -155,7 +155,7 @@ class AttentionLog(L.Callback):
         assert probes is not None
         self._logged = step
         with self.maps.spend():
-            seen = self._guarded(lambda: look(module.kept, images, probes.labels, self._plan, pairs=pairs))
+            seen = self._guarded(lambda: look(module.eval_model, images, probes.labels, self._plan, pairs=pairs))
         if seen is None:
             return
         took = self.maps.last
@@ -179,7 +179,7 @@ class AttentionLog(L.Callback):
 
     def _measure(self, module: Any, seen: Observation, last: bool) -> None:
         """Faithfulness, of as many methods as there is time for."""
-        model, budget = module.kept, self.faithfulness
+        model, budget = module.eval_model, self.faithfulness
 
         def left() -> float:
             if not last:

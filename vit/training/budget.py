@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 
 
-class Price:
+class CostEstimate:
     """What something takes, in seconds: the middle of the last five times, since now and then a machine is busy."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ def describe(path: str | os.PathLike[str], description: Description) -> None:
     save(path, checkpoint)
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's file access through `save`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

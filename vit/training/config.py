@@ -65,7 +65,7 @@ class Config:
         "how weights are found: by gradient steps, or as a linear head on features computed once",
         choices=("train", "linear_probe"),
     )
-    seed: int = setting("of everything random but the split of the data", least=0)
+    seed: int = setting("of everything random but the split of the data", ge=0)
     resume: str | None = setting("a run folder or last.ckpt to go on from", path=True)
     tune: bool = setting("find the batch size and the learning rate first")
     monitor: str = setting("what decides which checkpoint is best", choices=("val/top1", "val/loss"))
@@ -87,11 +87,11 @@ class EvalConfig:
     data: Mapping[str, Any] = option(None, "any keys of the data; null: the model's", part_of=DataConfig)
     split: str = option("test", "which part of the data", choices=("train", "val", "test"))
     output: str | None = option(None, "folder for the results; null: evaluation/ in the run folder", path=True)
-    batch_size: int | None = option(None, "images at a time; null: data.eval_batch_size", least=1)
+    batch_size: int | None = option(None, "images at a time; null: data.eval_batch_size", ge=1)
     device: str = option("auto", "auto, cpu, cuda or cuda:1")
     reduction: str | None = option(None, "fewer tokens, such as merge:0.5; null: as the model has it")
     faithfulness: bool = option(False, "measure how far to believe attention maps, too")
-    faithfulness_images: int = option(256, "on how many images", least=2)
+    faithfulness_images: int = option(256, "on how many images", ge=2)
 
 
 def load(values: Mapping[str, Any]) -> Config:

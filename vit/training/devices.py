@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
 from vit.errors import VitError
 from vit.training import ranks
-from vit.training.checkpoints import WholeFiles
+from vit.training.checkpoints import AtomicCheckpointIO
 from vit.training.config import Config, device_kind
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -66,7 +66,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
             deterministic=t.deterministic,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            plugins=[WholeFiles(), *([ranks.environment()] if ranks.count(t) > 1 else [])],
+            plugins=[AtomicCheckpointIO(), *([ranks.environment()] if ranks.count(t) > 1 else [])],
             logger=False,
             default_root_dir=folder,
             enable_progress_bar=False,

@@ -109,10 +109,10 @@ class Distillation:
             from_labels, from_teacher = both_answers(model, images_BCHW)
             logits = (from_labels + from_teacher) / 2
         loss = (1 - self.alpha) * F.cross_entropy(from_labels, targets)
-        return logits, loss + self.alpha * imitation(from_teacher, answers, self.kind, self.temperature)
+        return logits, loss + self.alpha * distillation_loss(from_teacher, answers, self.kind, self.temperature)
 
 
-def imitation(student_BK: Tensor, teacher_BK: Tensor, kind: str, temperature: float) -> Tensor:
+def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, kind: str, temperature: float) -> Tensor:
     """How far a student's logits are from its teacher's, a mean over images.
 
     "soft": T² KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size whatever T is (Hinton et

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 from vit.shell import quote
 
 
@@ -45,5 +45,5 @@ def _nearest(text: str, catalogue: Sequence[str]) -> str:
     except OSError:
         found = []
     beside = [os.path.join(folder, name) for name in found if not name.startswith(".")]
-    close = nearest(text, [*catalogue, *beside])
-    return close if close.startswith("did you mean") else nearest(text, catalogue)
+    close = did_you_mean(text, [*catalogue, *beside])
+    return close if close.startswith("did you mean") else did_you_mean(text, catalogue)

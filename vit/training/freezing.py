@@ -72,6 +72,6 @@ class Freezing:
         return f"block {layer - 1} and what is above it" if layer else "every layer"
 
 
-def learning(model: nn.Module) -> int:
+def num_trainable(model: nn.Module) -> int:
     """How many numbers of a model learn."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -51,6 +51,6 @@ def add_lora(model: VisionTransformer, config: LoraConfig) -> None:
         parameter.requires_grad_(".lora_" in name or name.startswith(HEADS))
 
 
-def plain_size(model: VisionTransformer) -> int:
+def num_parameters(model: VisionTransformer) -> int:
     """How many numbers the model is made of when its changes are merged."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)

@@ -26,7 +26,7 @@ from omegaconf.errors import (
 )
 
 from vit import options
-from vit.errors import VitError, nearest, printable
+from vit.errors import VitError, did_you_mean, printable
 
 
 class Names:
@@ -118,7 +118,9 @@ def _override(error: OverrideParseException, names: Names) -> str:
             return f"{text!r}: choices are written group=name; did you mean {' or '.join(where)}?"
         if text in names.all:
             return f"{text!r}: has no value; write {text}=VALUE"
-        return f"{text!r}: choices are written key=value, such as data=cifar10 or seed=1; {nearest(text, names.all)}"
+        return (
+            f"{text!r}: choices are written key=value, such as data=cifar10 or seed=1; {did_you_mean(text, names.all)}"
+        )
     reason = _flat(error.message.split("See https")[0]).rstrip(".")
     return (
         f"{text!r}: cannot be read ({reason}); write key=value, and put a value with special characters in quotes "
@@ -142,11 +144,11 @@ def _missing_file(error: MissingConfigException, names: Names) -> str:
     if message.startswith("Cannot find primary config") or not wanted:
         found = [file.stem for folder in names.folders for file in folder.glob("*.yaml")]
         name = wanted or _flat(message)
-        return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {nearest(name, found)}"
+        return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {did_you_mean(name, found)}"
     group, _, choice = wanted.removesuffix(".yaml").rpartition("/")
     found = list(error.options or names.groups.get(group, []))
     if group.startswith("hydra/"):
-        return f"{group}={choice}: Hydra has no such choice; {nearest(choice, found)}"
+        return f"{group}={choice}: Hydra has no such choice; {did_you_mean(choice, found)}"
     place = re.match(r"In '([^']+)'", message)
     named_in = place.group(1) if place and "/" in place.group(1) else None
     line = f"{group}={choice}: there is no " + " or ".join(names.files(f"{group}/{choice}.yaml"))
@@ -156,7 +158,7 @@ def _missing_file(error: MissingConfigException, names: Names) -> str:
     outer, _, inner = group.partition("/")
     if inner in names.groups:
         return f"{line}; in a file of conf/{outer} write 'override /{inner}: {choice}'"
-    return f"{line}; {nearest(choice, found)}" if found else line
+    return f"{line}; {did_you_mean(choice, found)}" if found else line
 
 
 def _composition(error: ConfigCompositionException, names: Names) -> str:

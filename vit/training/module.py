@@ -25,7 +25,7 @@ from vit.errors import VitError
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training.distill import Distillation
-from vit.training.freezing import Freezing, learning
+from vit.training.freezing import Freezing, num_trainable
 from vit.training.halves import Halves
 
 log = logging.getLogger("vit")
@@ -87,7 +87,7 @@ class TrainingModule(L.LightningModule):
         self.seed, self.ema_decay, self.patch_dropout_off = seed, ema_decay, patch_dropout_off
         self.freezing, self.distillation, self.lora_scale = freezing, distillation, lora_scale
         self.halves = halves
-        self.trained = learning(model)
+        self.trained = num_trainable(model)
         self._make_optimizer = optimizer
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
         self._patch_dropout = model.patch_dropout
@@ -101,7 +101,7 @@ class TrainingModule(L.LightningModule):
         self.val_metrics = nn.ModuleDict({name: _validation_metrics(classes) for name in names})
 
     @property
-    def kept(self) -> VisionTransformer:
+    def eval_model(self) -> VisionTransformer:
         """The model that validation chooses by and that is kept: the average where there is one."""
         return self.model if self.ema is None else self.ema
 
@@ -211,7 +211,7 @@ class TrainingModule(L.LightningModule):
 
     def evaluated(self) -> Iterator[tuple[str, VisionTransformer]]:
         """What validation measures: the model that is kept is "val", the raw weights beside an average "val_raw"."""
-        yield "val", self.kept
+        yield "val", self.eval_model
         if self.ema is not None:
             yield "val_raw", self.model
 
@@ -229,7 +229,7 @@ class TrainingModule(L.LightningModule):
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))  # type: ignore[index]
             for key in ("top1", "top5", "confusion"):
                 metrics[key].update(logits, labels)  # type: ignore[index]
-            if model is self.kept:
+            if model is self.eval_model:
                 kept = logits
         return kept
 

@@ -1,8 +1,8 @@
 """What TensorBoard shows of a run, written straight into the run folder.
 
 Notable:
-- numbers come from readings that are taken anyway (`Meter`, validation), and the gradient's norm is computed only at
-  steps that are logged;
+- numbers come from readings that are taken anyway (`TrainMetrics`, validation), and the gradient's norm is computed
+  only at steps that are logged;
 - examples are picked from the predictions that validation makes, so no image goes through the model twice;
 - pictures are drawn at most every half minute, and never more often than one per cent of the time allows; what the
   last validation showed is always drawn at the end.
@@ -32,7 +32,7 @@ from vit.errors import VitError
 from vit.training import pictures
 from vit.training.events import EventFile
 from vit.training.examples import Examples
-from vit.training.meter import Meter
+from vit.training.metrics import TrainMetrics
 
 if TYPE_CHECKING:
     from vit.training.config import Config
@@ -52,7 +52,7 @@ class Monitor(L.Callback):
         config: the run's; `logging.every` and `logging.images` say how much.
         folder: the run folder.
         class_names: by label.
-        meter: has the training figures; it goes before this in the trainer's callbacks.
+        train_metrics: has the training figures; it goes before this in the trainer's callbacks.
 
     Tags: `train/{loss,top1,top5}`, `val/...` and, under a moving average, `val_raw/...`; `lr/<group>`, `grad_norm`,
     `speed/{images_per_second,data_wait_share}`, `progress`; `val_class/<class>`; pictures `train_images`,
@@ -61,8 +61,8 @@ class Monitor(L.Callback):
     Raises `VitError` when events cannot be written.
     """
 
-    def __init__(self, config: Config, folder: Path, class_names: Sequence[str], meter: Meter) -> None:
-        self.config, self.meter = config, meter
+    def __init__(self, config: Config, folder: Path, class_names: Sequence[str], train_metrics: TrainMetrics) -> None:
+        self.config, self.train_metrics = config, train_metrics
         self.class_names = list(class_names)
         self._tags = pictures.tags(self.class_names)
         self.events = EventFile(folder)
@@ -112,7 +112,7 @@ class Monitor(L.Callback):
                 log.warning("%s", error)
 
     def _write_reading(self, trainer: L.Trainer, module: Any) -> None:
-        reading = self.meter.logged
+        reading = self.train_metrics.logged
         if reading is None or reading.step == self._logged:
             return
         self._logged = reading.step

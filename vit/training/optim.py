@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic with a steep slope at 0, from Jordan et al. 2024, "Muon": https://kellerjordan.github.io/posts/muon/."""
@@ -206,4 +206,4 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-    raise VitError(f"optim.name: no optimiser {name!r}; {nearest(name, ('muon', 'adamw', 'sgd'))}")
+    raise VitError(f"optim.name: no optimiser {name!r}; {did_you_mean(name, ('muon', 'adamw', 'sgd'))}")

@@ -131,7 +131,7 @@ def another_model(name: str, size: str) -> str:
 
 def fetch_weights(config: Config) -> None:
     """Have the weights of `model.name` on this machine.  Raises `VitError` when they cannot be had."""
-    from vit.pretrained.places import local
+    from vit.pretrained.locations import local
     from vit.pretrained.sources import place_of
 
     local(place_of(config.model.weights or str(config.model.name), config.model.revision))
@@ -202,7 +202,7 @@ def _possible(key: options.Key) -> Any:
         return None
     if key.rule.choices:
         return key.rule.choices[0]
-    return False if key.type is bool else 1 if key.rule.least is None else int(key.rule.least)
+    return False if key.type is bool else 1 if key.rule.ge is None else int(key.rule.ge)
 
 
 def _look(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Notable:
 - one line for all of training, however many epochs, with the time left by whichever budget ends it;
-- drawn by the training thread, twice a second at most, from what the `Meter` has read: it never waits for the device;
+- drawn by the training thread, twice a second at most, from what `TrainMetrics` has read: it never waits for the
+  device;
 - while the line is there, messages of the "vit" logger and of Python's warnings appear above it.
 
 Everything goes to standard error.
@@ -22,7 +23,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from vit.training.meter import Meter
+from vit.training.metrics import TrainMetrics
 from vit.training.schedule import Schedule
 
 log = logging.getLogger("vit")
@@ -37,11 +38,11 @@ class Progress(L.Callback):
 
     Args:
         schedule: knows the budget and the time spent.
-        meter: has the training figures.
+        train_metrics: has the training figures.
     """
 
-    def __init__(self, schedule: Schedule, meter: Meter) -> None:
-        self.schedule, self.meter = schedule, meter
+    def __init__(self, schedule: Schedule, train_metrics: TrainMetrics) -> None:
+        self.schedule, self.train_metrics = schedule, train_metrics
         self.val: dict[str, float] = {}
         self.best = -math.inf
         self._best_epoch = 0
@@ -68,7 +69,7 @@ class Progress(L.Callback):
         if self._line is not None:
             if now - self._drawn >= _REDRAW:
                 self._draw(trainer, pl_module)
-        elif now - self._said >= _HEARTBEAT and self.meter.latest is not None:
+        elif now - self._said >= _HEARTBEAT and self.train_metrics.latest is not None:
             self._say(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -106,7 +107,7 @@ class Progress(L.Callback):
 
     def _figures(self, trainer: L.Trainer) -> list[str]:
         """What there is to show, most important first."""
-        figures, reading = [], self.meter.latest
+        figures, reading = [], self.train_metrics.latest
         if reading is not None:
             figures += [f"loss {reading.loss:.3f}", f"acc {reading.top1:.1%}"]
         if "top1" in self.val:

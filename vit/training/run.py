@@ -44,6 +44,7 @@ from vit.model import VisionTransformer
 from vit.model.threads import same_threads, use_threads
 from vit.training import checkpoints, logs, ranks
 from vit.training.attention import AttentionLog
+from vit.training.auto import resolve_auto
 from vit.training.build import build_model, build_module, tuned
 from vit.training.config import Config
 from vit.training.devices import build_trainer
@@ -61,19 +62,17 @@ from vit.training.folder import (
     versions,
 )
 from vit.training.interrupt import Interrupt, Stopped
-from vit.training.lora import plain_size
-from vit.training.meter import Meter
+from vit.training.linear_probe import Probe, write_checkpoint
+from vit.training.lora import num_parameters
+from vit.training.metrics import Throughput, TrainMetrics
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor, write_outcome
 from vit.training.optim import HEADS
-from vit.training.pace import Pace
 from vit.training.pretrained import fetch_weights
-from vit.training.probe import Probe, write_checkpoint
 from vit.training.progress import Progress
 from vit.training.resume import Saved, check_fits, read
 from vit.training.schedule import Schedule
 from vit.training.start import Start
-from vit.training.suited import settled
 
 log = logging.getLogger("vit")
 
@@ -119,7 +118,7 @@ def _train(
     else:
         config, data = _reopen(config, overrides, saved, given)
         preprocessing = saved.description.preprocessing
-    config = settled(config, data, overrides)
+    config = resolve_auto(config, data, overrides)
     config.augment.check(len(data.class_names))
     if not len(data.splits["val"]):
         log.warning("there is no validation data: the last checkpoint counts as the best, temperature stays 1")
@@ -213,7 +212,7 @@ def _probe(
             "chosen_on_validation": ["the penalty", "the number of neighbours", "the temperature"] * validates,
             "train_seconds": round(seconds, 3),
             "images_per_second": round(probe.images_per_second, 1),
-            "parameters": plain_size(model),
+            "parameters": num_parameters(model),
             "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS)),
             "bad_files": len(data.bad_files),
             "passed_over": data.passed_over,
@@ -238,8 +237,8 @@ def _fit_and_finish(
     interrupt: Interrupt,
     call: Call | None,
 ) -> RunResult | None:
-    t, pace = config.trainer, Pace()
-    meter = Meter(config.logging.every, pace)
+    t, throughput = config.trainer, Throughput()
+    train_metrics = TrainMetrics(config.logging.every, throughput)
     schedule = Schedule(
         schedule={key: value for key, value in asdict(config.schedule).items()},
         max_epochs=t.epochs,
@@ -248,12 +247,12 @@ def _fit_and_finish(
         spent=start.seconds,
     )
     monitor = config.monitor if len(data.splits["val"]) else None
-    callbacks: list[L.Callback] = [schedule, pace, meter]
+    callbacks: list[L.Callback] = [schedule, throughput, train_metrics]
     if config.logging.progress:
-        callbacks.append(Progress(schedule, meter))
+        callbacks.append(Progress(schedule, train_metrics))
     board = None
     if config.logging.tensorboard:
-        board = Monitor(config, folder, data.class_names, meter)
+        board = Monitor(config, folder, data.class_names, train_metrics)
         preprocessing = module.description.preprocessing
         callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
     if config.finetune.head == "probe":
@@ -270,18 +269,18 @@ def _fit_and_finish(
     if not trainer.is_global_zero:
         return None
 
-    if resume and pace.images == pace.earlier and interrupt.signal is None and finished(folder):
+    if resume and throughput.images == throughput.earlier and interrupt.signal is None and finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
     saved = [path for name in ("best", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
     if not saved:
         raise VitError("training ended before a checkpoint was written: nothing to evaluate")
     metrics: dict[str, Any] = {
         "train_seconds": round(schedule.spent(), 3),
-        "images_per_second": round(pace.images_per_second, 1),
+        "images_per_second": round(throughput.images_per_second, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "chosen_on_validation": chosen_on_validation(config, trainer.current_epoch, start.penalty) if monitor else [],
-        "parameters": plain_size(module.model),
+        "parameters": num_parameters(module.model),
         "trained_parameters": module.trained,
         **start.metrics(),
         "bad_files": len(data.bad_files),

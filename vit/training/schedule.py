@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as L
 import torch
 
-from vit.errors import VitError, nearest
+from vit.errors import VitError, did_you_mean
 
 if TYPE_CHECKING:
     from vit.training.module import TrainingModule
@@ -43,7 +43,7 @@ def factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float =
         return final + (1 - final) * min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
     if name == "constant":
         return 1.0
-    raise VitError(f"schedule.name: no schedule {name!r}; {nearest(name, NAMES)}")
+    raise VitError(f"schedule.name: no schedule {name!r}; {did_you_mean(name, NAMES)}")
 
 
 def stop(trainer: L.Trainer) -> None:

@@ -35,17 +35,17 @@ class ModelConfig:
         choices=("auto", "keep", "replace"),
     )
     size: str | None = setting("sets width, depth and heads together; null: these say", choices=SIZES)
-    width: int | None = setting("numbers a token has; null: the size's", least=1)
-    depth: int | None = setting("blocks; null: the size's", least=1)
-    heads: int | None = setting("attention heads, a divisor of the width; null: the size's", least=1)
-    image_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.image_size", least=1)
-    patch_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.patch_size", least=1)
-    in_channels: int = setting("of the images; follows data.channels", least=1)
+    width: int | None = setting("numbers a token has; null: the size's", ge=1)
+    depth: int | None = setting("blocks; null: the size's", ge=1)
+    heads: int | None = setting("attention heads, a divisor of the width; null: the size's", ge=1)
+    image_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.image_size", ge=1)
+    patch_size: int | tuple[int, int] = setting("pixels, or [height, width]; follows data.patch_size", ge=1)
+    in_channels: int = setting("of the images; follows data.channels", ge=1)
     mlp: str = setting(
         "the block's MLP: plain, or gated (packed: both halves in one matrix)",
         choices=("plain", "swiglu", "swiglu_packed"),
     )
-    mlp_ratio: float = setting("width of the MLP's hidden layer, in widths", over=0)
+    mlp_ratio: float = setting("width of the MLP's hidden layer, in widths", gt=0)
     activation: str = setting("of a plain MLP", choices=("gelu", "gelu_tanh", "quick_gelu"))
     attention: str = setting(
         "scaled_dot_product has one head, dot_product no parameters",
@@ -53,7 +53,7 @@ class ModelConfig:
     )
     norm: str = setting("norm before each branch, or after each sum (Vaswani et al.)", choices=("pre", "post"))
     norm_layer: str = setting("LayerNorm, or RMSNorm without mean and offset", choices=("layer", "rms"))
-    norm_eps: float = setting("added under the root of every norm", over=0)
+    norm_eps: float = setting("added under the root of every norm", gt=0)
     embed_norm: str = setting(
         "one more norm, of the patches' tokens or of all tokens before the first block",
         choices=("none", "patches", "tokens"),
@@ -76,26 +76,26 @@ class ModelConfig:
     pool_prefix: bool = setting("mean and attention pooling read the tokens in front of the patches, too")
     class_token: bool | None = setting("whether there is one; null: only where pool reads it")
     distillation_token: bool = setting("a second class token with a head of its own, for a teacher's answers")
-    registers: int = setting("extra learned tokens that no head reads", least=0)
+    registers: int = setting("extra learned tokens that no head reads", ge=0)
     layer_scale: float | None = setting("start of each branch's learned scale; null: none")
     qk_norm: bool | None = setting("normalise queries and keys; null: where there are any")
     qkv_bias: bool = setting("biases in the maps to queries, keys and values")
     proj_bias: bool = setting("biases in the map out of attention and in the MLP")
     patch_bias: bool = setting("bias in the map from pixels to tokens")
     crop_to_patches: bool = setting("leave out pixels at the right and bottom that fill no patch")
-    dropout: float = setting("share of activations dropped", least=0, under=1)
-    attention_dropout: float = setting("share of attention weights dropped", least=0, under=1)
-    drop_path: float = setting("stochastic depth: share of branches skipped in the last block", least=0, under=1)
-    patch_dropout: float = setting("share of patches left out in training", least=0, under=1)
+    dropout: float = setting("share of activations dropped", ge=0, lt=1)
+    attention_dropout: float = setting("share of attention weights dropped", ge=0, lt=1)
+    drop_path: float = setting("stochastic depth: share of branches skipped in the last block", ge=0, lt=1)
+    patch_dropout: float = setting("share of patches left out in training", ge=0, lt=1)
     reduction: str = setting(
         "fewer tokens from layer to layer: keep the patches that the head attends to, or merge those that are alike",
         choices=("none", "keep", "merge"),
     )
-    reduction_rate: float = setting("share of the patches that are gone in the end", least=0, under=1)
+    reduction_rate: float = setting("share of the patches that are gone in the end", ge=0, lt=1)
     reduction_schedule: str | tuple[int, ...] | None = setting(
         "where they go, or how many in each layer; null: what suits the method",
         choices=("constant", "decreasing", "stages"),
-        least=0,
+        ge=0,
     )
     reduction_proportional: bool | None = setting(
         "attend to a token by the number of patches it stands for; null: where they merge"
@@ -116,15 +116,15 @@ class OptimConfig:
     """How gradients become steps."""
 
     name: str = setting("muon steps block matrices, AdamW the rest", choices=("muon", "adamw", "sgd"))
-    lr: float = setting("peak learning rate (muon: of what is no block matrix)", over=0)
-    matrix_lr: float = setting("muon: peak learning rate of the block matrices", over=0)
-    weight_decay: float = setting("decay of matrices, times the learning rate a step", least=0)
-    momentum: float = setting("of muon and sgd", least=0, under=1)
-    betas: tuple[float, float] = setting("of AdamW, also beside muon", least=0, under=1)
-    layer_decay: float = setting("learning rate of each layer relative to the one above it", over=0, most=1)
-    head_lr: float = setting("learning rate of the head, in those of the layer under it", over=0)
-    clip: float | None = setting("largest norm of the gradient; null: off", over=0)
-    accumulate: int = setting("batches to a step", least=1)
+    lr: float = setting("peak learning rate (muon: of what is no block matrix)", gt=0)
+    matrix_lr: float = setting("muon: peak learning rate of the block matrices", gt=0)
+    weight_decay: float = setting("decay of matrices, times the learning rate a step", ge=0)
+    momentum: float = setting("of muon and sgd", ge=0, lt=1)
+    betas: tuple[float, float] = setting("of AdamW, also beside muon", ge=0, lt=1)
+    layer_decay: float = setting("learning rate of each layer relative to the one above it", gt=0, le=1)
+    head_lr: float = setting("learning rate of the head, in those of the layer under it", gt=0)
+    clip: float | None = setting("largest norm of the gradient; null: off", gt=0)
+    accumulate: int = setting("batches to a step", ge=1)
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class ScheduleConfig:
     """The learning rate over training, as a share of its peak."""
 
     name: str = setting("the shape", choices=("cosine", "linear", "wsd", "constant"))
-    warmup: float = setting("share of training in which it rises", least=0, most=1)
-    cooldown: float = setting("wsd: share of training in which it falls", least=0, most=1)
-    final: float = setting("share of the peak at the end", least=0, most=1)
+    warmup: float = setting("share of training in which it rises", ge=0, le=1)
+    cooldown: float = setting("wsd: share of training in which it falls", ge=0, le=1)
+    final: float = setting("share of the peak at the end", ge=0, le=1)
 
 
 @dataclass(frozen=True)
@@ -143,30 +143,30 @@ class TrainerConfig:
 
     name: str = setting("of the file in conf/trainer")
     accelerator: str = setting("the hardware", choices=("auto", "cpu", "gpu", "mps"))
-    devices: int | str = setting("on each machine; auto: every GPU, or one CPU process", choices=("auto",), least=1)
-    num_nodes: int = setting("machines", least=1)
+    devices: int | str = setting("on each machine; auto: every GPU, or one CPU process", choices=("auto",), ge=1)
+    num_nodes: int = setting("machines", ge=1)
     strategy: str = setting("how several devices share the work", choices=("auto", "ddp", "fsdp"))
     precision: str = setting("auto: bf16 on GPUs that have it, else 32", choices=("auto", "32", "bf16", "16"))
     max_epochs: int | str | None = setting(
         "passes over the training images; auto: by their number, to fine-tune; null: no limit",
         choices=("auto",),
-        least=1,
+        ge=1,
     )
-    max_steps: int | None = setting("steps of the optimiser; null: no limit", least=1)
-    max_time: float | str | None = setting("seconds or HH:MM:SS; the schedule ends where the time ends", over=0)
-    validate_every: int = setting("epochs between validations", least=1)
+    max_steps: int | None = setting("steps of the optimiser; null: no limit", ge=1)
+    max_time: float | str | None = setting("seconds or HH:MM:SS; the schedule ends where the time ends", gt=0)
+    validate_every: int = setting("epochs between validations", ge=1)
     deterministic: bool = setting("refuse operations that differ from run to run")
     threads: int | None = setting(
-        "of torch on the CPU; null: OMP_NUM_THREADS, or as many as the model gains from", least=1
+        "of torch on the CPU; null: OMP_NUM_THREADS, or as many as the model gains from", ge=1
     )
-    limit_train_batches: int | float | None = setting("batches an epoch, or a share below 1; null: all", over=0)
-    limit_val_batches: int | float | None = setting("batches a validation, or a share below 1; null: all", over=0)
-    patience: int | None = setting("stop after this many validations without a better one; null: never", least=1)
-    patch_dropout_off: float = setting("last share of training that sees all patches", least=0, most=1)
+    limit_train_batches: int | float | None = setting("batches an epoch, or a share below 1; null: all", gt=0)
+    limit_val_batches: int | float | None = setting("batches a validation, or a share below 1; null: all", gt=0)
+    patience: int | None = setting("stop after this many validations without a better one; null: never", ge=1)
+    patch_dropout_off: float = setting("last share of training that sees all patches", ge=0, le=1)
 
     @property
     def epochs(self) -> int | None:
-        """`max_epochs` as a number; "auto" has been settled by the time that training asks (`vit.training.suited`)."""
+        """`max_epochs` as a number; "auto" is resolved before training asks (`vit.training.auto`)."""
         assert not isinstance(self.max_epochs, str)
         return self.max_epochs
 
@@ -181,14 +181,14 @@ class ProbeConfig:
     """The linear probe: a head on features of a frozen model, and their nearest neighbours."""
 
     cache: str | None = setting("folder where features are kept; null: .cache under run.root", path=True)
-    temperature: float = setting("of the neighbours' votes, exp(similarity / temperature)", over=0)
+    temperature: float = setting("of the neighbours' votes, exp(similarity / temperature)", gt=0)
 
 
 @dataclass(frozen=True)
 class EmaConfig:
     """A moving average of the weights, kept beside them."""
 
-    decay: float | None = setting("of the average, such as 0.999; null: off", over=0, under=1)
+    decay: float | None = setting("of the average, such as 0.999; null: off", gt=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ class LoggingConfig:
     """What is shown and written while training runs."""
 
     tensorboard: bool = setting("write TensorBoard event files")
-    every: int = setting("steps between scalars", least=1)
-    images: int = setting("images in a grid; 0: none", least=0)
-    attention: int = setting("images whose attention is shown as it forms; 0: none", least=0)
+    every: int = setting("steps between scalars", ge=1)
+    images: int = setting("images in a grid; 0: none", ge=0)
+    attention: int = setting("images whose attention is shown as it forms; 0: none", ge=0)
     progress: bool = setting("a progress bar in the terminal")
 
 
@@ -229,10 +229,10 @@ class FinetuneConfig:
     freeze: int | str = setting(
         "lowest blocks that never learn, nor the embedding under them; all: only the head learns; 0: everything learns",
         choices=("all",),
-        least=0,
+        ge=0,
     )
     unfreeze: float = setting(
-        "the others come free one by one from the top over this share of training; 0: at once", least=0, most=1
+        "the others come free one by one from the top over this share of training; 0: at once", ge=0, le=1
     )
 
 
@@ -240,9 +240,9 @@ class FinetuneConfig:
 class LoraConfig:
     """Thin changes to the matrices of a pretrained model in place of the matrices (Hu et al. 2022); needs peft."""
 
-    rank: int | None = setting("of the changes, such as 8; null: the matrices themselves learn", least=1)
-    alpha: float | None = setting("changes are scaled by alpha / rank; null: twice the rank", over=0)
-    dropout: float = setting("share of a change's inputs dropped", least=0, under=1)
+    rank: int | None = setting("of the changes, such as 8; null: the matrices themselves learn", ge=1)
+    alpha: float | None = setting("changes are scaled by alpha / rank; null: twice the rank", gt=0)
+    dropout: float = setting("share of a change's inputs dropped", ge=0, lt=1)
     targets: tuple[str, ...] = setting(
         "matrices of every block that get one: of qkv, proj (attention), fc1, fc2 (MLP)",
         choices=("qkv", "proj", "fc1", "fc2"),
@@ -263,8 +263,8 @@ class DistillConfig:
         "its probabilities (Hinton et al. 2015), or the class it finds likeliest (Touvron et al. 2021)",
         choices=("soft", "hard"),
     )
-    alpha: float = setting("its share of the loss; the labels have the rest", least=0, most=1)
-    temperature: float = setting("softens its probabilities and the student's, for soft", over=0)
+    alpha: float = setting("its share of the loss; the labels have the rest", ge=0, le=1)
+    temperature: float = setting("softens its probabilities and the student's, for soft", gt=0)
 
 
 def seconds(value: float | str | None, key: str) -> float | None:

@@ -22,7 +22,7 @@ from vit.data.preprocess import Preprocessing
 from vit.model import VisionTransformer
 from vit.training.checkpoints import Checkpoints
 from vit.training.config import Config
-from vit.training.probe import Probe
+from vit.training.linear_probe import Probe
 from vit.training.schedule import Schedule
 
 log = logging.getLogger("vit")

@@ -19,17 +19,17 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vit.errors import VitError
-from vit.pretrained.create import Loaded, load_pretrained
-from vit.pretrained.foreign import in_timms_names, unwrap
+from vit.pretrained.create import PretrainedModel, load_pretrained
+from vit.pretrained.huggingface import in_timms_names, unwrap
 
 State = dict[str, Tensor]
 
 
 @pytest.fixture
-def loaded(tmp_path, timm_model, small) -> Callable[..., tuple[Loaded, nn.Module]]:
+def loaded(tmp_path, timm_model, small) -> Callable[..., tuple[PretrainedModel, nn.Module]]:
     """A function: timm's name, how to rename its state dict, options -> what loads, and timm's model."""
 
-    def load(name: str, rename: Callable[[State], object], **options) -> tuple[Loaded, nn.Module]:
+    def load(name: str, rename: Callable[[State], object], **options) -> tuple[PretrainedModel, nn.Module]:
         model = timm_model(name, **small, **options)
         save_for_hf(model, str(tmp_path / "known"), safe_serialization=True)
         content = rename({key: value.clone() for key, value in model.state_dict().items()})
@@ -39,7 +39,7 @@ def loaded(tmp_path, timm_model, small) -> Callable[..., tuple[Loaded, nn.Module
     return load
 
 
-def same(loaded: Loaded, model: nn.Module, images: Tensor) -> None:
+def same(loaded: PretrainedModel, model: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(images), model(images), rtol=0, atol=1e-5)
     assert loaded.report.unexpected == []

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class Blank(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Zeros in place of torch's random draws while a model is built whose weights are replaced at once.
 
     Drawing takes seconds for a ViT-B.  Zeros, not whatever is in memory: some of torch's initialisers draw again

@@ -23,7 +23,7 @@ from vit.data.dataset import SPLITS, ImageData
 from vit.data.preprocess import Preprocessing
 from vit.inference.description import Description
 from vit.model import VisionTransformer
-from vit.training import checkpoints, logistic, nearest
+from vit.training import checkpoints, knn, logistic
 from vit.training.config import Config, device_kind
 from vit.training.events import EventFile
 from vit.training.features import Backbone, collect_features
@@ -125,14 +125,14 @@ class Probe:
         """
         train, labels = self.features["train"].to(self.device), self.labels["train"].to(self.device)
         temperature, classes = self.config.probe.temperature, len(self.data.class_names)
-        ks = [k for k in nearest.NEIGHBOURS if k <= len(train)]
+        ks = [k for k in knn.NEIGHBOURS if k <= len(train)]
 
         def figures(name: str, ks: list[int]) -> dict[int, dict[str, float]]:
             queries, truth = self.features[name].to(self.device), self.labels[name].to(self.device)
             if not len(queries):
                 return {k: {} for k in ks}
-            found = nearest.votes(train, labels, queries, classes, ks, temperature)
-            return {k: nearest.accuracies(votes, truth) for k, votes in found.items()}
+            found = knn.votes(train, labels, queries, classes, ks, temperature)
+            return {k: knn.accuracies(votes, truth) for k, votes in found.items()}
 
         tried = figures("val", ks)
         for k, block in tried.items():

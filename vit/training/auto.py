@@ -42,7 +42,7 @@ def suited_augment(images: int, classes: int, passes: float = math.inf) -> str:
     return min(found, key=_ORDER.index)
 
 
-def suited_epochs(images: int) -> int:
+def auto_epochs(images: int) -> int:
     """Epochs to fine-tune for: 900 / sqrt(images), from 5 to 100, so that steps grow with the root of the images."""
     return min(_MOST, max(_LEAST, round(_ROOT_EPOCHS / math.sqrt(max(1, images)))))
 
@@ -70,7 +70,7 @@ def passes_over(config: Config, images: int, classes: int) -> float:
     return min(found)
 
 
-def settled(config: Config, data: ImageData, overrides: Sequence[str]) -> Config:
+def resolve_auto(config: Config, data: ImageData, overrides: Sequence[str]) -> Config:
     """The configuration with what is "auto" in it decided for `data`; keys of `augment` that were typed stay.
 
     Raises `VitError` when what was chosen contradicts the rest.
@@ -78,7 +78,7 @@ def settled(config: Config, data: ImageData, overrides: Sequence[str]) -> Config
     images, classes = len(data.splits["train"]), len(data.class_names)
     changed = config
     if config.trainer.max_epochs == "auto":
-        epochs = suited_epochs(images)
+        epochs = auto_epochs(images)
         changed = dataclasses.replace(changed, trainer=dataclasses.replace(changed.trainer, max_epochs=epochs))
         log.info("trainer.max_epochs=auto: %d, for %d training images (900 / sqrt(images), 5 to 100)", epochs, images)
     if config.augment.name == "auto":

@@ -1,4 +1,4 @@
-"""The meter: its means are those of the losses themselves, read when they should be."""
+"""The training metrics: its means are those of the losses themselves, read when they should be."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from vit.errors import VitError
-from vit.training import meter as meters
+from vit.training import metrics as meters
 from vit.training.module import TrainingFailed
 
 
 class Record(L.Callback):
-    """Each step's loss, and what the meter shows after it."""
+    """Each step's loss, and what the training metrics show after it."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -24,7 +24,7 @@ class Record(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
-        self.readings.append(next(c for c in trainer.callbacks if isinstance(c, meters.Meter)).logged)
+        self.readings.append(next(c for c in trainer.callbacks if isinstance(c, meters.TrainMetrics)).logged)
 
 
 def test_means_over_the_steps_since_the_last_reading(small: ModuleType, tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_means_over_the_steps_since_the_last_reading(small: ModuleType, tmp_path
         assert 0 <= reading.top1 <= reading.top5 == 1  # three classes
         assert reading.images_per_second > 0
         assert 0 <= reading.wait_share <= 1
-    last = run.meter.logged
+    last = run.train_metrics.logged
     assert last.step == 16, "the steps after the last multiple are read at the end"
     assert last.loss == pytest.approx(record.losses[-1], rel=1e-5)
 
@@ -47,7 +47,7 @@ def test_accumulated_batches_are_one_step(small: ModuleType, tmp_path: Path) -> 
     record = Record()
     run = small.fit(tmp_path, "logging.every=2", "optim.accumulate=4", board=False, epochs=2, extra=[record])
     assert [reading.step if reading else None for reading in record.readings] == [None] * 7 + [2] * 8 + [4]
-    assert run.meter.logged.loss == pytest.approx(sum(record.losses[8:]) / 8, rel=1e-5)
+    assert run.train_metrics.logged.loss == pytest.approx(sum(record.losses[8:]) / 8, rel=1e-5)
 
 
 def test_slow_steps_are_read_in_between(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,13 @@ def test_slow_steps_are_read_in_between(small: ModuleType, tmp_path: Path, monke
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            seen.append((run.meter.latest.step, run.meter.logged and run.meter.logged.step, run.meter.latest.loss))
+            seen.append(
+                (
+                    run.train_metrics.latest.step,
+                    run.train_metrics.logged and run.train_metrics.logged.step,
+                    run.train_metrics.latest.loss,
+                )
+            )
 
     record = Record()
     run = small.prepare(tmp_path, "logging.every=3", board=False, epochs=1, extra=[record, Watch()])

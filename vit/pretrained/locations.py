@@ -12,7 +12,7 @@ import torch
 from vit.errors import VitError
 from vit.pretrained import hub
 from vit.pretrained.jax import read_npz
-from vit.pretrained.own import WEIGHTS
+from vit.pretrained.native import WEIGHTS
 from vit.pretrained.reading import load_safetensors, read_pickled
 
 PREFERRED = (
@@ -24,7 +24,7 @@ ENDINGS = (".safetensors", ".pth", ".bin", ".pt", ".npz")
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightsLocation:
     """Where weights are.
 
     Attributes
@@ -40,7 +40,7 @@ class Place:
     own: bool = False
 
 
-def whereabouts(place: Place | None) -> str:
+def whereabouts(place: WeightsLocation | None) -> str:
     """Where weights are and whether they are on this machine, in words."""
     if place is None:
         return "none: timm has the architecture only"
@@ -68,7 +68,7 @@ def weights_in(folder: Path) -> Path:
     raise VitError(f"{folder} holds no file of weights: expected {WEIGHTS}, or one ending in {', '.join(ENDINGS)}")
 
 
-def local(place: Place) -> tuple[Path, str]:
+def local(place: WeightsLocation) -> tuple[Path, str]:
     """The file or folder on this machine, fetched if need be, and what to call it."""
     if place.kind == "hub":
         fetched = hub.fetch(place.where, place.files, place.revision)
