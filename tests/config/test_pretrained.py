@@ -16,7 +16,7 @@ from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.pretrained.create import create_model
-from vit.training import suited
+from vit.training import auto
 from vit.training.auto import auto_epochs, passes_over, resolve_auto, suited_augment
 from vit.training.config import check_model, load
 from vit.training.pretrained import resolution, working_size
@@ -223,15 +223,15 @@ def test_an_experiment_without_a_name_says_what_it_needs(refused):
 # what the images and the time decide
 
 
-@pytest.mark.parametrize("rule", [suited.IMAGES, suited.PASSES], ids=["images", "passes"])
+@pytest.mark.parametrize("rule", [auto.IMAGES, auto.PASSES], ids=["images", "passes"])
 def test_augmentation_is_the_weaker_of_what_suits_images_and_passes(rule):
     limits = [limit for limit, _ in rule]
     assert limits == sorted(limits)
     for (limit, name), (_, after) in itertools.pairwise(rule):
         for number, expected in ((limit - 0.1, name), (limit, after)):
-            many = {"images": 10**9, "passes": 10**9} | {"images" if rule is suited.IMAGES else "passes": number * 10}
+            many = {"images": 10**9, "passes": 10**9} | {"images" if rule is auto.IMAGES else "passes": number * 10}
             assert suited_augment(int(many["images"]), 10, many["passes"] / 10) == expected
-    assert suited_augment(10, 10, 1) == suited.IMAGES[0][1]
+    assert suited_augment(10, 10, 1) == auto.IMAGES[0][1]
 
 
 @pytest.mark.parametrize(

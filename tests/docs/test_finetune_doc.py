@@ -16,7 +16,7 @@ from vit.data.preprocess import Preprocessing
 from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
-from vit.training import suited
+from vit.training import auto
 from vit.training.app import CONF, resolve
 from vit.training.config import Config, check_model, load
 from vit.training.run import train
@@ -103,8 +103,8 @@ def test_the_recipe_is_the_one_in_the_table(place):
     assert f"`data.batch_size={config.data.batch_size}`" in TEXT
     assert "over the first tenth, then a cosine" in TEXT
     assert config.schedule.name == "cosine"
-    for (few, first), (more, second), (_, last) in (suited.IMAGES, suited.PASSES):
+    for (few, first), (more, second), (_, last) in (auto.IMAGES, auto.PASSES):
         assert f"`{first}` under {few}, `{second}` under {more}, else `{last}`" in TEXT
     assert "90 for a hundred images, 9 for ten thousand" in TEXT
-    assert (suited.auto_epochs(100), suited.auto_epochs(10_000)) == (90, 9)
+    assert (auto.auto_epochs(100), auto.auto_epochs(10_000)) == (90, 9)
     assert f"`trainer.patience={config.trainer.patience}`" in TEXT

@@ -19,7 +19,7 @@ from vit.inference.bundle import write_bundle
 from vit.inference.description import Description
 from vit.inference.loading import load, load_torch
 from vit.model import VisionTransformer
-from vit.training import nearest
+from vit.training import knn as neighbours
 from vit.training.app import CONF, resolve
 from vit.training.config import load as load_config
 from vit.training.features import Backbone, collect_features
@@ -204,7 +204,7 @@ def test_the_run_folder_is_that_of_any_run(probe):
         assert all(0 <= metrics[block][key] <= 1 for key in ("top1", "top5", "ece"))
     assert metrics["test"]["top1"] > 0.5  # of ten classes, on what random attention makes of a digit
     knn = metrics["knn"]
-    assert knn["k"] in nearest.NEIGHBOURS
+    assert knn["k"] in neighbours.NEIGHBOURS
     assert knn["top1"] > 0.4
     assert knn["val"]["top1"] > 0.4
     assert (metrics["bad_files"], metrics["seed"]) == (0, 0)
@@ -243,7 +243,7 @@ def test_the_head_is_the_best_on_validation_data(probe, tmp_path):
     }
     labels = {name: torch.tensor(split.labels) for name, split in data.splits.items()}
     k = result.metrics["knn"]["k"]
-    cast = nearest.votes(found["train"], labels["train"], found["test"], 10, [k])[k]
+    cast = neighbours.votes(found["train"], labels["train"], found["test"], 10, [k])[k]
     assert float((cast.argmax(1) == labels["test"]).float().mean()) == pytest.approx(result.metrics["knn"]["top1"])
 
 

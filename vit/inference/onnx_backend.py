@@ -134,7 +134,7 @@ class OnnxBackend:
     def __init__(
         self, path: str | os.PathLike[str], description: Description | None = None, *, throughput: bool = False
     ) -> None:
-        """`throughput`: the images are more than the processors, so that each is computed by one, the others meanwhile."""
+        """`throughput`: there are more images than processors, so each image is computed by one of them."""
         self._path, self._throughput = _checked(path), throughput
         threads = 1 if throughput else available()
         self.threads = available() if throughput else min(4, available())
