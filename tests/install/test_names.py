@@ -22,7 +22,7 @@ WORDS = re.compile(r"""pip3? install((?:[ \t]+(?:"[^"\n]*"|'[^'\n]*'|[^\s`'"&;|(
 
 def files() -> list[Path]:
     """Every file of the project that is written by hand, but this one."""
-    parts = [ROOT / name for name in (".ci", "benchmarks", "conf", "docs", "tests", "vit")]
+    parts = [ROOT / name for name in (".ci", ".github", "benchmarks", "conf", "docs", "tests", "vit")]
     found = [path for part in (*ROOT.iterdir(), *parts) for path in (part.rglob("*") if part in parts else [part])]
     return [path for path in found if path.suffix in KINDS and path.is_file() and path != Path(__file__)]
 
