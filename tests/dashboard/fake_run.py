@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, pack
-from vit.dashboard.summary import blob, tensor
+from vit.dashboard.summary import blob_summary, tensor_summary
 from vit.training.events import EventFile
 
 L, H, GRID, PREFIX = 3, 2, (2, 3), 1
@@ -68,12 +68,12 @@ def pairs_record(step: int) -> dict[str, Any]:
 def write(folder: Path, steps: list[int], probes: int = 3, pairs: tuple[int, ...] = (0,)) -> EventFile:
     """A run; more can be written to what is returned."""
     events = EventFile(folder)
-    events.write(tensor(RUN, encode(run_record(probes))), steps[0])
+    events.write(tensor_summary(RUN, encode(run_record(probes))), steps[0])
     for step in steps:
-        events.write(tensor(STEPS, encode(steps_record(step, probes, step == steps[0]))), step)
+        events.write(tensor_summary(STEPS, encode(steps_record(step, probes, step == steps[0]))), step)
         for i in range(probes):
-            events.write(tensor(f"{PROBE}{i:02d}", encode(probe_record(step, i))), step)
+            events.write(tensor_summary(f"{PROBE}{i:02d}", encode(probe_record(step, i))), step)
             if step in pairs:
-                events.write(blob(f"{PAIRS}{i:02d}", encode(pairs_record(step))), step)
+                events.write(blob_summary(f"{PAIRS}{i:02d}", encode(pairs_record(step))), step)
     events.flush()
     return events

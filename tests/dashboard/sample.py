@@ -21,7 +21,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, pack
-from vit.dashboard.summary import blob, tensor
+from vit.dashboard.summary import blob_summary, tensor_summary
 
 EVIL_CLASS = "<img src=x onerror=alert(1)>"
 EVIL_RUN = "z<b onclick=alert(2)>&amp;run"
@@ -88,23 +88,23 @@ def write_run(logdir: Path, run: Run, steps: tuple[int, ...] | None = None) -> N
     scenes = [_scene(run, number) for number in range(run.probes)]
     writer = EventFileWriter(str(logdir / run.name))
     if steps is None or run.steps[0] in steps:
-        _add(writer, run.steps[0], tensor(RUN, encode({**_run_record(run, scenes), "v": run.version})))
+        _add(writer, run.steps[0], tensor_summary(RUN, encode({**_run_record(run, scenes), "v": run.version})))
     for step in run.steps if steps is None else steps:
         progress = (step - run.steps[0]) / max(1, run.steps[-1] - run.steps[0])
         formed = run.quality / (1 + np.exp(-10 * (progress - 0.45)))
         answers = [_answer(run, number, progress) for number in range(run.probes)]
         probes = [_step_probe(run, number, answers[number], formed, step) for number in range(run.probes)]
-        _add(writer, step, tensor(STEPS, encode({"v": run.version, "step": step, "probes": probes})))
+        _add(writer, step, tensor_summary(STEPS, encode({"v": run.version, "step": step, "probes": probes})))
         for number, scene in enumerate(scenes):
             data = encode({**_probe_record(run, number, scene, answers[number], formed, step), "v": run.version})
             if number == 0 and step in run.damaged:
                 data = data[: len(data) // 2]
             if number == 0 and step in run.future:
                 data = encode({"v": 2, "step": step})
-            _add(writer, step, tensor(f"{PROBE}{number:02}", data))
+            _add(writer, step, tensor_summary(f"{PROBE}{number:02}", data))
             if step in run.pairs:
                 data = encode(_pairs_record(run, number, scene, formed, step))
-                _add(writer, step, blob(f"{PAIRS}{number:02}", data))
+                _add(writer, step, blob_summary(f"{PAIRS}{number:02}", data))
     writer.close()
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vit.dashboard.format import LARGEST, VERSION, RecordError, VersionError, decode, encode, pack, unpack
+from vit.dashboard.format import MAX_BYTES, VERSION, RecordError, VersionError, decode, encode, pack, unpack
 
 ARRAYS = hnp.arrays(
     np.float32,
@@ -121,7 +121,7 @@ def test_numbers_that_are_none_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        b" " * (LARGEST + 1),
+        b" " * (MAX_BYTES + 1),
         b'{"v":1,"x":[' + b"[]," * 15_000_000 + b"[]]}",
         b"[" * 900_000,
         b'{"v":1,"x":' + b"9" * 5000 + b"}",
@@ -137,7 +137,7 @@ def test_a_bomb_takes_no_more_than_it_may(text: bytes) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 4 * LARGEST
+    assert peak < 4 * MAX_BYTES
 
 
 def test_the_format_loads_without_torch_and_tensorboard() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vit.dashboard.page import bundle, page
+from vit.dashboard.page import bundle_modules, render_page
 
 HOSTILE = "</script><script>alert(1)</script><!-- <img src=x onerror=alert(1)> \u2028 é"
 MODULES = {
@@ -61,7 +61,7 @@ def static(tmp_path: Path) -> Path:
 
 
 def test_modules_are_joined_in_the_order_they_need(static: Path) -> None:
-    script = bundle(static)
+    script = bundle_modules(static)
     assert re.findall(r"^// (\S+)$", script, re.MULTILINE) == ["c.js", "a.js", "viewer.js"]
     assert "import" not in script
     assert "export" not in script
@@ -72,7 +72,7 @@ def test_modules_are_joined_in_the_order_they_need(static: Path) -> None:
 
 def test_the_page_holds_all_and_its_policy_lets_nothing_else_in(static: Path) -> None:
     data = {"runs": {"version": 1, "runs": [{"run": HOSTILE}]}, "probe": {f"{HOSTILE}\n0": 1}, "pairs": {}}
-    text = page(HOSTILE, data, static=static)
+    text = render_page(HOSTILE, data, static=static)
     parts = Parts(text)
     assert json.loads(parts.of("script", type="application/json")[0][1]) == data
     assert [has.get("type") for has, _ in parts.of("script")] == ["application/json", "module"]
@@ -90,7 +90,7 @@ def test_the_page_holds_all_and_its_policy_lets_nothing_else_in(static: Path) ->
 
 
 def test_no_less_than_sign_of_the_data_reaches_the_page(static: Path) -> None:
-    text = page("t", {"runs": "<" * 10, "<k>": 1}, static=static)
+    text = render_page("t", {"runs": "<" * 10, "<k>": 1}, static=static)
     block = re.search(r'(?s)<script type="application/json" id="data">(.*?)</script>', text)
     assert block is not None
     assert "<" not in block[1]
@@ -119,15 +119,15 @@ def test_what_cannot_be_joined_is_said(static: Path, changes: dict[str, str], ma
     for name, text in changes.items():
         (static / name).write_text(text)
     with pytest.raises(ValueError, match=match):
-        page("t", {}, static=static)
+        render_page("t", {}, static=static)
 
 
 def test_data_that_is_no_json_is_refused(static: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
-        page("t", {"runs": float("nan")}, static=static)
+        render_page("t", {"runs": float("nan")}, static=static)
 
 
 def test_the_real_viewer_becomes_a_page() -> None:
-    text = page("Attention", {"runs": {"version": 1, "runs": []}, "probe": {}, "pairs": {}})
+    text = render_page("Attention", {"runs": {"version": 1, "runs": []}, "probe": {}, "pairs": {}})
     assert len(Parts(text).of("script")) == 2
     assert len(text) < 400_000

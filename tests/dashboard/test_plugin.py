@@ -25,7 +25,7 @@ from werkzeug.test import Client
 
 from vit.dashboard.format import PAIRS, PLUGIN, PROBE, RUN, STEPS, encode, unpack
 from vit.dashboard.plugin import Loader
-from vit.dashboard.summary import blob, tensor
+from vit.dashboard.summary import blob_summary, tensor_summary
 
 HERE = Path(__file__).parent
 PREFIX = f"/data/plugin/{PLUGIN}"
@@ -53,19 +53,19 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fake.write(folder / "good", [0, 10, 20], pairs=(0, 20)).close()
     fake.write(folder / HOSTILE_RUN.split("/", maxsplit=1)[0], [0]).close()
     events = fake.write(folder / "mixed", [0, 1])
-    events.write(tensor(STEPS, encode(fake.steps_record(2))[:40]), 2)
-    events.write(tensor(STEPS, zlib.compress(b'{"v":2}')), 3)
-    events.write(tensor(STEPS, zlib.compress(b'{"v":2}')), 4)
-    events.write(tensor(STEPS, encode({"step": 5, "probes": [{"predicted": "<b>"}] * 3})), 5)
-    events.write(tensor(STEPS, encode(fake.steps_record(6, probes=9))), 6)
-    events.write(tensor(STEPS, encode(fake.steps_record(7))), 7)
-    events.write(tensor(f"{PROBE}00", encode({**fake.probe_record(2), "rows": {"shape": [9, 9, 9]}})), 2)
-    events.write(blob(f"{PAIRS}00", b"nonsense"), 2)
+    events.write(tensor_summary(STEPS, encode(fake.steps_record(2))[:40]), 2)
+    events.write(tensor_summary(STEPS, zlib.compress(b'{"v":2}')), 3)
+    events.write(tensor_summary(STEPS, zlib.compress(b'{"v":2}')), 4)
+    events.write(tensor_summary(STEPS, encode({"step": 5, "probes": [{"predicted": "<b>"}] * 3})), 5)
+    events.write(tensor_summary(STEPS, encode(fake.steps_record(6, probes=9))), 6)
+    events.write(tensor_summary(STEPS, encode(fake.steps_record(7))), 7)
+    events.write(tensor_summary(f"{PROBE}00", encode({**fake.probe_record(2), "rows": {"shape": [9, 9, 9]}})), 2)
+    events.write(blob_summary(f"{PAIRS}00", b"nonsense"), 2)
     events.close()
     later = fake.write(folder / "later", [0])
     later.close()
     events = type(later)(folder / "future")
-    events.write(tensor(RUN, zlib.compress(b'{"v":2}')), 0)
+    events.write(tensor_summary(RUN, zlib.compress(b'{"v":2}')), 0)
     events.close()
     other = type(later)(folder / "other")
     other.scalars({"loss": 1.0}, 0)
@@ -146,11 +146,11 @@ def test_both_loaders_give_the_same(server: Any, logs: Path) -> None:
     # a run that is being written: what is new shows, and the mark changes
     before = server.open(f"{PREFIX}/runs")[1]["ETag"]
     events = fake.EventFile(logs / f"new_{server.process.pid}")
-    events.write(tensor(RUN, encode(fake.run_record())), 0)
+    events.write(tensor_summary(RUN, encode(fake.run_record())), 0)
     events.flush()
     name = events.folder.name
     assert server.wait(lambda found: name in found)[name]["steps"] == []
-    events.write(tensor(STEPS, encode(fake.steps_record(4))), 4)
+    events.write(tensor_summary(STEPS, encode(fake.steps_record(4))), 4)
     events.close()
     assert [each["step"] for each in server.wait(lambda found: found[name]["steps"])[name]["steps"]] == [4]
     assert server.open(f"{PREFIX}/runs")[1]["ETag"] != before

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vit.cli.viewer import Viewer
-from vit.dashboard.page import page
+from vit.dashboard.page import render_page
 from vit.data.preprocess import Preprocessing
 from vit.explain.maps import Mapper
 from vit.model import VisionTransformer
@@ -36,7 +36,7 @@ def test_one_file_shows_the_same_and_asks_nobody(
     tmp_path: Path, data: dict[str, Any], chrome: Any, sample: ModuleType
 ) -> None:
     path = tmp_path / "index.html"
-    path.write_text(page("</title><script>alert(3)</script>", data), encoding="utf-8")
+    path.write_text(render_page("</title><script>alert(3)</script>", data), encoding="utf-8")
     context = chrome.new_context(color_scheme="dark")
     window = context.new_page()
     trouble: list[str] = []

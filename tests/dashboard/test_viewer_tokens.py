@@ -13,7 +13,7 @@ import torch
 
 from vit.cli.viewer import Viewer
 from vit.dashboard.check import check
-from vit.dashboard.format import PROBE, RUN, RecordError, packed
+from vit.dashboard.format import PROBE, RUN, RecordError, pack_arrays
 from vit.data.preprocess import Preprocessing
 from vit.explain.maps import Mapper
 from vit.explain.methods import trace
@@ -89,7 +89,7 @@ class TestCheck:
     @pytest.fixture
     def record(self) -> dict[str, Any]:
         seen = observe(model_that(**PLANS["merge"]), torch.randn(1, 3, SIZE, SIZE), [1])
-        return packed({"v": 1, "step": 0, **seen.probes[0]})
+        return pack_arrays({"v": 1, "step": 0, **seen.probes[0]})
 
     def test_what_is_written_may_be_shown(self, record):
         check(f"{PROBE}00", record)

@@ -12,7 +12,7 @@ import torch
 
 from vit.data.catalogue import DataConfig, open_data, preprocessing_for
 from vit.evaluation.faithful import measure_faithfulness
-from vit.evaluation.table import LOWER, print_faithfulness
+from vit.evaluation.table import LOWER_IS_BETTER, print_faithfulness
 from vit.explain.methods import METHODS
 from vit.model import VisionTransformer
 from vit.training.eval_app import eval_main
@@ -83,7 +83,7 @@ def test_a_method_no_better_than_random_is_named(capsys):
     assert "by chance: pointing 0.125" in text
     assert "deletion ↓" in text
     assert "insertion ↑" in text
-    assert "insertion" not in LOWER
+    assert "insertion" not in LOWER_IS_BETTER
 
 
 @pytest.fixture

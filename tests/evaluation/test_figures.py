@@ -15,7 +15,7 @@ from PIL import Image
 
 from vit.errors import VitError
 from vit.evaluation.figures import _grouped, confusion_figure, reliability_figure, save_png
-from vit.evaluation.metrics import Outcomes, reliability
+from vit.evaluation.metrics import Outcomes, compute_reliability
 from vit.evaluation.names import readable
 
 ODD_NAMES = ["$x^2$", "50$", "\\alpha $", "a\nb\tc", "\udcff\udcfe.jpg", "", "\u202etxt", "x" * 300, "漢字", "<b>&amp;"]
@@ -87,7 +87,7 @@ def test_more_classes_than_pixels():
 def test_reliability_of_few_and_many(count):
     draw = np.random.default_rng(0)
     confidences = draw.uniform(0.1, 1, count)
-    table = reliability(Outcomes(np.zeros(count), confidences, draw.uniform(size=count) < confidences))
+    table = compute_reliability(Outcomes(np.zeros(count), confidences, draw.uniform(size=count) < confidences))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_image(reliability_figure(table, table, 1.3))
@@ -101,7 +101,9 @@ def test_overconfidence_and_underconfidence_look_different():
     def share(image: np.ndarray, colour: np.ndarray) -> float:
         return float((image[80:] == colour).all(axis=2).mean())
 
-    over, under = (reliability_figure(reliability(each), reliability(each), 1.0) for each in (sure, shy))
+    over, under = (
+        reliability_figure(compute_reliability(each), compute_reliability(each), 1.0) for each in (sure, shy)
+    )
     assert share(over, pink) > 0.01 > share(over, light)
     assert share(under, light) > 0.01 > share(under, pink)
 

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from vit.errors import VitError
 from vit.evaluation import metrics
-from vit.evaluation.metrics import evaluate_logits, outcomes, reliability, scalars
+from vit.evaluation.metrics import compute_outcomes, compute_reliability, evaluate_logits, scalars
 
 SHARES = ("top1", "top5", "ece", "ece_uncalibrated", "macro_precision", "macro_recall", "macro_f1")
 
@@ -129,7 +129,7 @@ def test_ties_go_to_the_lower_index():
     assert block["top1"] == pytest.approx(1 / 6)
     assert block["top5"] == pytest.approx(5 / 6)
     assert [row["predicted"] for row in block["per_class"]] == [6, 0, 0, 0, 0, 0]
-    assert metrics.label_ranks(np.array([[1.0, 3.0, 3.0, 2.0]] * 4), np.arange(4)).tolist() == [3, 0, 1, 2]
+    assert metrics.rank_labels(np.array([[1.0, 3.0, 3.0, 2.0]] * 4), np.arange(4)).tolist() == [3, 0, 1, 2]
 
 
 def test_fewer_than_five_classes():
@@ -140,12 +140,12 @@ def test_fewer_than_five_classes():
 
 def test_bins_are_closed_above():
     # confidence exactly 0.5 with two bins belongs to the lower one: (0, 0.5], (0.5, 1]
-    results = outcomes(np.array([[0.0, 0.0], [0.0, 50.0]]), np.array([0, 1]))
-    table = reliability(results, bins=2)
+    results = compute_outcomes(np.array([[0.0, 0.0], [0.0, 50.0]]), np.array([0, 1]))
+    table = compute_reliability(results, bins=2)
     assert table.counts.tolist() == [1, 1]
     assert table.confidence.tolist() == [0.5, 1.0]
     assert table.rows()[0] == {"from": 0.0, "to": 0.5, "images": 1, "confidence": 0.5, "accuracy": 1.0}
-    assert reliability(results, bins=10).rows()[0]["accuracy"] is None
+    assert compute_reliability(results, bins=10).rows()[0]["accuracy"] is None
 
 
 def test_no_images_give_nulls():
@@ -232,7 +232,7 @@ def test_bounds_and_sums(case):
     assert [row["support"] for row in block["per_class"]] == np.bincount(labels, minlength=classes).tolist()
     assert sum(row["predicted"] for row in block["per_class"]) == count
     for key, t in (("ece", temperature), ("ece_uncalibrated", 1.0)):
-        table = reliability(outcomes(logits, labels, t))
+        table = compute_reliability(compute_outcomes(logits, labels, t))
         assert table.counts.sum() == count
         assert block[key] == table.ece
     # only losses and calibration see the temperature

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vit.data.dataset import ArrayImages, FileImages, Split
-from vit.evaluation.mistakes import Mistake, _percent, displayable, find_mistakes, mistakes_figure, write_mistakes
+from vit.evaluation.mistakes import Mistake, _percent, find_mistakes, mistakes_figure, to_rgb, write_mistakes
 
 
 def grey(count: int) -> Split:
@@ -75,11 +75,11 @@ def test_an_image_that_has_gone_is_named_in_its_place(tmp_path: Path):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
 def test_images_of_any_channels_can_be_shown(channels):
-    assert displayable(np.zeros((5, 6, channels), np.uint8)).shape == (5, 6, 3)
+    assert to_rgb(np.zeros((5, 6, channels), np.uint8)).shape == (5, 6, 3)
 
 
 def test_large_images_are_made_small():
-    assert max(displayable(Image.new("L", (2000, 10))).shape) == 256
+    assert max(to_rgb(Image.new("L", (2000, 10))).shape) == 256
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 from tensorboard.context import RequestContext
 
 from vit.dashboard.format import PLUGIN, unpack
-from vit.dashboard.reading import Missing, Reader
+from vit.dashboard.reading import NotFound, Reader
 from vit.data.augment import normalise
 from vit.data.dataset import Split
 from vit.errors import VitError
@@ -434,7 +434,7 @@ def test_what_is_too_large_is_left_out_with_a_line(
     record, _, found = read(tmp_path / "pairs")
     assert record["pairs"] == []
     assert len(record["steps"]) > 2
-    with pytest.raises(Missing):
+    with pytest.raises(NotFound):
         found.pairs(CTX, "", record["run"], 0, 0)
     assert [line for line in caplog.messages if "every patch" in line] == [
         "attention of every patch to every other is large: it is kept of no image"

@@ -138,6 +138,6 @@ def test_captions_of_targets() -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])
 def test_channels(channels: int, mode: str) -> None:
     pixels = torch.randint(0, 256, (channels, 4, 6), dtype=torch.uint8)
-    image = pictures.displayable(pixels)
+    image = pictures.to_rgb(pixels)
     assert (image.mode, image.size) == (mode, (6, 4))
     np.testing.assert_array_equal(np.asarray(image).reshape(4, 6, -1)[:, :, 0], pixels[0].numpy())

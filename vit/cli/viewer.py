@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit.dashboard.format import packed
+from vit.dashboard.format import pack_arrays
 from vit.data.decode import printable
 from vit.files import write_text
 
@@ -67,7 +67,7 @@ class Viewer:
             taken, self._mapper.observations([pixels for _, pixels in taken], faithful=faithful), strict=True
         ):
             png = _png(self._mapper.seen(pixels))
-            probe = packed({"v": 1, "step": 0, **observed.probes[i]})
+            probe = pack_arrays({"v": 1, "step": 0, **observed.probes[i]})
             self._images.append({"name": printable(path), "label": None, "png": png})
             self._steps.append(observed.steps[i])
             self._probes.append(probe)
@@ -82,7 +82,7 @@ class Viewer:
 
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all.  Raises `VitError`."""
-        from vit.dashboard.page import page
+        from vit.dashboard.page import render_page
         from vit.explain.records import run_info
 
         run, mapper = self._title, self._mapper
@@ -103,7 +103,7 @@ class Viewer:
             "probe": {f"{run}\n{i}": {"steps": [probe], "problems": []} for i, probe in enumerate(self._probes)},
             "pairs": {f"{run}\n{i}\n0": record for i, record in enumerate(pairs)},
         }
-        write_text(path, page(_TITLE + run, data))
+        write_text(path, render_page(_TITLE + run, data))
 
     def _remarks(self) -> list[str]:
         remarks = list(self._problems)
@@ -120,9 +120,9 @@ class Viewer:
         if heads * all_means > _PAIRS:
             self._heads = None
         if self._heads is not None:
-            self._heads.append(packed({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
+            self._heads.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
         if all_means <= _PAIRS:
-            self._means.append(packed({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
+            self._means.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
 
 
 def is_page(path: Path) -> bool:

@@ -1,24 +1,24 @@
-"""What the Attention tab is fed: plain JSON with small arrays in it, compressed; version 1.
+"""Define the records of the Attention tab: compressed JSON with small arrays in it; version 1.
 
-Whoever writes a record and whoever reads it use this file.  Notable:
+The writer and the reader of records both use this file.  Notes:
 
-- An array travels as uint8, `value = (code / 255)^2 * peak` with one peak a row (the last axis): attention is mostly
-  small, and the square root spends the codes there.  A row's largest value is exact; the error of any other is at most
-  `peak / 255`, and near zero much less.
-- A record says its version. One of another version, or one that is damaged, is refused with the reason, and what is
-  beside it can still be shown.
-- Records come from files that someone else may have made: sizes are bounded before anything is unpacked.
+- An array is stored as uint8, `value = (code / 255)^2 * peak` with one peak for each row (the last axis): attention is
+  mostly small, and the square root gives small values more codes.  A row's largest value is exact; the error of any
+  other is at most `peak / 255`, and near zero much less.
+- A record has its version.  A record of another version, or a damaged one, is refused with the reason, and the others
+  can still be shown.
+- Records may come from anyone's files: sizes are bounded before anything is unpacked.
 
 Standard library and NumPy only.
 
 Records, by tag (`NN` is the number of the probe image, two digits or more):
 
 `attention/run`       once: classes, grid, image, patch, prefix, layers, heads, readout, and the probes, each with
-                      its image (PNG, base64), label and name; `asked`, a class, where `vit explain --target` puts
-                      that one in the place of the true one
-`attention/steps`     every step: of each probe the prediction, faithfulness, sinks
-`attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`; where tokens are reduced
-                      what became of each patch, "reduced" (`vit.explain.records.fates`)
+                      its image (PNG, base64), label and name; `asked`, a class, where `vit explain --target` replaces
+                      the true class by it
+`attention/steps`     every step: prediction, faithfulness and sinks of each probe
+`attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`; with token reduction also
+                      the assignment of each patch, "reduced" (`vit.explain.records.fates`)
 `attention/pairs/NN`  some steps: every patch's attention to every other: `pairs_record`; a blob sequence of one
 """
 
@@ -37,22 +37,22 @@ PLUGIN = "vit_attention"
 VERSION = 1
 RUN, STEPS, PROBE, PAIRS = "attention/run", "attention/steps", "attention/probe/", "attention/pairs/"
 
-LARGEST = 64 * 2**20
-"""Bytes that a record may unpack to."""
+MAX_BYTES = 64 * 2**20
+"""Largest size of an unpacked record."""
 
-_MOST_VALUES = 1_000_000  # in a record's JSON: arrays are text, and 64 MiB of "[],[]," would take gigabytes as lists
+_MAX_VALUES = 1_000_000  # in a record's JSON: arrays are text, and 64 MiB of "[],[]," would take gigabytes as lists
 
 
 class RecordError(ValueError):
-    """A record that cannot be shown, with the reason."""
+    """Reports why a record cannot be shown."""
 
 
 class VersionError(RecordError):
-    """A record of another version of this format."""
+    """Reports a record of another version of this format."""
 
 
 def pack(array: np.ndarray) -> dict[str, Any]:
-    """Numbers of at least 0, (..., N) -> {"shape", "peaks", "codes"}, both arrays in base64.
+    """Pack numbers of at least 0, (..., N), into {"shape", "peaks", "codes"}, both arrays in base64.
 
     Raises ValueError for a negative number or one that is not finite.
     """
@@ -68,15 +68,15 @@ def pack(array: np.ndarray) -> dict[str, Any]:
     }
 
 
-def packed(record: Any) -> Any:
-    """A record with every array in it packed, whatever it lies in."""
+def pack_arrays(record: Any) -> Any:
+    """Pack every array in a record, at any depth."""
     if isinstance(record, Mapping):
-        return {key: packed(value) for key, value in record.items()}
+        return {key: pack_arrays(value) for key, value in record.items()}
     return pack(record) if isinstance(record, np.ndarray) else record
 
 
 def unpack(packed: Any) -> np.ndarray:
-    """The inverse of `pack`, float32.  Raises `RecordError`."""
+    """Unpack an array of `pack` to float32.  Raises `RecordError`."""
     try:
         shape = [int(n) for n in packed["shape"]]
         codes = np.frombuffer(base64.b64decode(packed["codes"], validate=True), np.uint8)
@@ -89,21 +89,21 @@ def unpack(packed: Any) -> np.ndarray:
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """A record of plain JSON types as bytes, with its version."""
+    """Encode a record of plain JSON types as bytes, with its version."""
     text = json.dumps({"v": VERSION, **record}, separators=(",", ":"), allow_nan=False)
     return zlib.compress(text.encode("ascii"), 6)
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """The inverse of `encode`.  Raises `RecordError` for another version, and for what is damaged."""
+    """Decode a record of `encode`.  Raises `RecordError` for another version or a damaged record."""
     try:
         unzip = zlib.decompressobj()
-        text = unzip.decompress(data, LARGEST)
+        text = unzip.decompress(data, MAX_BYTES)
         if not unzip.eof:
             raise RecordError("the record is cut off, or too large")
-        if sum(text.count(mark) for mark in b"[{,") > _MOST_VALUES:
+        if sum(text.count(mark) for mark in b"[{,") > _MAX_VALUES:
             raise RecordError("the record holds too many values")
-        record = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        record = json.loads(text, parse_float=_parse_finite, parse_constant=_parse_finite)
     except (zlib.error, ValueError, RecursionError) as error:
         raise error if isinstance(error, RecordError) else RecordError(f"the record is damaged: {error}") from None
     if not isinstance(record, dict):
@@ -114,7 +114,7 @@ def decode(data: bytes) -> dict[str, Any]:
     return record
 
 
-def _finite(number: str) -> float:
+def _parse_finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
         raise ValueError(f"{number} is no number")

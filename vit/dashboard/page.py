@@ -1,8 +1,8 @@
-"""The viewer as one file that needs nothing else: style, modules and data in one HTML page.
+"""Build the viewer as one HTML page with style, modules and data.
 
-The page opens from a disk, sends nothing anywhere, and its content policy lets nothing in: scripts and styles run by
-their hashes only, images come from the data.  What it shows is text from somebody's files, so the data stands in a
-block that is no script, with every "<" escaped.
+The page opens from a disk and sends nothing.  Its content policy allows only the scripts and styles with these hashes,
+and images from the data.  The data is text from anyone's files, so it is in a block that is not a script, with every
+"<" escaped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXPORT = re.compile(r"^export (?=(?:async )?function\b|const\b|let\b|class\b)",
 _TOP_LEVEL = re.compile(r"^(?:export )?(?:async )?(?:function\*?|const|let|var|class) +([\w$]+)", re.MULTILINE)
 _MOUNT = re.compile(r"^export (?:async )?function mount\b", re.MULTILINE)
 
-# what index.js is to TensorBoard: the source answers from the data in the page
+# does what index.js does in TensorBoard: the source reads the data in the page
 _START = """
 {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -43,21 +43,21 @@ _START = """
 """
 
 
-def page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
-    """The viewer with its data, as the text of an HTML file.
+def render_page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
+    """Build the HTML text of the viewer with its data.
 
     Args:
-        title: of the window.
-        data: plain JSON: {"runs": what the route /runs gives, "probe": {"RUN\\nPROBE": what /probe gives},
-            "pairs": {"RUN\\nPROBE\\nSTEP": a pairs record}}; where there is "start", what the viewer opens with, as its
-            URLs have it after "#".
+        title: the title of the window.
+        data: plain JSON: {"runs": the response of the route /runs, "probe": {"RUN\\nPROBE": the response of /probe},
+            "pairs": {"RUN\\nPROBE\\nSTEP": a pairs record}}; an optional "start" is the start view, as in the viewer's
+            URLs after "#".
         static: folder of the viewer's modules and style.
 
     Raises:
-        ValueError: data that is no JSON, or a module that cannot be put into a page.
+        ValueError: if the data is not JSON, or a module cannot be put into a page.
     """
     style = (static / STYLE).read_text(encoding="utf-8")
-    script = f"{bundle(static)}{_START}"
+    script = f"{bundle_modules(static)}{_START}"
     for name, text in (("the viewer's modules", script), (STYLE, style)):
         if re.search(r"</(script|style)|<!--", text, re.IGNORECASE):
             raise ValueError(f"{name} hold an end tag or a comment of HTML, which would end them early")
@@ -65,7 +65,7 @@ def page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
         "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; "
         f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
     )
-    title = title.encode("utf-8", "replace").decode()  # a file's name may hold bytes that are no text
+    title = title.encode("utf-8", "replace").decode()  # a file name may hold bytes that are not text
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
@@ -85,23 +85,23 @@ def page(title: str, data: Mapping[str, Any], *, static: Path = STATIC) -> str:
 """
 
 
-def bundle(static: Path = STATIC) -> str:
-    """The module that exports `mount` and all it imports as one module, in an order that works.
+def bundle_modules(static: Path = STATIC) -> str:
+    """Join the module that exports `mount` and all modules that it imports into one, dependencies first.
 
     A module imports with lines `import {a, b} from "./x.js";` and exports with `export` before a function, const, let
-    or class; names of the top level are unique over all modules.  Raises ValueError for anything else.
+    or class; top-level names are unique over all modules.  Raises ValueError otherwise.
     """
     modules = {path.name: path.read_text(encoding="utf-8") for path in sorted(static.glob("*.js"))}
     starts = [name for name, text in modules.items() if _MOUNT.search(text)]
     if len(starts) != 1:
         raise ValueError(f"expected one module that exports mount, there are {len(starts)}: {', '.join(starts)}")
     order: list[str] = []
-    _visit(starts[0], modules, order, ())
+    _add_module(starts[0], modules, order, ())
     owners: dict[str, str] = {}
     for name in order:
-        for own in _TOP_LEVEL.findall(modules[name]):
-            if owners.setdefault(own, name) != name:
-                raise ValueError(f"{own} is a name of the top level in {owners[own]} and in {name}")
+        for identifier in _TOP_LEVEL.findall(modules[name]):
+            if owners.setdefault(identifier, name) != name:
+                raise ValueError(f"{identifier} is a name of the top level in {owners[identifier]} and in {name}")
     parts = []
     for name in order:
         text = _EXPORT.sub("", _IMPORT.sub("", modules[name]))
@@ -111,8 +111,8 @@ def bundle(static: Path = STATIC) -> str:
     return "\n".join(parts)
 
 
-def _visit(name: str, modules: Mapping[str, str], order: list[str], trail: tuple[str, ...]) -> None:
-    """Put what `name` imports, and then `name`, into `order`."""
+def _add_module(name: str, modules: Mapping[str, str], order: list[str], trail: tuple[str, ...]) -> None:
+    """Append the imports of `name`, and then `name`, to `order`."""
     if name in trail:
         raise ValueError(f"modules import each other in a circle: {' -> '.join([*trail, name])}")
     if name not in modules:
@@ -120,9 +120,9 @@ def _visit(name: str, modules: Mapping[str, str], order: list[str], trail: tuple
     if name in order:
         return
     for names, target in _IMPORT.findall(modules[name]):
-        _visit(target, modules, order, (*trail, name))
+        _add_module(target, modules, order, (*trail, name))
         exported = set(_TOP_LEVEL.findall("\n".join(re.findall(r"^export .*", modules[target], re.MULTILINE))))
-        if missing := {each.strip() for each in names.split(",") if each.strip()} - exported:
+        if missing := {part.strip() for part in names.split(",") if part.strip()} - exported:
             raise ValueError(f"{name} imports {', '.join(sorted(missing))}, which {target} does not export")
     order.append(name)
 

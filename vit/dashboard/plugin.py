@@ -1,7 +1,7 @@
-"""Where TensorBoard finds the Attention tab: the entry point of the package.
+"""Define the entry point through which TensorBoard finds the Attention tab.
 
-An error while this module is imported would take the whole `tensorboard` command down, so it imports next to nothing;
-the rest is loaded in `Loader.load`, and what goes wrong there costs this tab only.
+An error during the import of this module would stop the whole `tensorboard` command, so it imports almost nothing.
+`Loader.load` imports the rest, and an error there costs only this tab.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from tensorboard.plugins.base_plugin import TBLoader
 from vit.dashboard.format import PLUGIN
 
 SAMPLES = 200
-"""Steps of a series that TensorBoard shall keep; by itself it keeps 10 of what is read on demand."""
+"""Steps of a series that TensorBoard keeps; its default is 10 for data read on demand."""
 
 log = logging.getLogger("vit")
 
 
 class Loader(TBLoader):
-    """Makes the plugin."""
+    """Loads the plugin."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Have all logged steps kept, unless `--samples_per_plugin` says how many."""
+        """Keep `SAMPLES` steps, unless `--samples_per_plugin` gives a number."""
         samples = getattr(flags, "samples_per_plugin", None)
         if isinstance(samples, dict):
             samples.setdefault(PLUGIN, SAMPLES)
 
     def load(self, context: Any) -> Any:
-        """The plugin, or None where it cannot be."""
+        """Load the plugin; None if it cannot be loaded."""
         if context.data_provider is None:
             return None
         try:

@@ -1,8 +1,7 @@
-"""The Attention tab's routes.
+"""Serve the routes of the Attention tab.
 
-Safe by how it is cut: a request names a run, a probe and a step, and those are looked up among what TensorBoard lists;
-no route takes a path; the static files are those that this package ships, each a route of its own; everything that
-comes out of a log is JSON, and JSON only.
+Safe by design: a request names a run, a probe and a step, which are looked up in TensorBoard's lists.  No route takes
+a path; each static file of this package has its own route; everything from a log is sent as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBContext, TBPlugi
 from werkzeug.wrappers import Request, Response
 
 from vit.dashboard.format import PLUGIN, RecordError
-from vit.dashboard.reading import Missing, Reader
+from vit.dashboard.reading import NotFound, Reader
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -30,12 +29,12 @@ log = logging.getLogger("vit")
 App = Callable[..., Iterable[bytes]]
 
 
-class Refused(Exception):
-    """A request that cannot be answered as it is, with the reason for its sender; status 400."""
+class BadRequest(Exception):
+    """Reports to the sender why a request is wrong; status 400."""
 
 
 class AttentionPlugin(TBPlugin):
-    """Serves what `vit.training.attention` writes, and the page that shows it."""
+    """Serves the records that `vit.training.attention` writes, and the page that shows them."""
 
     plugin_name = PLUGIN
 
@@ -43,62 +42,61 @@ class AttentionPlugin(TBPlugin):
         self._reader = Reader(context.data_provider, (context.sampling_hints or {}).get(PLUGIN))
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """The routes, without their prefix `/data/plugin/vit_attention`."""
+        """List the routes, without their prefix `/data/plugin/vit_attention`."""
         files = sorted(path for path in STATIC.iterdir() if path.suffix in TYPES) if STATIC.is_dir() else []
-        static = {f"/{path.name}": _application(functools.partial(_static, path)) for path in files}
+        static = {f"/{path.name}": _make_application(functools.partial(_serve_file, path)) for path in files}
         data = {"/runs": self._runs, "/probe": self._probe, "/pairs": self._pairs}
-        return static | {route: _application(answer) for route, answer in data.items()}
+        return static | {route: _make_application(handler) for route, handler in data.items()}
 
     def is_active(self) -> bool:
-        """False costs nothing: TensorBoard shows the tab by itself where a log has data of the plugin's name."""
+        """Return False: TensorBoard shows the tab by itself for a log with data of the plugin's name."""
         return False
 
     def frontend_metadata(self) -> FrontendMetadata:
         return FrontendMetadata(es_module_path="/index.js", tab_name="Attention")
 
     def _runs(self, request: Request) -> Response:
-        where = _where(request)
-        mark = self._reader.mark(*where)
-        headers = [("ETag", f'W/"{mark}"'), ("Vary", "Accept-Encoding")]
-        if request.if_none_match.contains_weak(
-            mark
-        ):  # the page asks every few seconds, and mostly nothing has happened
+        experiment = _experiment(request)
+        etag = self._reader.etag(*experiment)
+        headers = [("ETag", f'W/"{etag}"'), ("Vary", "Accept-Encoding")]
+        # the page asks every few seconds, and mostly nothing has changed
+        if request.if_none_match.contains_weak(etag):
             return Response(status=304, headers=headers)
-        return _json(request, self._reader.runs(*where), headers=headers)
+        return _json(request, self._reader.runs(*experiment), headers=headers)
 
     def _probe(self, request: Request) -> Response:
-        run, number = _text(request, "run"), _number(request, "probe")
-        return _json(request, self._reader.probe(*_where(request), run, number))
+        run, number = _get_text(request, "run"), _get_number(request, "probe")
+        return _json(request, self._reader.probe(*_experiment(request), run, number))
 
     def _pairs(self, request: Request) -> Response:
-        run, number, step = _text(request, "run"), _number(request, "probe"), _number(request, "step")
-        return _json(request, self._reader.pairs(*_where(request), run, number, step))
+        run, number, step = _get_text(request, "run"), _get_number(request, "probe"), _get_number(request, "step")
+        return _json(request, self._reader.pairs(*_experiment(request), run, number, step))
 
 
-def _application(answer: Callable[[Request], Response]) -> App:
-    """A WSGI application that answers GET, and says what is wrong in JSON."""
+def _make_application(handler: Callable[[Request], Response]) -> App:
+    """Make a WSGI application that answers GET and reports errors as JSON."""
 
     @Request.application
     def application(request: Request) -> Response:
         if request.method not in ("GET", "HEAD"):
             return _json(request, {"error": "only GET"}, 405, [("Allow", "GET, HEAD")])
         try:
-            return answer(request)
-        except Refused as error:
+            return handler(request)
+        except BadRequest as error:
             return _json(request, {"error": str(error)}, 400)
-        except (Missing, RecordError) as error:
+        except (NotFound, RecordError) as error:
             return _json(request, {"error": str(error)}, 404)
         except errors.PublicError as error:
             return _json(request, {"error": str(error)}, error.http_code, error.headers)
         except Exception as error:
-            # the data server may be gone or still starting: the page says so and asks again
+            # the data server may have stopped or be starting: the page shows this and asks again
             log.exception("the Attention tab could not answer %s", request.path)
             return _json(request, {"error": f"TensorBoard could not read the log: {type(error).__name__}"}, 503)
 
     return application
 
 
-def _static(path: Path, request: Request) -> Response:
+def _serve_file(path: Path, request: Request) -> Response:
     return http_util.Respond(request, path.read_bytes(), TYPES[path.suffix])
 
 
@@ -107,19 +105,19 @@ def _json(request: Request, value: Any, code: int = 200, headers: Iterable[tuple
     return http_util.Respond(request, text, "application/json", code=code, headers=list(headers))
 
 
-def _where(request: Request) -> tuple[Any, str]:
+def _experiment(request: Request) -> tuple[Any, str]:
     return plugin_util.context(request.environ), plugin_util.experiment_id(request.environ)
 
 
-def _text(request: Request, name: str) -> str:
+def _get_text(request: Request, name: str) -> str:
     value = request.args.get(name)
     if value is None:
-        raise Refused(f"{name} is missing")
+        raise BadRequest(f"{name} is missing")
     return value
 
 
-def _number(request: Request, name: str) -> int:
-    value = _text(request, name)
+def _get_number(request: Request, name: str) -> int:
+    value = _get_text(request, name)
     if not (value.isascii() and value.isdigit() and len(value) <= 18):
-        raise Refused(f"{name}: expected a whole number, got {value[:40]!r}")
+        raise BadRequest(f"{name}: expected a whole number, got {value[:40]!r}")
     return int(value)

@@ -1,4 +1,4 @@
-"""Records as TensorBoard summaries, told apart from everyone else's by the plugin's name."""
+"""Make TensorBoard summaries of records, marked with the plugin's name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from vit.dashboard.format import PLUGIN, VERSION
 
 
-def tensor(tag: str, record: bytes) -> Summary:
-    """One encoded record in a tensor series: what is read of all steps at once."""
+def tensor_summary(tag: str, record: bytes) -> Summary:
+    """Make a summary of one encoded record in a tensor series, which is read for all steps at once."""
     shape = TensorShapeProto()
     return _summary(tag, TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[record]), DATA_CLASS_TENSOR)
 
 
-def blob(tag: str, record: bytes) -> Summary:
-    """One encoded record as a blob sequence of one: what is fetched a step at a time."""
+def blob_summary(tag: str, record: bytes) -> Summary:
+    """Make a summary of one encoded record as a blob sequence of one, which is fetched one step at a time."""
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     value = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[record])
     return _summary(tag, value, DATA_CLASS_BLOB_SEQUENCE)

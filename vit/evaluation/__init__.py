@@ -1,6 +1,6 @@
-"""What a trained model is worth: metrics, calibration, figures.  No lightning, no hydra.
+"""Metrics, calibration and figures of a trained model.  Imports neither lightning nor hydra.
 
-Names are loaded when they are asked for: metrics and calibration need NumPy alone.
+A name is imported when it is first used: metrics and calibration need only NumPy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vit.evaluation.metrics import evaluate_logits, scalars
     from vit.evaluation.report import evaluate
 
-_HOMES = {
+_MODULES = {
     "collect_logits": "collect",
     "confusion_figure": "figures",
     "evaluate": "report",
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value

@@ -1,21 +1,21 @@
-"""Temperature scaling: one number that makes a classifier's probabilities mean what they say.
+"""Temperature scaling: one number calibrates the probabilities of a classifier.
 
-Probabilities become softmax(logits / T) with one T for all classes, chosen on validation data by likelihood (Guo et
-al., "On Calibration of Modern Neural Networks", 2017, section 4.2).  The ranking of the classes, and with it the
-accuracy, does not move.
+Probabilities become softmax(logits / T) with one T for all classes.  T maximises the likelihood of the validation data
+(Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2).  The ranking of the classes, and so the
+accuracy, stays the same.
 
-Notable:
-- With a = 1 / T, what is minimised is the negative log-likelihood of the N images plus a mild preference for T = 1:
+Notes:
+- With a = 1 / T, the fit minimises the negative log-likelihood of the N images plus a mild preference for T = 1:
 
       sum_n [ log sum_k exp(a z_nk) - a z_n,y(n) ]  +  c (a - 1 - log a),      c = 4
 
   The second term is a Gamma prior on a with its mode at 1; near 1 it is (log T)^2 / (2 x 0.5^2).  It weighs as much as
-  a handful of images.  Without it, a small validation split that the model gets all right asks for ever sharper
-  probabilities, and the first mistake on a test image then costs without limit: on digits with 20 validation images,
-  plain likelihood made the test loss six times worse, and with the prior it was better than uncalibrated.  With
-  thousands of images it changes nothing.
+  a handful of images.  Without it, a small validation split without mistakes makes T as small as possible, and the
+  first mistake on a test image then has a huge loss.  On digits with 20 validation images, likelihood alone made the
+  test loss six times worse; with the prior it was better than uncalibrated.  With thousands of images the prior
+  changes nothing.
 - Both terms are convex in a: the slope is E_p[z] - z_y and the curvature Var_p[z], summed, under p = softmax(a z).
-  Newton's method inside a shrinking bracket cannot fail to converge.
+  Newton's method inside a shrinking bracket always converges.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ import numpy as np
 from vit.evaluation.metrics import as_arrays, blocks
 
 TEMPERATURES = (0.05, 20.0)
-"""The range that a fitted temperature lies in."""
+"""Lowest and highest temperature of a fit."""
 
 PRIOR = 4.0
 """Weight c of the preference for T = 1, in units of images."""
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """The temperature that suits these validation logits.
+    """Fit the temperature to validation logits.
 
     Args:
         logits: (N, K) raw outputs of the model; an array, or a tensor on any device.
         labels: (N,) whole numbers, the true classes.
 
     Returns:
-        T in [0.05, 20], never one under which these images are less likely than under T = 1.  Where the images say
-        nothing (there are none, or all logits are equal) it is 1.
+        T in [0.05, 20].  The images are at least as likely under T as under 1.  Without images, or where all logits
+        are equal, T is 1.
 
     Raises:
-        VitError: shapes that do not fit together, labels out of range, or logits that are not finite.
+        VitError: if the shapes do not match, a label is out of range, or a logit is not finite.
     """
     logits, labels = as_arrays(logits, labels)
     if not len(logits):
@@ -63,7 +63,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
             low = a
         new = a - slope / curvature
         if not low <= new <= high:
-            # out of the bracket: take its middle instead, in the logarithm since the range spans three decades
+            # outside the bracket: take the geometric middle, since the range spans three decades
             new = math.sqrt(low * high)
         if abs(new - a) <= 1e-10 * a:
             break
@@ -72,7 +72,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
 
 
 def _derivatives(logits: np.ndarray, labels: np.ndarray, a: float) -> tuple[float, float]:
-    """Sums over images of E_p[z] - z_y and of Var_p[z], p = softmax(a z)."""
+    """Sum E_p[z] - z_y and Var_p[z] over the images, with p = softmax(a z)."""
     slope = curvature = 0.0
     for part in blocks(logits):
         z = logits[part].astype(np.float64)

@@ -1,4 +1,4 @@
-"""A model's logits for a whole split: every image exactly once, in the split's order.
+"""Compute the logits of a whole split: every image exactly once, in the split's order.
 
 Imports torch; with an ONNX classifier only the loaders need it.
 """
@@ -27,10 +27,10 @@ from vit.model.threads import same_threads, use_threads
 
 
 class Scorer(Protocol):
-    """Something that gives logits for normalised images, such as `vit.inference.loading.Classifier`."""
+    """Computes logits of normalised images, as `vit.inference.loading.Classifier` does."""
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """float32 (B, C, H, W) -> (B, K)."""
+        """Compute logits (B, K) of images float32 (B, C, H, W)."""
         ...
 
 
@@ -48,29 +48,27 @@ def collect_logits(
     """Run `model` over `split`.
 
     Args:
-        model: a torch model, which is put into evaluation mode for the while and has to be on `device` already; or
-            a classifier with a method `logits`.
-        split: the images. They stream in batches: no more than a few are held, unless `data.resident` says so.
-        preprocessing: the model's own.
-        config: how to load (`eval_batch_size`, `workers`, `resident`).
-        batch_size: images at a time; None: `config.eval_batch_size`.
-        device: where a torch model is.
-        label: of the progress bar, which is shown on a terminal.
+        model: a torch model on `device`, which runs in evaluation mode; or a classifier with a method `logits`.
+        split: the images.  They are read in batches; only a few batches are in memory unless `data.resident` is set.
+        preprocessing: the preprocessing of the model.
+        config: the loading options (`eval_batch_size`, `workers`, `resident`).
+        batch_size: images in a batch; None: `config.eval_batch_size`.
+        device: the device of a torch model.
+        label: the label of the progress bar, which is drawn only on a terminal.
 
     Returns:
         logits float32 (N, K) and labels int64 (N,), on the CPU; row i belongs to image i of the split.
 
     Raises:
-        VitError: an image that cannot be read (it is named, and no other takes its place), or a device without the
-            memory for a batch.
+        VitError: if an image cannot be read (the message names it), or a batch does not fit into the device's memory.
     """
     config = config or DataConfig()
     if batch_size is not None:
         config = dataclasses.replace(config, eval_batch_size=batch_size)
     labels = torch.from_numpy(split.labels.copy())
-    score = _torch_scores(model, preprocessing) if isinstance(model, nn.Module) else _scores(model, preprocessing)
-    where = device if isinstance(model, nn.Module) else "cpu"
-    loader = eval_loader(split, preprocessing, config, device=where)
+    score = _make_scorer(model, preprocessing)
+    loader_device = device if isinstance(model, nn.Module) else "cpu"
+    loader = eval_loader(split, preprocessing, config, device=loader_device)
     training = isinstance(model, nn.Module) and model.training
     logits: Tensor | None = None
     seen = torch.zeros(len(split), dtype=torch.int64)
@@ -98,7 +96,7 @@ def collect_logits(
         if training and isinstance(model, nn.Module):
             model.train()
     if logits is None:
-        return torch.zeros(0, _classes(model)), labels
+        return torch.zeros(0, _num_classes(model)), labels
     if not bool((seen == 1).all()):
         raise RuntimeError(f"the loader gave image {int((seen != 1).nonzero()[0])} {int(seen[seen != 1][0])} times")
     return logits, labels
@@ -106,7 +104,7 @@ def collect_logits(
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 without TF32's shortened products, whatever training has set: one checkpoint has one set of figures."""
+    """Disable TF32, whatever training has set, so that one checkpoint always gives the same figures."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -116,23 +114,18 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _torch_scores(model: nn.Module, preprocessing: Preprocessing) -> Any:
+def _make_scorer(model: nn.Module | Scorer, preprocessing: Preprocessing) -> Any:
     def score(batch: Batch) -> Tensor:
-        return model(normalise(batch.images, preprocessing.mean, preprocessing.std)).float().cpu()
-
-    return score
-
-
-def _scores(model: Scorer, preprocessing: Preprocessing) -> Any:
-    def score(batch: Batch) -> Tensor:
+        if isinstance(model, nn.Module):
+            return model(normalise(batch.images, preprocessing.mean, preprocessing.std)).float().cpu()
         images = preprocessing.normalise(batch.images.permute(0, 2, 3, 1).numpy())
         return torch.from_numpy(np.array(model.logits(images), np.float32))
 
     return score
 
 
-def _classes(model: nn.Module | Scorer) -> int:
-    """K, where no batch has told it."""
+def _num_classes(model: nn.Module | Scorer) -> int:
+    """Read K from the model, for a split without batches."""
     if isinstance(model, nn.Module):
         return int(getattr(model, "num_classes", 0))
     return len(model.description.class_names) if hasattr(model, "description") else 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vit.data.dataset import Split
 from vit.data.parallel import progress
 from vit.data.preprocess import Preprocessing
-from vit.evaluation.table import LOWER
+from vit.evaluation.table import LOWER_IS_BETTER
 from vit.explain.faithfulness import (
     covered,
     energy,
@@ -153,6 +153,6 @@ def _row(values: Mapping[str, Mapping[str, np.ndarray]], method: str, name: str,
     row = {"mean": float(own.mean()), "low": low, "high": high, "better": None}
     random = values["random"].get(name)
     if method != "random" and random is not None:
-        difference = interval(random - own if name in LOWER else own - random, seed=seed)
+        difference = interval(random - own if name in LOWER_IS_BETTER else own - random, seed=seed)
         row["better"] = difference[0] > 0
     return row

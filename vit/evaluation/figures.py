@@ -1,10 +1,10 @@
-"""Confusion matrix and reliability diagram, as images.
+"""Draw the confusion matrix and the reliability diagram as images.
 
-Notable:
-- Figures come as arrays uint8 (H, W, 3), for a PNG file and TensorBoard alike.
-- matplotlib is imported when the first figure is drawn, without pyplot: no global state, no window, any thread.
-- Names are drawn as they are: a `$` in a class name starts no formula.
-- Colours are a perceptually uniform map, light for nothing, so that a near-empty matrix of 1,000 classes reads well.
+Notes:
+- Figures are arrays uint8 (H, W, 3), for a PNG file and for TensorBoard.
+- matplotlib is imported with the first figure, without pyplot: no global state, no window, any thread.
+- Names are drawn unchanged: a `$` in a class name starts no formula.
+- The colour map is perceptually uniform with light low values, so that a sparse matrix of 1,000 classes is readable.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from vit.evaluation.metrics import Reliability
 from vit.evaluation.names import readable
 from vit.files import atomic_write
 
-LABELLED = 40
-"""Up to this many classes are named along the axes of a confusion matrix."""
-COUNTED = 20
-"""Up to this many classes have their counts written into the cells."""
-LARGEST = 1500
-"""Cells along a side; more classes than this are drawn in groups."""
+MAX_LABELLED = 40
+"""Largest number of classes with names along the axes of a confusion matrix."""
+MAX_COUNTED = 20
+"""Largest number of classes with counts in the cells."""
+MAX_CELLS = 1500
+"""Largest number of cells along a side; more classes are drawn in groups."""
 
 _DPI = 100
 _BLUE, _RED, _LIGHT, _GREY = "#31688e", "#e8909c", "#8fc0d8", "#8a8a8a"
-_ABOVE_ZERO = 1e-9  # smaller than any share, so that only empty cells are white
+_ABOVE_ZERO = 1e-9  # smaller than any fraction, so that only empty cells are white
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: str = "") -> np.ndarray:
     """Draw a confusion matrix: a row for each true class, a column for each predicted one.
 
-    A cell's colour is its share of the row's images, so that rare classes show as clearly as common ones; its number,
-    where there is room, is the count.  The colour scale follows the square root of the share: one image in a hundred
-    is visible.  White cells are empty, and grey rows are classes without images.  Beyond `LARGEST` classes, neighbours
-    are drawn in groups coloured by their greatest cell, so that a single confused pair is not averaged away.
+    The colour of a cell is its fraction of the row's images, so that rare classes are as visible as common ones.  The
+    number in a cell, where there is room, is the count.  The colour scale follows the square root of the fraction: one
+    image in a hundred is visible.  White cells are empty, grey rows are classes without images.  With more than
+    `MAX_CELLS` classes, neighbours form groups with the colour of their largest cell, so that a single confused pair
+    stays visible.
 
     Args:
-        confusion: (K, K) counts, `confusion[i][j]` images of class i called j.
-        class_names: K names, drawn for up to `LABELLED` classes.
-        title: a line above; by default the number of images and the accuracy.
+        confusion: (K, K) counts: `confusion[i][j]` images of class i were predicted as class j.
+        class_names: K names, drawn for up to `MAX_LABELLED` classes.
+        title: the title; by default the number of images and the accuracy.
 
     Returns:
         uint8 (H, W, 3).
@@ -52,10 +53,10 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: s
     confusion = np.asarray(confusion)
     classes, total = len(confusion), int(confusion.sum())
     support = confusion.sum(axis=1, keepdims=True)
-    shares = np.where(support > 0, confusion / np.maximum(support, 1), np.nan)
-    group = -(-classes // LARGEST)
+    fractions = np.where(support > 0, confusion / np.maximum(support, 1), np.nan)
+    group = -(-classes // MAX_CELLS)
     if group > 1:
-        shares = _grouped(shares, group)
+        fractions = _group_max(fractions, group)
     if not title:
         accuracy = f", {np.trace(confusion) / total:.2%} right" if total else ""
         title = f"{total:,} images{accuracy}"
@@ -64,42 +65,42 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str], title: s
 
     from matplotlib import colors
 
-    cells = len(shares)
-    names = [readable(name, 18) for name in class_names] if classes <= LABELLED else []
-    # inches: large enough for its names and counts, and never less than a pixel a cell
+    cells = len(fractions)
+    names = [readable(name, 18) for name in class_names] if classes <= MAX_LABELLED else []
+    # inches: large enough for names and counts, and at least one pixel for each cell
     side = max(4.0, 0.32 * cells if names else 7.0, cells / _DPI)
     margin = 0.7 + 0.075 * max((len(name) for name in names), default=4)
     width, height = side + margin + 1.3, side + margin + 0.6
     figure = new_figure(width, height)
     axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
     image = axes.imshow(
-        shares,
-        cmap=_light_map(),
+        fractions,
+        cmap=_light_colormap(),
         norm=colors.PowerNorm(0.5, vmin=_ABOVE_ZERO, vmax=1),
         interpolation="nearest" if cells <= side * _DPI else "antialiased",
         extent=(-0.5, classes - 0.5, classes - 0.5, -0.5),
     )
-    _ticks(axes, names, classes)
+    _draw_ticks(axes, names, classes)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title, fontsize=11, parse_math=False)
-    if classes <= COUNTED:
-        _write_counts(axes, confusion, shares)
+    if classes <= MAX_COUNTED:
+        _write_counts(axes, confusion, fractions)
     bar = figure.colorbar(
         image, cax=figure.add_axes(((margin + side + 0.15) / width, margin / height, 0.18 / width, side / height))
     )
-    shown = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
-    bar.set_ticks(shown, labels=[f"{share:.0%}" for share in shown])
+    ticks = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
+    bar.set_ticks(ticks, labels=[f"{tick:.0%}" for tick in ticks])
     bar.set_label("share of the true class's images")
     return render(figure)
 
 
 def reliability_figure(before: Reliability, after: Reliability, temperature: float) -> np.ndarray:
-    """Draw confidence against accuracy, before and after temperature scaling, with the images in each bin.
+    """Draw confidence against accuracy, before and after temperature scaling, and the number of images in each bin.
 
-    A bar is the accuracy of the images whose confidence falls in the bin; the black mark is their mean confidence,
-    where the bar would end if it were right.  The part between is pink where the model was overconfident, light blue
-    where it was underconfident.  Below, the number of images a bin, on a logarithmic scale.
+    A bar is the accuracy of the images whose confidence is in the bin.  The black line is their mean confidence, the
+    right height of the bar.  The part between is pink where the model was overconfident, light blue where it was
+    underconfident.  Below is the number of images in each bin, on a logarithmic scale.
 
     Returns:
         uint8 (H, W, 3).
@@ -109,7 +110,7 @@ def reliability_figure(before: Reliability, after: Reliability, temperature: flo
     figure = new_figure(9.6, 5.6)
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 1), hspace=0.12, wspace=0.22)
     grid.update(left=0.08, right=0.97, top=0.87, bottom=0.1)
-    most = max(int(before.counts.max(initial=0)), int(after.counts.max(initial=0)), 1)
+    max_count = max(int(before.counts.max(initial=0)), int(after.counts.max(initial=0)), 1)
     for column, (table, heading) in enumerate(((before, "before (T = 1)"), (after, f"after (T = {temperature:.3g})"))):
         top = figure.add_subplot(grid[0, column])
         below = figure.add_subplot(grid[1, column], sharex=top)
@@ -131,8 +132,8 @@ def reliability_figure(before: Reliability, after: Reliability, temperature: flo
         top.tick_params(labelbottom=False)
         below.bar(table.edges[:-1], table.counts, np.diff(table.edges), align="edge", color=_GREY, edgecolor="white")
         below.set_yscale("symlog", linthresh=1)
-        below.set_ylim(0, most * 1.5)
-        below.set_yticks(_decades(most))
+        below.set_ylim(0, max_count * 1.5)
+        below.set_yticks(_log_ticks(max_count))
         below.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         below.minorticks_off()
         below.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -147,7 +148,7 @@ def reliability_figure(before: Reliability, after: Reliability, temperature: flo
 
 
 def save_png(path: str | Path, image: np.ndarray) -> None:
-    """Write an array uint8 (H, W, 3) as PNG, whole or not at all.  Raises `VitError`."""
+    """Write an array uint8 (H, W, 3) as PNG, atomically.  Raises `VitError`."""
     from PIL import Image
 
     with atomic_write(path) as part:
@@ -155,7 +156,7 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of this size in inches, on a canvas that draws into memory."""
+    """Create an empty figure of this size in inches, on a canvas in memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -165,32 +166,32 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def render(figure: Any) -> np.ndarray:
-    """Draw the figure: uint8 (H, W, 3), white margins cut off."""
+    """Draw the figure to uint8 (H, W, 3) without white margins."""
     from matplotlib.text import Text
 
     if len(_fonts()) > 1:
         for text in figure.findobj(Text):
             text.set_fontfamily(_fonts())
     with warnings.catch_warnings():
-        # a script that no installed font has is drawn as boxes; the CSV beside the figure has the names
+        # characters that no installed font has are drawn as boxes; the CSV beside the figure has the names
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.canvas.draw()
-    return _trimmed(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    return _trim_margins(np.asarray(figure.canvas.buffer_rgba())[..., :3])
 
 
-def _trimmed(image: np.ndarray, border: int = 12) -> np.ndarray:
-    """`image` without white margins wider than `border` pixels."""
-    used = (image != 255).any(axis=2)
-    if not used.any():
+def _trim_margins(image: np.ndarray, border: int = 12) -> np.ndarray:
+    """Cut white margins of `image` down to `border` pixels."""
+    drawn = (image != 255).any(axis=2)
+    if not drawn.any():
         return image.copy()
-    rows, columns = np.flatnonzero(used.any(axis=1)), np.flatnonzero(used.any(axis=0))
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
     top, left = max(rows[0] - border, 0), max(columns[0] - border, 0)
     return image[top : rows[-1] + 1 + border, left : columns[-1] + 1 + border].copy()
 
 
 @functools.cache
 def _fonts() -> list[str]:
-    """matplotlib's own font, then those installed here that have the scripts it lacks."""
+    """List matplotlib's own font, then the installed fonts for other scripts."""
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
@@ -202,8 +203,8 @@ def _fonts() -> list[str]:
 
 
 @functools.cache
-def _light_map() -> Any:
-    """matplotlib's magma from light to dark without its palest part; white for nothing, grey where it is unknown."""
+def _light_colormap() -> Any:
+    """Make a colour map: magma from light to dark without its palest part, white for empty, grey for undefined."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
@@ -211,7 +212,7 @@ def _light_map() -> Any:
     return colours.with_extremes(under="white", bad="#e0e0e0")
 
 
-def _ticks(axes: Any, names: list[str], classes: int) -> None:
+def _draw_ticks(axes: Any, names: list[str], classes: int) -> None:
     if names:
         axes.set_xticks(range(classes), labels=names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(classes), labels=names, fontsize=8, parse_math=False)
@@ -227,25 +228,25 @@ def _ticks(axes: Any, names: list[str], classes: int) -> None:
         spine.set_color("#b0b0b0")
 
 
-def _write_counts(axes: Any, confusion: np.ndarray, shares: np.ndarray) -> None:
+def _write_counts(axes: Any, confusion: np.ndarray, fractions: np.ndarray) -> None:
     for i, j in zip(*np.nonzero(confusion), strict=True):
         count = int(confusion[i, j])
         text = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k"
-        # magma turns dark at about half its length, which the square root puts at a share of a quarter
-        colour = "white" if shares[i, j] > 0.25 else "black"
+        # magma is dark from about its middle, which the square root puts at a fraction of a quarter
+        colour = "white" if fractions[i, j] > 0.25 else "black"
         axes.text(j, i, text, ha="center", va="center", fontsize=8 if len(text) < 4 else 7, color=colour)
 
 
-def _grouped(shares: np.ndarray, group: int) -> np.ndarray:
-    """The greatest cell of each `group` x `group` cells; cells of no share count only among themselves."""
-    pad = -len(shares) % group
-    padded = np.pad(np.where(np.isnan(shares), -1.0, shares), (0, pad), constant_values=-1.0)
+def _group_max(fractions: np.ndarray, group: int) -> np.ndarray:
+    """Take the largest cell of each `group` x `group` cells; NaN only where all of them are NaN."""
+    pad = -len(fractions) % group
+    padded = np.pad(np.where(np.isnan(fractions), -1.0, fractions), (0, pad), constant_values=-1.0)
     side = len(padded) // group
-    greatest = padded.reshape(side, group, side, group).max(axis=(1, 3))
-    return np.where(greatest < 0, np.nan, greatest)
+    largest = padded.reshape(side, group, side, group).max(axis=(1, 3))
+    return np.where(largest < 0, np.nan, largest)
 
 
-def _decades(most: int) -> list[int]:
-    """0 and powers of ten up to `most`, at most five of them."""
-    powers = [10**n for n in range(len(str(most)))]
+def _log_ticks(maximum: int) -> list[int]:
+    """List 0 and powers of ten up to `maximum`, at most five of them."""
+    powers = [10**n for n in range(len(str(maximum)))]
     return [0, *powers[:: max(1, -(-len(powers) // 4))]]

@@ -1,7 +1,7 @@
-"""Class names and paths as people can read them: in a figure, in a terminal.
+"""Make class names and paths readable in a figure or a terminal.
 
-A class is named by whoever named its folder, so a name may be very long, hold line breaks, or not be text at all.
-Files keep names exactly; only what is drawn or printed passes through here.
+A class has the name of its folder, so the name may be very long, hold line breaks, or not be text at all.
+Files keep the exact names; only drawn or printed names pass through here.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import unicodedata
 
 
 def readable(name: str, limit: int = 24) -> str:
-    """`name` on one line, in at most `limit` characters, in what any font, file and terminal can take.
+    """Shorten `name` to one line of at most `limit` characters that any font and terminal can show.
 
-    Bytes that are no text become U+FFFD, control and formatting characters a space; of a long name the middle goes.
+    Bytes that are not text become U+FFFD, control and formatting characters a space.  A long name loses its middle.
     """
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    # Cf: invisible marks, among them those that turn the writing direction of all that follows
+    # Cf: invisible characters; some of them reverse the writing direction of the text after them
     text = "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Cn", "Zl", "Zp") else char for char in text)
     text = " ".join(text.split()) or "(no name)"
     if len(text) <= limit:

@@ -1,4 +1,4 @@
-"""What an evaluation says in the terminal: the figures, the classes that fare worst, and where the files are."""
+"""Print an evaluation in the terminal: the metrics, the worst classes and the files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from vit.evaluation.names import readable
 
-WORST = 5
-"""Classes listed."""
-LOWER = frozenset({"deletion", "positive", "agreement", "random_head", "random_model"})
-"""Measures of attention maps of which less is better."""
+NUM_WORST = 5
+"""Number of worst classes in the table."""
+LOWER_IS_BETTER = frozenset({"deletion", "positive", "agreement", "random_head", "random_model"})
+"""Measures of attention maps for which a lower value is better."""
 
 
 def print_summary(metrics: dict[str, Any]) -> None:
-    """Print what `vit.evaluation.report.evaluate` returned to standard output."""
+    """Print the result of `vit.evaluation.report.evaluate` to standard output."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -46,8 +46,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
         for heading in ("precision", "recall", "F1", "images"):
             classes.add_column(heading, justify="right")
         for row in worst:
-            shares = (f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("precision", "recall", "f1"))
-            classes.add_row(Text(readable(row["class"], 32)), *shares, f"{row['support']:,}")
+            cells = (f"{row[key]:.1%}" if row[key] is not None else "-" for key in ("precision", "recall", "f1"))
+            classes.add_row(Text(readable(row["class"], 32)), *cells, f"{row['support']:,}")
         console.print()
         console.print(classes)
     if metrics.get("faithfulness"):
@@ -69,11 +69,11 @@ def print_summary(metrics: dict[str, Any]) -> None:
 
 
 def changed_since(metrics: dict[str, Any]) -> str | None:
-    """A warning where training measured something else on what should be the same images, beyond rounding."""
+    """Format a warning when training measured another accuracy on the same split; None within rounding."""
     before, block = metrics["at_training"], metrics[metrics["split"]]
     if before is None:
         return None
-    # half a per cent, or an image: a GPU and a CPU may differ on one that lies between two classes
+    # half a per cent, or one image: a GPU and a CPU may differ on an image between two classes
     rounding = max(0.005, 1.5 / block["images"])
     if before["images"] == block["images"] and abs(before["top1"] - block["top1"]) <= rounding:
         return None
@@ -83,40 +83,40 @@ def changed_since(metrics: dict[str, Any]) -> str | None:
     )
 
 
-def worst_classes(rows: list[dict[str, Any]], count: int = WORST) -> list[dict[str, Any]]:
-    """Of the classes with images and a mistake, the `count` with the lowest F1; among equals the larger class first."""
-    flawed = [row for row in rows if row["support"] and row["f1"] < 1]
-    return sorted(flawed, key=lambda row: (row["f1"], -row["support"], row["index"]))[:count]
+def worst_classes(rows: list[dict[str, Any]], count: int = NUM_WORST) -> list[dict[str, Any]]:
+    """Select the `count` classes with the lowest F1 below 1; of equal ones the larger class comes first."""
+    imperfect = [row for row in rows if row["support"] and row["f1"] < 1]
+    return sorted(imperfect, key=lambda row: (row["f1"], -row["support"], row["index"]))[:count]
 
 
 def print_faithfulness(measured: Mapping[str, Any]) -> None:
-    """Print what `vit.evaluation.faithful.measure_faithfulness` returned: measures against methods."""
+    """Print the result of `vit.evaluation.faithful.measure_faithfulness`: a row for each measure."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False, markup=False, emoji=False)
     methods, chance = measured["methods"], measured["chance"]
-    names = list(dict.fromkeys(name for each in methods.values() for name in each))
+    names = list(dict.fromkeys(name for values in methods.values() for name in values))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for method in methods:
         table.add_column(method.replace("_", "\n"), justify="right", no_wrap=True)
     for name in names:
-        title = f"{name.replace('_', ' ')} {'↓' if name in LOWER else '↑'}"
-        table.add_row(title, *(_cell(each.get(name)) for each in methods.values()))
+        title = f"{name.replace('_', ' ')} {'↓' if name in LOWER_IS_BETTER else '↑'}"
+        table.add_row(title, *(_format_cell(values.get(name)) for values in methods.values()))
     console.print(f"\nattention maps on {measured['images']:,} images, with 95% intervals; ↓ lower is better")
     console.print(table)
     console.print(Text("* better than random maps beyond the interval of the difference", style="dim"))
     if chance:
         console.print(Text("by chance: " + ", ".join(f"{k} {v:.3f}" for k, v in chance.items()), style="dim"))
-    useless = _useless(methods)
-    if useless:
-        console.print(Text(f"not to be trusted here, no better than random: {', '.join(useless)}", style="yellow"))
+    untrusted = _not_better_than_random(methods)
+    if untrusted:
+        console.print(Text(f"not to be trusted here, no better than random: {', '.join(untrusted)}", style="yellow"))
 
 
-def _cell(row: Mapping[str, Any] | None) -> Any:
-    """The mean, marked where it beats random maps, over its interval."""
+def _format_cell(row: Mapping[str, Any] | None) -> Any:
+    """Format the mean, with * where it beats random maps, above its interval."""
     from rich.text import Text
 
     if row is None:
@@ -126,11 +126,11 @@ def _cell(row: Mapping[str, Any] | None) -> Any:
     return Text.assemble(f"{row['mean']:.3f}{mark}\n", (f"{ends[0]}-{ends[1]}", "dim"))
 
 
-def _useless(methods: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-    """Methods that neither deletion nor insertion tells from random maps."""
+def _not_better_than_random(methods: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """List the methods that are better than random maps in neither deletion nor insertion."""
     tests = ("deletion", "insertion")
     return [
         method.replace("_", " ")
-        for method, each in methods.items()
-        if method != "random" and not any(each[name]["better"] for name in tests)
+        for method, values in methods.items()
+        if method != "random" and not any(values[name]["better"] for name in tests)
     ]

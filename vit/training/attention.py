@@ -26,8 +26,8 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
-from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, packed
-from vit.dashboard.summary import blob, tensor
+from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, encode, pack_arrays
+from vit.dashboard.summary import blob_summary, tensor_summary
 from vit.data.augment import normalise
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing
@@ -148,7 +148,7 @@ class AttentionLog(L.Callback):
         self._images = normalise(images, self.preprocessing.mean, self.preprocessing.std)
         height, width = info["image"]  # what maps say something about
         self._probes = probes = replace(probes, images=probes.images[:, :, :height, :width])
-        return tensor(RUN, encode({**info, "probes": probes.described()}))
+        return tensor_summary(RUN, encode({**info, "probes": probes.described()}))
 
     def _log(self, step: int, module: Any, *, shows: bool, pairs: bool, last: bool = False) -> None:
         probes, images = self._probes, self._images
@@ -205,18 +205,18 @@ class AttentionLog(L.Callback):
 
     def _records(self, step: int, seen: Observation) -> Summary:
         merged = Summary()
-        merged.MergeFrom(tensor(STEPS, encode({"step": step, "probes": seen.steps})))
+        merged.MergeFrom(tensor_summary(STEPS, encode({"step": step, "probes": seen.steps})))
         for i, probe in enumerate(seen.probes):
-            merged.MergeFrom(tensor(f"{PROBE}{i:02d}", encode({"step": step, **packed(probe)})))
+            merged.MergeFrom(tensor_summary(f"{PROBE}{i:02d}", encode({"step": step, **pack_arrays(probe)})))
         return merged
 
     def _pairs(self, step: int, seen: Observation) -> list[Summary]:
         found = enumerate(seen.pairs)
-        return [blob(f"{PAIRS}{i:02d}", encode({"step": step, **packed(each)})) for i, each in found]
+        return [blob_summary(f"{PAIRS}{i:02d}", encode({"step": step, **pack_arrays(each)})) for i, each in found]
 
     def _pictures(self, step: int, probes: Probes, seen: Observation) -> dict[str, Image.Image]:
         shown = np.unique(np.linspace(0, len(probes) - 1, min(_PICTURED, len(probes))).round().astype(int)).tolist()
-        images = [pictures.displayable(probes.images[i]) for i in shown]
+        images = [pictures.to_rgb(probes.images[i]) for i in shown]
         labels, said = [probes.labels[i] for i in shown], [seen.steps[i] for i in shown]
         names = self.data.class_names
         drawings = {
@@ -228,7 +228,7 @@ class AttentionLog(L.Callback):
         for number, i in enumerate(shown[:: max(1, len(shown) // _HEADS)][:_HEADS]):
             title = f"{pictures.clean(names[probes.labels[i]])}, step {step}"
             drawings[f"attention/heads/{number:02d}"] = attention_pictures.heads(
-                pictures.displayable(probes.images[i]), seen.probes[i]["rows"], self._grid, title
+                pictures.to_rgb(probes.images[i]), seen.probes[i]["rows"], self._grid, title
             )
         return drawings
 

@@ -176,7 +176,7 @@ class Monitor(L.Callback):
         self.events.image("class_accuracy", pictures.accuracy_bars(counts, self.class_names), step)
         for name, rows in (("right", self._examples.right()), ("wrong", self._examples.wrong())):
             if rows:
-                pixels = [pictures.displayable(row.image) for row in rows]
+                pixels = [pictures.to_rgb(row.image) for row in rows]
                 captions = [pictures.example_caption(row, self.class_names) for row in rows]
                 self.events.image(f"examples/{name}", pictures.grid(pixels, captions, good=name == "right"), step)
         self._next_draw = _next(began)
@@ -225,7 +225,7 @@ def _pixels(images: Tensor, preprocessing: Preprocessing) -> list[Any]:
     mean = torch.tensor(preprocessing.mean, device=images.device)[:, None, None]
     std = torch.tensor(preprocessing.std, device=images.device)[:, None, None]
     pixels = ((images.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
-    return [pictures.displayable(image) for image in pixels.cpu()]
+    return [pictures.to_rgb(image) for image in pixels.cpu()]
 
 
 def _flat(values: Mapping[str, Any], joint: str, prefix: str = "") -> dict[str, Any]:

@@ -42,7 +42,7 @@ def tags(names: Sequence[str]) -> list[str]:
     return [tag if cleaned.count(tag) == 1 else f"{tag} ({k})" for k, tag in enumerate(cleaned)]
 
 
-def displayable(image: Tensor) -> Image.Image:
+def to_rgb(image: Tensor) -> Image.Image:
     """uint8 (C, H, W) as a Pillow image: one or two channels in grey, of more the first three as colours."""
     pixels = image.numpy()
     if len(pixels) < 3:

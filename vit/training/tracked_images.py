@@ -47,7 +47,7 @@ class Probes:
 
     def described(self) -> list[dict[str, Any]]:
         """As the record of a run has them: name, label, and the image as PNG in base64."""
-        pixels = [_png(pictures.displayable(image)) for image in self.images]
+        pixels = [_png(pictures.to_rgb(image)) for image in self.images]
         found = zip(self.names, self.labels, pixels, strict=True)
         return [{"name": name, "label": label, "png": png} for name, label, png in found]
 
