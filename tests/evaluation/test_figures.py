@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vit.errors import VitError
-from vit.evaluation.figures import _grouped, confusion_figure, reliability_figure, save_png
+from vit.evaluation.figures import _group_max, confusion_figure, reliability_figure, save_png
 from vit.evaluation.metrics import Outcomes, compute_reliability
 from vit.evaluation.names import readable
 
@@ -72,7 +72,7 @@ def test_a_class_without_images_is_grey_not_white():
 def test_groups_keep_the_greatest_cell():
     shares = np.full((5, 5), np.nan)
     shares[0, 0], shares[4, 1] = 0.25, 1.0
-    grouped = _grouped(shares, 2)
+    grouped = _group_max(shares, 2)
     assert grouped.shape == (3, 3)
     assert grouped[0, 0] == 0.25
     assert grouped[2, 0] == 1.0

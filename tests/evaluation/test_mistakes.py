@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vit.data.dataset import ArrayImages, FileImages, Split
-from vit.evaluation.mistakes import Mistake, _percent, find_mistakes, mistakes_figure, to_rgb, write_mistakes
+from vit.evaluation.mistakes import Mistake, _format_percent, find_mistakes, mistakes_figure, to_rgb, write_mistakes
 
 
 def grey(count: int) -> Split:
@@ -87,4 +87,4 @@ def test_large_images_are_made_small():
     [(0.5, "50.0%"), (0.9312, "93.1%"), (0.9996, "99.96%"), (0.999999, "> 99.99%"), (1e-9, "< 0.01%"), (0.004, "0.4%")],
 )
 def test_a_probability_is_never_rounded_to_certainty(probability, text):
-    assert _percent(probability) == text
+    assert _format_percent(probability) == text

@@ -487,7 +487,7 @@ def test_a_hundred_steps_of_a_tiny_vit_stay_under_fifty_megabytes(
     object.__setattr__(log._probes, "images", pixels)
     log._plan, log._grid = plan(count, layers, heads, patches, 1), grid
     assert log._plan.steps == 100
-    log.events.write(attention.tensor(attention.RUN, attention.encode({"probes": log._probes.described()})), 0)
+    log.events.write(attention.tensor_summary(attention.RUN, attention.encode({"probes": log._probes.described()})), 0)
     for step in range(100):
         log._log(step, run.module, shows=step % 16 == 0, pairs=step % 99 == 0 and log._plan.pairs > 0)
     log.events.close()
