@@ -31,7 +31,7 @@ def read(override):
 @example("123")
 @example("null")
 def test_hydra_reads_the_path(path):
-    assert read(shell.override("key", path)) == path
+    assert read(shell.format_override("key", path)) == path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bash")
@@ -44,12 +44,15 @@ def test_a_shell_passes_the_words_on():
         lines.append(words)
 
     collect()
-    script = "".join(f"printf '%s\\0' {shell.command(*words)}\n" for words in lines)
+    script = "".join(f"printf '%s\\0' {shell.join_command(*words)}\n" for words in lines)
     done = subprocess.run(["bash"], input=os.fsencode(script), stdout=subprocess.PIPE, check=True, timeout=60)
     assert [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]] == [word for words in lines for word in words]
 
 
 def test_the_common_case_is_plain_and_a_dash_is_no_option():
-    assert shell.command("python", shell.override("checkpoint", "runs/digits/1")) == "python checkpoint=runs/digits/1"
-    assert shell.command("x", shell.override("resume", "my runs/1")) == "x \"resume='my runs/1'\""
-    assert shell.path("-x/y") == "./-x/y"
+    assert (
+        shell.join_command("python", shell.format_override("checkpoint", "runs/digits/1"))
+        == "python checkpoint=runs/digits/1"
+    )
+    assert shell.join_command("x", shell.format_override("resume", "my runs/1")) == "x \"resume='my runs/1'\""
+    assert shell.format_path("-x/y") == "./-x/y"

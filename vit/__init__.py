@@ -1,4 +1,4 @@
-"""A Vision Transformer image classifier to train, use and see through.
+"""Train, use and explain a Vision Transformer image classifier.
 
     import vit
 
@@ -10,8 +10,8 @@
         logits = model(images)
     maps = vit.rollout(record.weights, prefix_tokens=model.num_prefix_tokens, grid=model.grid)  # (B, rows, columns)
 
-Notable: `import vit` imports nothing else.  Each name below is fetched from its room when it is first used, so a
-program that only classifies never pays for torch.
+Notable: `import vit` imports nothing else.  Each public name is imported from its module when it is first used, so a
+program that only classifies never imports torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
+_MODULES = {
     "create_model": "vit.pretrained.create",
     "load_pretrained": "vit.pretrained.create",
     "VisionTransformer": "vit.model",
@@ -77,10 +77,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from its room, once (PEP 562)."""
-    if name not in _ROOMS:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'vit' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_ROOMS[name]), name)
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
     return value
 
 

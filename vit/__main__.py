@@ -1,4 +1,4 @@
-"""`python -m vit` is the command `vit`."""
+"""Run the command `vit` as `python -m vit`."""
 
 from vit.cli import command
 

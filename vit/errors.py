@@ -1,8 +1,8 @@
-"""Mistakes a person can mend.
+"""Define the error for mistakes of the user, and format messages.
 
-Everything that goes wrong because of what was asked for (a key, a file, a value) is a `VitError`: one line that
-names the thing, says what was expected and, where there is one, the nearest thing that would work.  Commands print
-that line and leave with status 2; a traceback is for faults of the program itself.
+Every mistake in what was asked for (a key, a file, a value) is a `VitError`.  Its message is one line that names the
+thing, says what was expected and suggests something similar that works.  Commands print that line and exit with
+status 2.  A traceback means a bug in the program.
 """
 
 from __future__ import annotations
@@ -12,32 +12,31 @@ import os
 import sys
 from collections.abc import Iterable
 
-_LONGEST = 1000  # characters of a line; what a person typed or a file holds may have millions
+_MAX_CHARACTERS = 1000  # of a message; an argument or a file may hold millions
 
 
 class VitError(Exception):
-    """A request that cannot be met, explained in one line for the person who made it."""
+    """An error that the user can correct, explained in one line."""
 
     status = 2
-    """The exit status of a command that ends with this error."""
+    """Exit status of a command that ends with this error."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and other control characters, its middle left out where it is very long."""
+    """Remove line breaks and control characters from `text`, and cut its middle where it is very long."""
     text = " ".join(text.split())
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST * 2 // 3]} ... {text[-_LONGEST // 3 :]}"
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[: _MAX_CHARACTERS * 2 // 3]} ... {text[-_MAX_CHARACTERS // 3 :]}"
     return printable(text)
 
 
 def command_name(name: str) -> str:
-    """Return how to call the command "train" or "eval", for a shell: in the way this process was called.
+    """Return the shell command for "train" or "eval", in the form in which this process was called.
 
-    That is `python train.py` where a script of the checkout runs, `python -m vit train` where the package does, and
-    `vit train` otherwise.
+    That is `python train.py` for a script of the checkout, `python -m vit train` for the package, else `vit train`.
     """
     import shlex
 
@@ -48,10 +47,10 @@ def command_name(name: str) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str], count: int = 3) -> str:
-    """Name the choices closest to `word`, as a phrase to end a message with.
+    """Name the choices that are most similar to `word`, as the end of a message.
 
-    Returns `"did you mean 'a' or 'b'?"`, or `"choose from a, b, c"` when nothing is close and the list is short,
-    or the first few with a count when it is long.
+    Returns:
+        `"did you mean 'a' or 'b'?"`; if no choice is similar, `"choose from a, b, c"`, or the first few of a long list.
     """
     import difflib
 
@@ -68,10 +67,10 @@ def did_you_mean(word: str, choices: Iterable[str], count: int = 3) -> str:
 
 
 def printable(path: object) -> str:
-    """`path` as one line of valid Unicode, for messages: odd bytes and control characters are escaped."""
+    """Format `path` for a message: one line of valid Unicode, with invalid bytes and control characters escaped."""
     text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
-    if text.isascii() and text.isprintable():  # nearly every name, and there may be thousands
+    if text.isascii() and text.isprintable():  # fast path for nearly every name
         return text
-    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair, which stands for no byte
+    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair stands for no byte
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all.
+"""Write files atomically: completely or not at all.
 
-A reader of a run folder, another process, or a person after a crash sees the old file or the new one, never half of
-either: the bytes go to a hidden neighbour first, are flushed to the disk, and take the name in one step.
+The bytes go to a hidden temporary file in the same folder, are flushed to the disk, and get the final name in one
+step.  Other processes, also after a crash, see the old file or the new one, never a part of either.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from vit.errors import VitError, printable
 
 
 class CannotWrite(VitError):
-    """A file cannot be written: the disk is full, or the folder is another's."""
+    """A file cannot be written: the disk is full, or permissions forbid it."""
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], error: OSError) -> CannotWrite:
-        """Name the file and the system's reason."""
+        """Make the error from the file and the system's reason."""
         return cls(f"cannot write {os.fspath(path)}: {error.strerror or error}")
 
 
-def failed_write(part: Path, path: str | os.PathLike[str], reason: str) -> CannotWrite:
-    """Say why a library could not write `path`, of which it names no cause: ask the system by writing on to `part`.
+def explain_failed_write(part: Path, path: str | os.PathLike[str], reason: str) -> CannotWrite:
+    """Find out why a library could not write `path`, by appending to the temporary file `part`.
 
-    `reason` is the library's own, for when the system has none.
+    `reason` is the library's message, used where the system gives none.
     """
     try:
         with open(part, "ab") as file:
@@ -47,13 +47,14 @@ def failed_write(part: Path, path: str | os.PathLike[str], reason: str) -> Canno
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on a clean exit it takes that name, on an exception it is removed.
+    """Yield a temporary path beside `path`; rename it to `path` on a clean exit, remove it on an exception.
 
-    Raises `CannotWrite` when the disk is full or the folder cannot be written; `path` is then what it was before.
+    Raises:
+        CannotWrite: the disk is full or the folder cannot be written; `path` is unchanged.
     """
     path = Path(path)
-    start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes, and this one is longer
-    part = path.parent / f".{start}.{secrets.token_hex(4)}.part"  # known before it is there: a signal may come any time
+    start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes
+    part = path.parent / f".{start}.{secrets.token_hex(4)}.part"  # named before it exists: a signal may come
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        # some libraries make files private; a result should have the permissions of any other new file
+        # some libraries make private files; give the usual permissions of a new file
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(part, 0o666 & ~mask)
@@ -76,10 +77,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def held(lock: Path) -> Iterator[None]:
-    """Hold a lock among processes, and say so while another one has it; it goes with the process that holds it.
+def hold_lock(lock: Path) -> Iterator[None]:
+    """Hold a file lock between processes; log a message while another process has it.
 
-    Nothing where the folder may only be read, or has no such locks: what needs one fails there when it writes.
+    The lock ends with its process.  In a read-only folder, or where the file system has no locks, do nothing.
     """
     with contextlib.ExitStack() as files:
         with contextlib.suppress(ImportError, OSError):
@@ -96,13 +97,13 @@ def held(lock: Path) -> Iterator[None]:
 
 
 def check_folder_name(path: str | os.PathLike[str], option: str, files: str = "") -> None:
-    """Raise `VitError` where a folder is asked for by the name of a file, such as `maps.html`.
+    """Raise `VitError` if the name of an output folder looks like a file, such as `maps.html`.
 
-    With a slash at its end, or a folder there, any name will do; `.v2` is no ending.
+    A name that ends in a slash, and an existing folder, are always accepted; `.v2` is not an ending.
 
     Args:
-        option: what names it, for the message.
-        files: the endings of files that may be asked for instead, for the message.
+        option: name of the option, for the message.
+        files: endings of the files that the option also accepts, for the message.
     """
     import re
 
@@ -113,48 +114,47 @@ def check_folder_name(path: str | os.PathLike[str], option: str, files: str = ""
         raise VitError(f"{option} {text}: no {ending} file is written here: expected {wanted}, such as {text}/")
 
 
-def home() -> str:
-    """The user's home folder; where there is none, a temporary one for this process, which libraries then use too.
+def ensure_home() -> str:
+    """Return the user's home folder; where there is none, make a temporary one for this process and its libraries.
 
-    Under a bare user number, as in containers, there is neither HOME nor an entry in the list of users, and matplotlib,
-    torch and the hub's client fail on it or write into a folder called "~".  Where it may only be read, matplotlib
-    would say so at length.
+    In containers there is often neither HOME nor an entry in the list of users; matplotlib, torch and the hub's client
+    then fail or write into a folder called "~".  In a read-only home, matplotlib would print a long warning.
     """
     folder = os.path.expanduser("~")
     if folder == "~":
-        folder = os.environ["HOME"] = _temporary()
+        folder = os.environ["HOME"] = _make_temporary_home()
         os.environ.setdefault("USER", str(os.getuid()) if hasattr(os, "getuid") else "user")
     parts = {"XDG_CONFIG_HOME": ".config", "XDG_CACHE_HOME": ".cache"}
-    places = [os.environ.get(key) or os.path.join(folder, part) for key, part in parts.items()]
-    if "MPLCONFIGDIR" not in os.environ and not all(map(_can_be_made, places)):
-        os.environ["MPLCONFIGDIR"] = _temporary()
+    folders = [os.environ.get(key) or os.path.join(folder, part) for key, part in parts.items()]
+    if "MPLCONFIGDIR" not in os.environ and not all(map(_is_writable, folders)):
+        os.environ["MPLCONFIGDIR"] = _make_temporary_home()
     return folder
 
 
-def _temporary() -> str:
+def _make_temporary_home() -> str:
     folder = tempfile.mkdtemp(prefix="vit-home-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def _can_be_made(folder: str) -> bool:
-    """Whether a folder may be written to, or made."""
+def _is_writable(folder: str) -> bool:
+    """Return whether a folder can be written to or created."""
     while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
         folder = os.path.dirname(folder) or os.curdir
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all."""
+    """Write `data` to `path` atomically."""
     with atomic_write(path) as part:
         part.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` in UTF-8, whole or not at all."""
+    """Write `text` to `path` in UTF-8, atomically."""
     write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all."""
+    """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

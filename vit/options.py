@@ -1,11 +1,11 @@
-"""Dataclass fields that say what they are for and which values they take.
+"""Declare dataclass fields with a help text and the values that they may take.
 
-One declaration serves everyone: `build` checks a person's values against it, and the documentation prints it.
+`build` checks configuration values against the declaration, and the documentation prints it.
 
     @dataclass(frozen=True)
     class OptimConfig:
         name: str = option("muon", "the optimiser", choices=("muon", "adamw"))  # with a default
-        lr: float = setting("learning rate", gt=0)  # has to be given
+        lr: float = setting("learning rate", gt=0)  # required
 
 Types are those of configuration files: int, float, bool, str, tuples of them, and unions of these with None.
 Standard library only.
@@ -25,30 +25,30 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vit.errors import VitError, did_you_mean
 
-T = TypeVar("T")
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is said about a field beside its type: help in one line, and the values that it takes."""
+    """The constraints of a field beside its type: the allowed values, and a help text of one line."""
 
     help: str = ""
-    choices: tuple[str, ...] = ()  # all that text may be; other types of a union stand beside them
+    choices: tuple[str, ...] = ()  # the allowed strings; the other types of a union are not restricted
     ge: float | None = None
     le: float | None = None
     gt: float | None = None  # strictly greater
     lt: float | None = None  # strictly less
-    path: bool = False  # of a file or a folder: `~` is the home folder
-    part_of: type | None = None  # a dictionary of any of this dataclass's keys; those that are null are left out
+    path: bool = False  # names a file or a folder: `~` is the home folder
+    subset_of: type | None = None  # a dictionary with some of this dataclass's keys; null values are dropped
 
 
 def option(default: Any, help: str, **rule: Any) -> Any:
-    """A dataclass field with a default and a `Rule`."""
+    """Declare a dataclass field with a default and a `Rule`."""
     return field(default=default, metadata={"rule": Rule(help, **rule)})
 
 
 def setting(help: str, **rule: Any) -> Any:
-    """A dataclass field with a `Rule` that has to be given: its default is in a configuration file."""
+    """Declare a required dataclass field with a `Rule`; its default is in a configuration file."""
     return field(metadata={"rule": Rule(help, **rule)})
 
 
@@ -58,75 +58,76 @@ _hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a configuration, by its dotted name."""
+    """A configuration key: its dotted name, its type and its rule."""
 
     name: str
     type: Any
     rule: Rule
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[Key]:
-    """Every key of a dataclass and of the dataclasses in it, in the order they are declared."""
+def list_keys(schema: type, prefix: str = "") -> Iterator[Key]:
+    """Yield all keys of a dataclass and of nested dataclasses, in the order of declaration."""
     hints = _hints(schema)
     for entry in fields(schema):
         name, kind = prefix + entry.name, hints[entry.name]
         rule = entry.metadata.get("rule", Rule())
-        section = kind if is_dataclass(kind) else rule.part_of
+        section = kind if is_dataclass(kind) else rule.subset_of
         if section is not None:
-            yield from keys(section, name + ".")  # type: ignore[arg-type]
+            yield from list_keys(section, name + ".")  # type: ignore[arg-type]
         else:
             yield Key(name, kind, rule)
 
 
-def sections(schema: type) -> dict[str, type]:
-    """The dataclasses in a dataclass, by their names."""
+def list_sections(schema: type) -> dict[str, type]:
+    """Return the nested dataclasses of a dataclass, by field name."""
     return {name: kind for name, kind in _hints(schema).items() if is_dataclass(kind)}  # type: ignore[misc]
 
 
-def build(schema: type[T], values: Mapping[str, Any], prefix: str = "", known: Sequence[str] = ()) -> T:
-    """Make a `schema` of nested plain values, checking names, types and values.
+def build(schema: type[Schema], values: Mapping[str, Any], prefix: str = "", names: Sequence[str] = ()) -> Schema:
+    """Build a `schema` instance from nested plain values; check names, types and values.
 
-    Raises `VitError` naming the dotted key: one that does not exist (with the nearest that do), one that is missing,
-    one whose value has the wrong type or is not allowed.
+    Raises:
+        VitError: a key does not exist (the message names similar keys), is missing, or has a value that is not allowed.
     """
-    known = known or [key.name for key in keys(schema)]
+    names = names or [key.name for key in list_keys(schema)]
     hints = _hints(schema)
     entries = {entry.name: entry for entry in fields(schema)}  # type: ignore[arg-type]
-    _names_of(entries, values, prefix, known)
+    _check_names(entries, values, prefix, names)
     result: dict[str, Any] = {}
     for name, entry in entries.items():
         full = prefix + name
         if name not in values:
             raise VitError(f"{full}: is missing; it was deleted, or a file of conf/ lacks it")
         value, kind, rule = values[name], hints[name], entry.metadata.get("rule", Rule())
-        if not is_dataclass(kind) and rule.part_of is None:
+        if not is_dataclass(kind) and rule.subset_of is None:
             result[name] = convert(full, value, kind, rule)
         elif not isinstance(value, Mapping):
-            some = ", ".join([key for key in known if key.startswith(full + ".")][:4])
-            raise VitError(f"{full}: expected a section with keys such as {some}, got {show(value)}")
-        elif rule.part_of is None:
-            result[name] = build(kind, value, full + ".", known)
+            examples = ", ".join([key for key in names if key.startswith(full + ".")][:4])
+            raise VitError(f"{full}: expected a section with keys such as {examples}, got {format_value(value)}")
+        elif rule.subset_of is None:
+            result[name] = build(kind, value, full + ".", names)
         else:
-            parts = {key.name: key for key in keys(rule.part_of)}
-            _names_of(parts, value, full + ".", known)
+            parts = {key.name: key for key in list_keys(rule.subset_of)}
+            _check_names(parts, value, full + ".", names)
             result[name] = {
-                part: convert(f"{full}.{part}", each, parts[part].type, parts[part].rule)
-                for part, each in value.items()
-                if each is not None
+                leaf: convert(f"{full}.{leaf}", item, parts[leaf].type, parts[leaf].rule)
+                for leaf, item in value.items()
+                if item is not None
             }
     return schema(**result)
 
 
-def _names_of(entries: Mapping[str, Any], values: Mapping[str, Any], prefix: str, known: Sequence[str]) -> None:
+def _check_names(entries: Mapping[str, Any], values: Mapping[str, Any], prefix: str, names: Sequence[str]) -> None:
     for name, value in values.items():
         if name not in entries:
-            raise VitError(unknown(f"{prefix}{_leaf(str(name), value)}", known))
+            raise VitError(unknown_key_message(f"{prefix}{_first_leaf(str(name), value)}", names))
 
 
-def fit(instance: Any, prefix: str) -> None:
-    """Check every field of a dataclass that has been made, and give it the declared type; for `__post_init__`.
+def check_fields(instance: Any, prefix: str) -> None:
+    """Check each field of a dataclass instance and convert it to its declared type; for `__post_init__`.
 
-    Raises `VitError` naming `prefix` and the field.
+    Raises:
+        VitError: a value is not allowed; the message names `prefix` and the field.
     """
     hints = _hints(type(instance))
     for entry in fields(instance):
@@ -135,37 +136,37 @@ def fit(instance: Any, prefix: str) -> None:
         object.__setattr__(instance, entry.name, value)
 
 
-def unknown(name: str, known: Sequence[str]) -> str:
-    """The line for a key that does not exist: `modle.size: no such key; did you mean 'model.size'?`."""
-    for key in known:
+def unknown_key_message(name: str, names: Sequence[str]) -> str:
+    """Return the message for a key that does not exist: `modle.size: no such key; did you mean 'model.size'?`."""
+    for key in names:
         if name.startswith(key + "."):
             return f"{name}: no such key; {key} is a value and has no keys in it"
-    close = similar(name, known)
+    close = similar_keys(name, names)
     if close:
         return f"{name}: no such key; did you mean {' or '.join(map(repr, close))}?"
     section = name.rpartition(".")[0]
-    inside = [key.rpartition(".")[2] for key in known if section and key.rpartition(".")[0] == section]
-    if inside:
-        return f"{name}: no such key; {section} has {', '.join(inside)}"
-    return f"{name}: no such key; there are {', '.join(dict.fromkeys(key.split('.')[0] for key in known))}"
+    leaves = [key.rpartition(".")[2] for key in names if section and key.rpartition(".")[0] == section]
+    if leaves:
+        return f"{name}: no such key; {section} has {', '.join(leaves)}"
+    return f"{name}: no such key; there are {', '.join(dict.fromkeys(key.split('.')[0] for key in names))}"
 
 
-def similar(name: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """Up to `count` of the known keys that `name` may have meant, best first.
+def similar_keys(name: str, names: Sequence[str], count: int = 3) -> list[str]:
+    """Return up to `count` keys that are similar to `name`, best first.
 
-    Dotted names are compared part by part and end to end: `optim.lrr` means `optim.lr` before anything that is alike
-    only because it is in `optim` too; and `lr` alone finds every `lr` there is.
+    Dotted names are compared as a whole and part by part, so `optim.lrr` finds `optim.lr` before other keys of `optim`.
+    A name without dots, such as `lr`, finds every key that ends in it.
     """
     if "." not in name:
-        ends = [key for key in known if key.rpartition(".")[2] == name]
-        if ends:
-            return ends[:count]
-    scored = sorted(((_alike(name, key), key) for key in known), key=lambda pair: -pair[0])
-    least = max(0.6, scored[0][0] - 0.15) if scored else 0
-    return [key for score, key in scored if score >= least][:count]
+        matches = [key for key in names if key.rpartition(".")[2] == name]
+        if matches:
+            return matches[:count]
+    scored = sorted(((_similarity(name, key), key) for key in names), key=lambda pair: -pair[0])
+    threshold = max(0.6, scored[0][0] - 0.15) if scored else 0
+    return [key for score, key in scored if score >= threshold][:count]
 
 
-def _alike(name: str, key: str) -> float:
+def _similarity(name: str, key: str) -> float:
     def ratio(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
 
@@ -178,8 +179,8 @@ def _alike(name: str, key: str) -> float:
     return (whole + min(ratio(section, key_section), ratio(leaf, key_leaf))) / 2
 
 
-def _leaf(name: str, value: Any) -> str:
-    """The first dotted name in a stray value: `new: {key: 1}` is `new.key`."""
+def _first_leaf(name: str, value: Any) -> str:
+    """Return the first dotted name in an unknown value: `new: {key: 1}` is `new.key`."""
     while isinstance(value, Mapping) and value:
         key, value = next(iter(value.items()))
         name = f"{name}.{key}"
@@ -187,30 +188,33 @@ def _leaf(name: str, value: Any) -> str:
 
 
 def convert(name: str, value: Any, kind: Any, rule: Rule) -> Any:
-    """`value` as the type `kind`: whole numbers serve as floats, lists as tuples; else `VitError`."""
-    # text last: it would take numbers too
-    for each in sorted(_members(kind), key=lambda member: member is str):
-        good, result = _fit(value, each, rule)
-        if good:
+    """Convert `value` to the type `kind`; raise `VitError` where that is not possible.
+
+    Integers are accepted as floats, lists as tuples.
+    """
+    # str comes last, because it accepts numbers too
+    for member in sorted(_union_members(kind), key=lambda member: member is str):
+        valid, result = _try_convert(value, member, rule)
+        if valid:
             return result
     close = did_you_mean(value, rule.choices) if isinstance(value, str) and rule.choices else ""
     hint = f"; {close}" if close.startswith("did you mean") else ""
-    raise VitError(f"{name}: expected {describe(kind, rule)}, got {show(value)}{hint}")
+    raise VitError(f"{name}: expected {describe_type(kind, rule)}, got {format_value(value)}{hint}")
 
 
-def show(value: Any) -> str:
-    """A value as a person would write it in a configuration file."""
+def format_value(value: Any) -> str:
+    """Format a value as it is written in a configuration file."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {show(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(show(each) for each in value) + "]"
+        return "[" + ", ".join(format_value(item) for item in value) + "]"
     return repr(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def expand(text: str) -> str:
-    """A path with `~` as the home folder, also behind `local-dir:`.  Raises `VitError` where no home is known."""
+def expand_path(text: str) -> str:
+    """Replace `~` in a path by the home folder, also after `local-dir:`; raise `VitError` without a home folder."""
     scheme = "local-dir:" if text.startswith("local-dir:") else ""
     rest = text.removeprefix(scheme)
     path = os.path.expanduser(rest)
@@ -220,37 +224,37 @@ def expand(text: str) -> str:
 
 
 def expand_paths(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values with `expand` done on every path of `schema`; for who reads them before `build` does."""
+    """Apply `expand_path` to every path in nested plain values, for code that reads them before `build`."""
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    for key in keys(schema):
+    for key in list_keys(schema):
         section, _, leaf = key.name.rpartition(".")
         part = result.get(section) if section else result
         if key.rule.path and isinstance(part, dict) and isinstance(part.get(leaf), str):
-            part[leaf] = expand(part[leaf])
+            part[leaf] = expand_path(part[leaf])
     return result
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def _union_members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _fit(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
+def _try_convert(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
     if kind is type(None):
         return value is None, None
     if kind is bool:
         return isinstance(value, bool), value
     if kind is str:
-        # `precision=32` and `name=2024` arrive as numbers and mean text
+        # `precision=32` and `name=2024` are parsed as numbers but mean text
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if rule.path and isinstance(text, str):
-            text = expand(text)
-        # a zero byte ends every path and every line that the text would go into
+            text = expand_path(text)
+        # a zero byte would end a path or a line of a file
         return isinstance(text, str) and "\0" not in text and (not rule.choices or text in rule.choices), text
     if kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (kind is float and isinstance(value, float)):
             return False, value
-        if whole and not -(2**63) <= value < 2**63:  # which no library takes
+        if whole and not -(2**63) <= value < 2**63:  # libraries take 64 bits at most
             return False, value
         return _in_range(value, rule), kind(value)
     if get_origin(kind) is tuple:
@@ -261,8 +265,8 @@ def _fit(value: Any, kind: Any, rule: Rule) -> tuple[bool, Any]:
             parts = (parts[0],) * len(value)
         if len(parts) != len(value):
             return False, value
-        fitted = [_fit(each, part, rule) for each, part in zip(value, parts, strict=True)]
-        return all(good for good, _ in fitted), tuple(each for _, each in fitted)
+        converted = [_try_convert(item, part, rule) for item, part in zip(value, parts, strict=True)]
+        return all(valid for valid, _ in converted), tuple(item for _, item in converted)
     raise TypeError(f"a configuration cannot hold {kind}")
 
 
@@ -276,15 +280,21 @@ def _in_range(value: float, rule: Rule) -> bool:
     )
 
 
-def describe(kind: Any, rule: Rule) -> str:
-    """What a key takes, in words: "a whole number of at least 1, or null"."""
+def describe_type(kind: Any, rule: Rule) -> str:
+    """Describe the allowed values of a key in words: "a whole number of at least 1, or null"."""
     words: list[str] = []
-    for each in sorted(_members(kind), key=lambda member: member is type(None)):
-        words += ["null"] if each is type(None) else ["true", "false"] if each is bool else [_describe_one(each, rule)]
+    for member in sorted(_union_members(kind), key=lambda kind: kind is type(None)):
+        words += (
+            ["null"]
+            if member is type(None)
+            else ["true", "false"]
+            if member is bool
+            else [_describe_member(member, rule)]
+        )
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
-def _describe_one(kind: Any, rule: Rule) -> str:
+def _describe_member(kind: Any, rule: Rule) -> str:
     if kind is str:
         return (
             "one of " + ", ".join(map(str, rule.choices))
@@ -293,8 +303,8 @@ def _describe_one(kind: Any, rule: Rule) -> str:
         )
     if get_origin(kind) is tuple:
         parts = get_args(kind)
-        each = _plural(_describe_one(parts[0], rule))
-        return f"a list of {each}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {each}"
+        item = _plural(_describe_member(parts[0], rule))
+        return f"a list of {item}" if parts[-1] is Ellipsis else f"a list of {len(parts)} {item}"
     text = "a whole number" if kind is int else "a number"
     if rule.ge is not None and rule.le is not None:
         return f"{text} from {rule.ge:g} to {rule.le:g}"

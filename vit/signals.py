@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a program in the same way: cleanly, and whatever the library does that is running then."""
+"""End a program cleanly on Ctrl-C and SIGTERM, also while a library is running."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 
 
 class Interruption:
-    """Whether the process was asked to end.
+    """Remember whether the process was asked to end.
 
-    An exception may come out of any line of any library, and some swallow it or raise an error of their own in its
-    place; so whoever turns errors into messages asks here first.
+    A signal's exception may be raised in any line of a library, and some libraries swallow it or replace it by an error
+    of their own.  So code that turns errors into messages calls `check` first.
     """
 
     def __init__(self) -> None:
@@ -25,29 +25,29 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
 
-    def request(self, number: int, frame: Any) -> NoReturn:
-        """Answer a signal."""
+    def handle_signal(self, number: int, frame: Any) -> NoReturn:
+        """Handle a signal."""
         self.requested = True
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interruption]:
-    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM in the body, so that what is half written is removed.
+    """Raise `KeyboardInterrupt` on SIGINT and SIGTERM in the body, so that cleanup runs.
 
-    An error that leaves the body after such a signal is `KeyboardInterrupt` too.  A signal that the caller handles or
-    ignores keeps its handler; outside the main thread nothing changes.  Inside another such body it is that one's.
+    After a signal, any error that leaves the body becomes `KeyboardInterrupt`.  A signal that the caller handles or
+    ignores keeps its handler.  Outside the main thread nothing changes.  Nested bodies share one `Interruption`.
     """
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    now = {number: signal.getsignal(number) for number in usual}
-    around = [handler.__self__ for handler in now.values() if isinstance(handler, MethodType)]
-    interruption = next((each for each in around if isinstance(each, Interruption)), None) or Interruption()
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    current = {number: signal.getsignal(number) for number in defaults}
+    owners = [handler.__self__ for handler in current.values() if isinstance(handler, MethodType)]
+    interruption = next((owner for owner in owners if isinstance(owner, Interruption)), None) or Interruption()
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: handler for number, handler in usual.items() if now[number] is handler}
+        handlers = {number: handler for number, handler in defaults.items() if current[number] is handler}
     try:
         for number in handlers:
-            signal.signal(number, interruption.request)
+            signal.signal(number, interruption.handle_signal)
         yield interruption
         interruption.check()
     except Exception:

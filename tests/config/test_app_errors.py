@@ -15,7 +15,7 @@ from vit.training.app import CONF, launch, train_main
 from vit.training.config import Config
 from vit.training.messages import Names, explain
 
-KEYS = [key.name for key in options.keys(Config)]
+KEYS = [key.name for key in options.list_keys(Config)]
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def slips(draw):
 @given(slips())
 def test_a_slip_of_the_hand_finds_its_key(pair):
     key, typed = pair
-    line = options.unknown(typed, KEYS)
+    line = options.unknown_key_message(typed, KEYS)
     # a short key can be one letter from several others; then it is among what is listed
     assert repr(key) in line or key.rpartition(".")[2] in line.partition(" has ")[2].split(", "), line
 

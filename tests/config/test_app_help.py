@@ -29,7 +29,7 @@ def test_help_lists_every_group_with_its_choices(capsys):
 
 def test_every_key_and_choice_in_the_help_exists(capsys):
     text = printed(capsys, "--help")
-    keys = {key.name for key in options.keys(Config)}
+    keys = {key.name for key in options.list_keys(Config)}
     mentioned = re.findall(r"^ +([a-z_.]+)=\S+ {2,}", text, re.M)
     assert len(mentioned) >= 10
     assert set(mentioned) <= keys

@@ -90,9 +90,9 @@ def leaves(values, prefix=""):
 
 
 def test_files_and_dataclasses_have_the_same_keys(compose):
-    assert sorted(leaves(compose())) == sorted(key.name for key in options.keys(Config))
+    assert sorted(leaves(compose())) == sorted(key.name for key in options.list_keys(Config))
     values = compose("checkpoint=runs/x", config_name="eval")
-    assert sorted(leaves(values)) == sorted(key.name for key in options.keys(EvalConfig))
+    assert sorted(leaves(values)) == sorted(key.name for key in options.list_keys(EvalConfig))
 
 
 def whole(group, name):
@@ -105,7 +105,7 @@ def test_every_key_that_a_file_sets_exists(group, name):
     written = yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) or {}
     written.pop("defaults", None)
     prefix = "" if whole(group, name) else f"{group}."
-    assert set(leaves(written, prefix)) <= {key.name for key in options.keys(Config)}
+    assert set(leaves(written, prefix)) <= {key.name for key in options.list_keys(Config)}
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
@@ -139,14 +139,14 @@ def test_the_model_section_is_the_models_own_arguments():
     arguments = inspect.signature(VisionTransformer).parameters
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     assert fields - set(sections.NO_ARGUMENTS) == set(arguments) - {"num_classes"}
-    rules = {key.name: key.rule for key in options.keys(ModelConfig)}
+    rules = {key.name: key.rule for key in options.list_keys(ModelConfig)}
     assert tuple(SIZES) == sections.SIZES
     for key, allowed in CHOICES.items():
         assert set(rules[key].choices) == set(allowed)
 
 
 def test_the_models_starts_are_the_ones_that_it_knows():
-    rules = {key.name: key.rule for key in options.keys(ModelConfig)}
+    rules = {key.name: key.rule for key in options.list_keys(ModelConfig)}
     for start in rules["init"].choices:
         VisionTransformer(image_size=8, patch_size=4, num_classes=2, width=16, depth=1, heads=2, init=start)
 

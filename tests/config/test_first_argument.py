@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from vit import errors
 from vit.cli import main
 from vit.errors import VitError, command_name
-from vit.shell import quote
+from vit.shell import quote_for_hydra
 from vit.training import app, eval_app
 from vit.training.first_argument import data_overrides
 
@@ -24,7 +24,7 @@ CATALOGUE = ["cifar10", "digits", "folder", "parquet"]
 @settings(max_examples=500, deadline=None)
 @given(st.text(st.sampled_from("\\'\"${}:,=[]()~*#? ab\n\té"), min_size=1))
 def test_any_text_is_quoted_to_mean_itself(text):
-    value = OverridesParser.create().parse_override(f"data.root={quote(text)}").value()
+    value = OverridesParser.create().parse_override(f"data.root={quote_for_hydra(text)}").value()
     assert OmegaConf.create({"root": value, "???": 0})["root"] == text or text == "???"
 
 

@@ -14,7 +14,7 @@ from vit import options
 from vit.training import app, eval_app
 from vit.training.config import Config
 
-KEYS = [key.name for key in options.keys(Config)]
+KEYS = [key.name for key in options.list_keys(Config)]
 LONG = "n" * 300
 VALUES = (
     *("a", "1", "-1", "null", "???", "''", "true", "a b", "a=b", "a,b", "1,2", "'", "\\", "$", "%s", "{0}"),

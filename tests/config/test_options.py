@@ -28,7 +28,7 @@ class Inner:
 @dataclass(frozen=True)
 class Outer:
     inner: Inner
-    part: Mapping[str, object] = option(None, "some of them", part_of=Inner)
+    part: Mapping[str, object] = option(None, "some of them", subset_of=Inner)
     seed: int = option(0, "of all", ge=0)
 
 
@@ -118,10 +118,10 @@ def test_a_part_holds_what_was_given_and_checks_it():
 
 def test_fit_checks_an_object_that_was_made_by_hand():
     made = Inner(1, None, "fast", "auto", [1, 2], None, True)  # type: ignore[arg-type]
-    options.fit(made, "x.")
+    options.check_fields(made, "x.")
     assert made.span == (1.0, 2.0)
     with pytest.raises(VitError, match=r"^x\.mode"):
-        options.fit(Inner(1, None, "warp", "auto", (1, 2), None, True), "x.")
+        options.check_fields(Inner(1, None, "warp", "auto", (1, 2), None, True), "x.")
 
 
 KNOWN = ["optim.lr", "optim.matrix_lr", "optim.clip", "model.size", "model.patch_size", "schedule.final", "seed"]
@@ -139,14 +139,16 @@ KNOWN = ["optim.lr", "optim.matrix_lr", "optim.clip", "model.size", "model.patch
     ],
 )
 def test_the_nearest_key_comes_first(typed, first):
-    assert options.similar(typed, KNOWN)[0] == first
+    assert options.similar_keys(typed, KNOWN)[0] == first
 
 
 def test_nothing_alike_lists_what_there_is():
-    assert options.similar("optim.zzzzzz", KNOWN) == []
-    assert options.unknown("optim.zzzzzz", KNOWN) == "optim.zzzzzz: no such key; optim has lr, matrix_lr, clip"
-    assert options.unknown("zzzzzz", KNOWN) == "zzzzzz: no such key; there are optim, model, schedule, seed"
-    assert options.unknown("seed.x", KNOWN) == "seed.x: no such key; seed is a value and has no keys in it"
+    assert options.similar_keys("optim.zzzzzz", KNOWN) == []
+    assert (
+        options.unknown_key_message("optim.zzzzzz", KNOWN) == "optim.zzzzzz: no such key; optim has lr, matrix_lr, clip"
+    )
+    assert options.unknown_key_message("zzzzzz", KNOWN) == "zzzzzz: no such key; there are optim, model, schedule, seed"
+    assert options.unknown_key_message("seed.x", KNOWN) == "seed.x: no such key; seed is a value and has no keys in it"
 
 
 values = st.recursive(
@@ -175,20 +177,20 @@ def test_a_tilde_is_the_home_folder_in_every_key_that_is_a_path(monkeypatch):
     from vit.training.config import Config, EvalConfig
 
     monkeypatch.setenv("HOME", "/home/someone")
-    paths = {key.name for schema in (Config, EvalConfig) for key in options.keys(schema) if key.rule.path}
+    paths = {key.name for schema in (Config, EvalConfig) for key in options.list_keys(schema) if key.rule.path}
     words = ("folder", "file of", "run folder", "MODEL", "whose weights", "where they are kept", "cache")
     sounds = {
         key.name
         for schema in (Config, EvalConfig)
-        for key in options.keys(schema)
+        for key in options.list_keys(schema)
         if "str" in str(key.type) and any(word in key.rule.help for word in words) and not key.rule.choices
     }
     assert {"run.root", "resume", "checkpoint", "output", "data.root", "data.cache_folder", "model.weights"} <= paths
     assert {"model.name", "distill.teacher", "probe.cache"} <= paths
     assert sounds - paths <= {"run.name", "data.image_column", "trainer.name"}
-    for key in (key for schema in (Config, EvalConfig) for key in options.keys(schema) if key.rule.path):
+    for key in (key for schema in (Config, EvalConfig) for key in options.list_keys(schema) if key.rule.path):
         assert options.convert(key.name, "~/x", key.type, key.rule) == "/home/someone/x"
-    assert options.expand("local-dir:~/x") == "local-dir:/home/someone/x"
+    assert options.expand_path("local-dir:~/x") == "local-dir:/home/someone/x"
     values = {"run": {"root": "~/runs", "name": "~"}, "resume": "~", "model": {"name": None}}
     assert options.expand_paths(Config, values) == {
         "run": {"root": "/home/someone/runs", "name": "~"},
@@ -200,5 +202,5 @@ def test_a_tilde_is_the_home_folder_in_every_key_that_is_a_path(monkeypatch):
 def test_without_a_home_folder_a_tilde_is_refused(monkeypatch):
     monkeypatch.setattr(options.os.path, "expanduser", lambda path: path)  # no HOME, and no entry among the users
     with pytest.raises(VitError, match="set HOME"):
-        options.expand("~/runs")
-    assert options.expand("~nobody/x") == "~nobody/x"
+        options.expand_path("~/runs")
+    assert options.expand_path("~nobody/x") == "~nobody/x"

@@ -17,7 +17,7 @@ def test_the_table_is_current():
 
 def test_every_key_is_there_with_its_help():
     text = DOCUMENT.read_text(encoding="utf-8")
-    for key in options.keys(Config):
+    for key in options.list_keys(Config):
         assert key.rule.help, f"{key.name} has no help"
         assert text.count(f"| `{key.name}` |") == 1
         assert key.rule.help in text

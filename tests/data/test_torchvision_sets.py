@@ -26,7 +26,7 @@ from vit.data.catalogue import DataConfig, open_data
 from vit.data.dataset import SPLITS
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
-from vit.files import held
+from vit.files import hold_lock
 
 datasets = pytest.importorskip("torchvision.datasets")
 
@@ -404,10 +404,10 @@ def test_a_process_that_waits_for_another_says_so(tmp_path, caplog):
         fcntl.flock(other, fcntl.LOCK_EX)
         release = threading.Timer(0.3, fcntl.flock, (other, fcntl.LOCK_UN))
         release.start()
-        with held(tmp_path / "lock"), pytest.raises(BlockingIOError):
+        with hold_lock(tmp_path / "lock"), pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
         release.join(60)
-        with held(tmp_path / "absent" / "lock"):
+        with hold_lock(tmp_path / "absent" / "lock"):
             pass
     assert [record.message for record in caplog.records] == [f"another process is at {tmp_path}: waiting for it"]
 

@@ -84,7 +84,7 @@ def test_what_cannot_hold_is_refused_and_named(run_folder, override):
 
 def test_every_key_holds_or_is_refused_beside_resume():
     """A new key has to be put into one of the two: `FIXED` of `vit.training.resume`, or `HOLDS` here."""
-    keys = {key.name for key in options.keys(Config)}
+    keys = {key.name for key in options.list_keys(Config)}
     assert not FIXED & HOLDS
     assert keys - FIXED - HOLDS == set()
 

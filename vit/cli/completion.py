@@ -29,7 +29,7 @@ def _overrides(prefix: str, parsed_args: argparse.Namespace, **context: Any) -> 
     training = parsed_args.command == "train"
     groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()] if training else ["data"]
     choices = {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in groups}
-    keys = {key.name: key for key in options.keys(Config if training else EvalConfig)}
+    keys = {key.name: key for key in options.list_keys(Config if training else EvalConfig)}
     name, equals, value = prefix.partition("=")
     if not equals:
         found = list(FLAGS) if prefix.startswith("-") else [f"{each}=" for each in sorted([*choices, *keys])]
@@ -38,7 +38,7 @@ def _overrides(prefix: str, parsed_args: argparse.Namespace, **context: Any) -> 
         return [f"{name}={choice}" for choice in choices[name]]
     if name not in keys:
         return []
-    takes = options.describe(keys[name].type, keys[name].rule)
+    takes = options.describe_type(keys[name].type, keys[name].rule)
     words = [*keys[name].rule.choices, *(word for word in ("true", "false", "auto", "null") if word in takes.split())]
     files = FilesCompleter()(value) if "text" in takes.split() else []
     return [f"{name}={each}" for each in [*words, *files]]

@@ -260,9 +260,9 @@ def _recursive(command: argparse.ArgumentParser) -> None:
 def _path(text: str) -> str:
     if not text.startswith(("~", "local-dir:~")):
         return text
-    from vit.options import expand
+    from vit.options import expand_path
 
-    return expand(text)
+    return expand_path(text)
 
 
 def _count(text: str, least: int = 1) -> int:

@@ -62,7 +62,7 @@ class AugmentConfig:
 
     def check(self, num_classes: int) -> None:
         """Raise `VitError`, naming the key, on the first value that makes no sense for `num_classes` classes."""
-        options.fit(self, "augment.")
+        options.check_fields(self, "augment.")
         for key in ("crop_scale", "crop_ratio", "scale"):
             span = getattr(self, key)
             if span is not None and span[0] > span[1]:

@@ -33,7 +33,7 @@ from vit.data.run_splits import restore_splits
 from vit.data.splits import cap
 from vit.data.walk import describe
 from vit.errors import VitError, did_you_mean
-from vit.options import convert, keys, option, unknown
+from vit.options import convert, list_keys, option, unknown_key_message
 
 log = logging.getLogger("vit")
 
@@ -120,13 +120,13 @@ class DataConfig:
         entry = ENTRIES.get(self.name) if isinstance(self.name, str) else None
         if entry is None:
             raise VitError(f"data.name={self.name!r}: no such data set; {did_you_mean(str(self.name), CATALOGUE)}")
-        given = {key.name: getattr(self, key.name) for key in keys(DataConfig)}
+        given = {key.name: getattr(self, key.name) for key in list_keys(DataConfig)}
         for name in ("image_size", "channels", "patch_size", "batch_size"):
             given[name] = given[name] or getattr(entry, name)
         given["eval_batch_size"] = given["eval_batch_size"] or max(given["batch_size"], 256)
         if isinstance(self.root, os.PathLike):
             given["root"] = os.fspath(self.root)
-        for key in keys(DataConfig):
+        for key in list_keys(DataConfig):
             object.__setattr__(self, key.name, convert(f"data.{key.name}", given[key.name], key.type, key.rule))
         if min(self.size) < 1:
             raise VitError(f"data.image_size: expected pixels or [height, width], got {self.image_size!r}")
@@ -152,7 +152,7 @@ class DataConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise VitError(unknown(f"data.{key}", [f"data.{name}" for name in known]))
+                raise VitError(unknown_key_message(f"data.{key}", [f"data.{name}" for name in known]))
         return cls(**values)
 
 

@@ -34,7 +34,7 @@ from vit.data.parallel import for_each, progress
 from vit.data.parquet import find_columns, total_memory
 from vit.data.scan import file_content, scan_files
 from vit.errors import VitError
-from vit.options import show
+from vit.options import format_value
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -170,7 +170,9 @@ def open_gathered(given: Gathered | None, config: DataConfig, class_names: list[
             "or train anew without resume="
         )
     log.info(
-        "images from Python: data.image_size=%s data.patch_size=%s", show(config.image_size), show(config.patch_size)
+        "images from Python: data.image_size=%s data.patch_size=%s",
+        format_value(config.image_size),
+        format_value(config.patch_size),
     )
     labels = given.labels
     if class_names is not None and given.numbered and not {*given.class_names} <= {*class_names}:

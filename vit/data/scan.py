@@ -25,7 +25,7 @@ import PIL
 from vit.data.decode import ImageError, measure, printable
 from vit.data.parallel import for_each
 from vit.errors import VitError
-from vit.files import atomic_write, home
+from vit.files import atomic_write, ensure_home
 
 log = logging.getLogger("vit")
 
@@ -36,7 +36,7 @@ _BLOCK = 4096  # bytes
 def cache_root() -> Path:
     """The user's cache folder for this program: `$XDG_CACHE_HOME/vit`, or `~/.cache/vit`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.join(home(), ".cache")) / "vit"
+    return Path(base if os.path.isabs(base) else os.path.join(ensure_home(), ".cache")) / "vit"
 
 
 def fingerprint(*parts: object) -> int:

@@ -42,7 +42,7 @@ from vit.data.parallel import for_each
 from vit.data.preprocess import Preprocessing, scaled
 from vit.data.scan import name_fingerprint
 from vit.errors import VitError
-from vit.files import atomic_write, held, write_json
+from vit.files import atomic_write, hold_lock, write_json
 
 log = logging.getLogger("vit")
 
@@ -148,7 +148,7 @@ class Store:
     def _mend(self, i: int) -> None:
         folder, name = printable(self.folder), printable(self.split.name(i))
         log.warning("%s: the stored image of %s is damaged; it is decoded again", folder, name)
-        with held(self.folder / "lock"):
+        with hold_lock(self.folder / "lock"):
             writer = _Writer(self.folder, self.split, self.recipe, self._names, self._states)
             # another process may have begun the store anew
             writer.add(np.union1d(writer.missing(), [i]))
@@ -191,7 +191,7 @@ def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | Non
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitError(f"data.cache_folder: cannot make {printable(folder)}: {error.strerror or error}") from error
-    with held(folder / "lock"):
+    with hold_lock(folder / "lock"):
         writer = _Writer(folder, split, recipe, names, states)
         missing = writer.missing()
         if len(missing):

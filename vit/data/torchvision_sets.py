@@ -25,7 +25,7 @@ from vit.data.folder import from_files
 from vit.data.scan import cache_root
 from vit.data.small_sets import array_split, with_validation
 from vit.errors import VitError
-from vit.files import held
+from vit.files import hold_lock
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
@@ -64,7 +64,7 @@ def fetch(kind: str, root: Path, config: DataConfig, archives: Sequence[str], **
             raise VitError(f"data={config.name} is not in {printable(root)} ({why}): {how}") from error
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with held(root / ".download.lock"), _seconds_of_silence(60):
+        with hold_lock(root / ".download.lock"), _seconds_of_silence(60):
             return build(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError) as error:
         # torchvision's own text may run over several lines, one a mirror; the last says why

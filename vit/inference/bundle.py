@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vit.checksums import KEY, ZEROS, read_config, seal_safetensors, with_checksum
+from vit.checksums import KEY, ZEROS, add_safetensors_checksum, read_config, with_checksum
 from vit.errors import VitError
 from vit.files import CannotWrite
 from vit.inference.description import Description
@@ -65,7 +65,7 @@ def write_bundle(
     with replace_folder(folder) as part:
         try:
             save_file(weights, part / WEIGHTS, metadata={"format": "pt", KEY: ZEROS})
-            seal_safetensors(part / WEIGHTS)
+            add_safetensors_checksum(part / WEIGHTS)
         except SafetensorError as error:  # a full disk, in the library's words
             raise CannotWrite(f"cannot write {os.fspath(folder)}: {error}") from None
         config = with_checksum({**timm_config(description), "vit": description.to_dict()})

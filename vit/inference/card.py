@@ -21,7 +21,7 @@ from vit.data.catalogue import CATALOGUE, DataConfig
 from vit.data.decode import printable
 from vit.inference.description import Description, plain, without_folders
 from vit.inference.timm_config import timm_obstacle
-from vit.options import keys
+from vit.options import list_keys
 
 _MARK = "<!-- Made by vit ({}); as long as nobody edits it, vit push makes it again. -->"
 _MOST_NAMES = 200
@@ -164,7 +164,7 @@ def _data(description: Description) -> list[str]:
 
 def about_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings that open a data set, those that concern the one of that name."""
-    owners = {key.name: key.rule.help.partition(":")[0] for key in keys(DataConfig)}
+    owners = {key.name: key.rule.help.partition(":")[0] for key in list_keys(DataConfig)}
     others = CATALOGUE.keys() - {data.get("name")}
     return {key: value for key, value in data.items() if owners.get(key) not in others}
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit.checksums import sealed_onnx
+from vit.checksums import add_onnx_checksum
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
@@ -92,7 +92,7 @@ def export_onnx(
         simplify(message)
         state = {key: value.numpy() for key, value in twin.state_dict().items()}
         describe(message, {METADATA_KEY: description.to_json(), TABLE_KEY: index(message, state)})
-        part.write_bytes(sealed_onnx(message.SerializeToString()))
+        part.write_bytes(add_onnx_checksum(message.SerializeToString()))
         session = open_session(part)
         names = [OUTPUT] if observer is None else [OUTPUT, ROLLOUT]
         return check(path, lambda batch: session.run(names, {INPUT: batch}), images, expected(twin, shown, images))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vit.checksums import check_archive, seal_archive
+from vit.checksums import add_archive_checksum, check_archive
 from vit.errors import VitError
 from vit.files import atomic_write
 from vit.inference.description import Description
@@ -78,7 +78,7 @@ def export_program(
                 node.meta.pop("stack_trace", None)  # it has the paths of this machine
         with open(part, "wb") as written:
             torch.export.save(made, written, extra_files={EXTRA: description.to_json()})
-        seal_archive(part)
+        add_archive_checksum(part)
         loaded = load_program(part).module()
 
         def run(batch: np.ndarray) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vit.checksums import KEY, check_onnx, check_safetensors, read_config, sealed_onnx, with_checksum
+from vit.checksums import KEY, add_onnx_checksum, check_onnx, check_safetensors, read_config, with_checksum
 from vit.errors import VitError
 from vit.inference.bundle import CARD, CONFIG, ONNX, WEIGHTS, read_bundle
 from vit.inference.card import is_generated, model_card
@@ -171,7 +171,7 @@ def _onnx(file: Path) -> bytes:
     kept = [entry for entry in message.metadata_props if entry.key != KEY]
     del message.metadata_props[:]
     message.metadata_props.extend(kept)
-    return sealed_onnx(message.SerializeToString())
+    return add_onnx_checksum(message.SerializeToString())
 
 
 def _explain(error: Exception, repo: str, token: str) -> NoReturn:

@@ -41,7 +41,7 @@ from typing import Any
 
 import numpy as np
 
-from vit.checksums import sealed_onnx
+from vit.checksums import add_onnx_checksum
 from vit.data.parallel import progress
 from vit.errors import VitError
 from vit.files import atomic_write
@@ -87,7 +87,7 @@ def quantise(
         description = replace(description, metrics={**description.metrics, "int8": figures})
         message = onnx.load(str(integers))
         describe(message, {METADATA_KEY: description.to_json()})
-        part.write_bytes(sealed_onnx(message.SerializeToString()))
+        part.write_bytes(add_onnx_checksum(message.SerializeToString()))
     return figures
 
 

@@ -30,7 +30,7 @@ from hydra.version import VersionBase
 
 from vit.data.memory import EXPECTED, NAME, Gathered, gather
 from vit.errors import VitError, one_line, printable
-from vit.shell import quote
+from vit.shell import quote_for_hydra
 from vit.training.app import resolve, start_training
 from vit.training.config import CONF, Config, EvalConfig
 from vit.training.eval_app import start_evaluation
@@ -135,7 +135,7 @@ def evaluate(model: Model, *overrides: Overrides, data: Any = None) -> dict[str,
     given, chosen = _data(data, typed)
     if given is not None:
         chosen = []
-    typed = [f"checkpoint={quote(os.fspath(model))}", *typed]
+    typed = [f"checkpoint={quote_for_hydra(os.fspath(model))}", *typed]
     values = _composed("eval", EvalConfig, chosen, typed, None)
     with _in_turn(), _nothing_lasts():
         return _explained(EvalConfig, typed, lambda: start_evaluation(values, given))
@@ -174,7 +174,7 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, str | os.PathLike):
-        return quote(os.fspath(value))
+        return quote_for_hydra(os.fspath(value))
     if isinstance(value, list | tuple):
         return f"[{','.join(_value(key, each) for each in value)}]"
     raise VitError(f"{key}: expected text, a number, true or false, None or a list, got {type(value).__name__}")
@@ -206,7 +206,7 @@ def _composed(name: str, schema: type, chosen: list[str], typed: list[str], give
             if given is not None:  # its settings are a file of conf/data, so an experiment and what is typed win
                 (Path(folder) / "data").mkdir()
                 (Path(folder) / "data" / f"{NAME}.yaml").write_text(yaml.safe_dump(given.settings()), encoding="utf-8")
-                first = [f"hydra.searchpath=[{quote(f'file://{folder}')}]"]
+                first = [f"hydra.searchpath=[{quote_for_hydra(f'file://{folder}')}]"]
             GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
                 return resolve(hydra.compose(name, [*first, *chosen, *typed]))

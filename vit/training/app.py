@@ -27,9 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit import __version__, options
 from vit.errors import VitError, one_line
-from vit.files import home
+from vit.files import ensure_home
 from vit.processors import wait_passively
-from vit.shell import quote
+from vit.shell import quote_for_hydra
 from vit.signals import Interruption, interruptible
 from vit.training import resume, sweep
 from vit.training.config import CONF, Config, check_model, load
@@ -90,7 +90,7 @@ def launch(
     """
     wait_passively()
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
-    home()  # before libraries ask for it
+    ensure_home()  # before libraries ask for it
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
@@ -106,7 +106,7 @@ def launch(
                 if sweep.wanted(args):
                     program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
                     jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
-                    args.overrides.insert(0, f"hydra.sweep.dir={quote(str(jobs.folder))}")
+                    args.overrides.insert(0, f"hydra.sweep.dir={quote_for_hydra(str(jobs.folder))}")
                 session = _Session(task, schema, names, errors, jobs, list(sys.argv), interruption)
                 main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
                 with _argv([sys.argv[0], *args.overrides, *flags]):
@@ -267,7 +267,7 @@ def _sweep_folder(args: argparse.Namespace, config_name: str) -> Path:
     folder = str(args.config_path or CONF)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(folder)):
         composed = hydra.compose(args.config_name or config_name, [*first, *root], return_hydra_config=True)
-    return Path(options.expand(composed.hydra.sweep.dir))
+    return Path(options.expand_path(composed.hydra.sweep.dir))
 
 
 @contextlib.contextmanager

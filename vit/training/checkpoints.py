@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from vit.files import atomic_write, failed_write
+from vit.files import atomic_write, explain_failed_write
 from vit.inference.description import Description
 
 
@@ -26,7 +26,7 @@ def save(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
         try:
             torch.save(checkpoint, part)
         except RuntimeError as error:  # torch's writer reports a full disk as this
-            raise failed_write(part, path, str(error).splitlines()[0]) from error
+            raise explain_failed_write(part, path, str(error).splitlines()[0]) from error
 
 
 def describe(path: str | os.PathLike[str], description: Description) -> None:

@@ -84,7 +84,7 @@ class EvalConfig:
     """
 
     checkpoint: str = setting("the model: a run folder, a .ckpt, a bundle folder or an .onnx", path=True)
-    data: Mapping[str, Any] = option(None, "any keys of the data; null: the model's", part_of=DataConfig)
+    data: Mapping[str, Any] = option(None, "any keys of the data; null: the model's", subset_of=DataConfig)
     split: str = option("test", "which part of the data", choices=("train", "val", "test"))
     output: str | None = option(None, "folder for the results; null: evaluation/ in the run folder", path=True)
     batch_size: int | None = option(None, "images at a time; null: data.eval_batch_size", ge=1)
@@ -160,7 +160,7 @@ def _follow_data(config: Config) -> None:
     )
     for name, key, differs in pairs:
         if differs:
-            own, theirs = options.show(getattr(model, name)), options.show(getattr(data, key))
+            own, theirs = options.format_value(getattr(model, name)), options.format_value(getattr(data, key))
             raise VitError(
                 f"model.{name}={own}: the images come with data.{key}={theirs}, and the model follows them; "
                 f"set data.{key}={own} instead"
@@ -174,7 +174,7 @@ def _check_weights(config: Config) -> None:
         raise VitError(pretrained.another_model(m.name, m.size))
     if m.name is None and m.size is None and None in (m.width, m.depth, m.heads):
         raise VitError("model.size: may only be null where model.width, model.depth and model.heads are all given")
-    frozen = [f"finetune.{key}={options.show(getattr(finetune, key))}" for key in ("freeze", "unfreeze")
+    frozen = [f"finetune.{key}={options.format_value(getattr(finetune, key))}" for key in ("freeze", "unfreeze")
               if getattr(finetune, key)]  # fmt: skip
     probed = ["finetune.head=probe"] if finetune.head == "probe" else []
     if m.name is None and (frozen or probed or lora.rank is not None):
@@ -193,7 +193,7 @@ def _check_weights(config: Config) -> None:
     if config.method == "linear_probe":
         never = {"resume": config.resume, "tune": config.tune, "lora.rank": lora.rank, "ema.decay": config.ema.decay}
         never |= {"distill.teacher": config.distill.teacher}
-        useless = [*frozen, *probed, *(f"{key}={options.show(value)}" for key, value in never.items() if value)]
+        useless = [*frozen, *probed, *(f"{key}={options.format_value(value)}" for key, value in never.items() if value)]
         if useless:
             raise VitError(f"{useless[0]}: with method=linear_probe nothing but a linear head is fitted: leave it out")
         if config.trainer.num_nodes > 1 or (isinstance(config.trainer.devices, int) and config.trainer.devices > 1):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from vit.errors import VitError, did_you_mean
-from vit.shell import quote
+from vit.shell import quote_for_hydra
 
 
 def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
@@ -25,12 +25,12 @@ def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
     else:
         what = "is no folder of images and no" if os.path.exists(path) else "there is no folder, data set or"
         raise VitError(f"{text}: {what} .parquet file of that name; {_nearest(text, catalogue)}")
-    return [f"data={kind}", f"data.root={quote(path)}"]
+    return [f"data={kind}", f"data.root={quote_for_hydra(path)}"]
 
 
 def model_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
     """Return the overrides that `vit eval TEXT` stands for."""
-    return [f"checkpoint={quote(text)}"]
+    return [f"checkpoint={quote_for_hydra(text)}"]
 
 
 def _is_parquet(path: str) -> bool:

@@ -156,9 +156,9 @@ def closing_lines(
         lines.append(f"go on      {resume_command(folder)}")
     if commands:
         lines += [
-            f"evaluate   {command_name('eval')} {shell.command(shell.override('checkpoint', folder))}",
-            f"classify   {shell.command('vit', 'classify', shell.path(folder))} IMAGE...",
-            f"look       {shell.command('tensorboard', '--logdir', shell.path(config.run.root))}",
+            f"evaluate   {command_name('eval')} {shell.join_command(shell.format_override('checkpoint', folder))}",
+            f"classify   {shell.join_command('vit', 'classify', shell.format_path(folder))} IMAGE...",
+            f"look       {shell.join_command('tensorboard', '--logdir', shell.format_path(config.run.root))}",
         ]
     log.info("%s", "\n".join(lines), extra={"file_only": True})
     print("\n" + "\n".join(lines), flush=True)
@@ -174,4 +174,4 @@ def how_to_go_on(folder: Path) -> str:
 
 def resume_command(run: Path) -> str:
     """The command that goes on with a run folder or a checkpoint."""
-    return f"{command_name('train')} {shell.command(shell.override('resume', run))}"
+    return f"{command_name('train')} {shell.join_command(shell.format_override('resume', run))}"

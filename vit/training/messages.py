@@ -37,7 +37,7 @@ class Names:
     """
 
     def __init__(self, schema: type, conf: Path, arguments: Sequence[str] = ()) -> None:
-        self.keys = [key.name for key in options.keys(schema)]
+        self.keys = [key.name for key in options.list_keys(schema)]
         self.folders = [conf]
         self.arguments = arguments  # what was typed
 
@@ -190,14 +190,14 @@ def _composition(error: ConfigCompositionException, names: Names) -> str:
 
 def _unknown(name: str, value: str, names: Names) -> str:
     """A key that does not exist; where a group is nearest, the choice is shown as it is to be typed."""
-    close = options.similar(name, names.all if "." not in name else names.keys)
+    close = options.similar_keys(name, names.all if "." not in name else names.keys)
     groups = names.groups
     if close and close[0] in groups:
         found = groups[close[0]]
         if value in found:
             return f"{name}: no such key or group; did you mean {close[0]}={value}?"
         return f"{name}: no such key or group; did you mean {close[0]}={'|'.join(found)}?"
-    return options.unknown(name, names.keys if "." in name else names.all)
+    return options.unknown_key_message(name, names.keys if "." in name else names.all)
 
 
 def _value(error: OmegaConfBaseException, names: Names) -> str:
@@ -208,7 +208,7 @@ def _value(error: OmegaConfBaseException, names: Names) -> str:
     if isinstance(error, InterpolationKeyError):
         inner = re.search(r"Interpolation key '([^']+)'", first)
         if inner:
-            return f"{key}: refers to ${{...}} {options.unknown(inner.group(1), names.keys)}"
+            return f"{key}: refers to ${{...}} {options.unknown_key_message(inner.group(1), names.keys)}"
         return f"{key}: {first}"
     if isinstance(error, InterpolationResolutionError):
         return f"{key}: {first}"

@@ -63,7 +63,7 @@ def left_open(values: Mapping[str, Any]) -> bool:
 
 def placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with something possible where they leave a blank, so that the others can be checked."""
-    rules = {key.name: key for key in options.keys(ModelConfig)}
+    rules = {key.name: key for key in options.list_keys(ModelConfig)}
     model = {key: _possible(rules[key]) if value is None and key in rules else value
              for key, value in values["model"].items()}  # fmt: skip
     data = dict(values["data"])
@@ -94,8 +94,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
             model[key] = a[key]
         elif key not in MAY_DIFFER and model[key] != a[key]:
             raise VitError(
-                f"model.{key}={options.show(model[key])}: the weights of {name} have {options.show(a[key])}, and their "
-                f"architecture stays as it is: leave model.{key} out, or choose other weights"
+                f"model.{key}={options.format_value(model[key])}: the weights of {name} have "
+                f"{options.format_value(a[key])}, and their architecture stays as it is: leave model.{key} out, or choose other weights"
             )
     patch = next((each for each in (model["patch_size"], data["patch_size"]) if each), a["patch_size"])
     sizes = working_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
@@ -194,7 +194,7 @@ def resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Spl
 
 def _blanks() -> list[str]:
     """Keys of `model` that may be left to the weights."""
-    return [key.name for key in options.keys(ModelConfig) if key.name not in NO_ARGUMENTS]
+    return [key.name for key in options.list_keys(ModelConfig) if key.name not in NO_ARGUMENTS]
 
 
 def _possible(key: options.Key) -> Any:

@@ -26,12 +26,12 @@ def table() -> str:
         composed = hydra.compose("train")
     defaults = OmegaConf.to_container(composed, resolve=False)
     parts: dict[str, list[str]] = {}
-    for key in options.keys(Config):
+    for key in options.list_keys(Config):
         section = key.name.rpartition(".")[0]
-        takes = options.describe(key.type, key.rule)
+        takes = options.describe_type(key.type, key.rule)
         row = f"| `{key.name}` | {_default(defaults, key.name)} | {takes} | {key.rule.help} |"
         parts.setdefault(section, []).append(row)
-    about = {name: _summary(kind) for name, kind in options.sections(Config).items()}
+    about = {name: _summary(kind) for name, kind in options.list_sections(Config).items()}
     about[""] = "What stands alone."
     lines = []
     for section, rows in parts.items():
@@ -54,7 +54,7 @@ def _default(defaults: Any, name: str) -> str:
     value = defaults
     for part in name.split("."):
         value = value[part]
-    return f"`{options.show(value)}`".replace("'", "")
+    return f"`{options.format_value(value)}`".replace("'", "")
 
 
 def main(path: Path = DOCUMENT) -> int:

@@ -15,7 +15,7 @@ import yaml
 from vit.data.assemble import listing
 from vit.data.run_splits import FILE
 from vit.errors import VitError
-from vit.options import show
+from vit.options import format_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,8 +151,8 @@ def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         # the decay of an average may change, but not whether there is one
         if str(before) != str(after) and (key != "ema.decay" or None in (before, after)):
             raise VitError(
-                f"resume={values['resume']}: {key}={show(after)} cannot hold in a run that has {key}={show(before)}: "
-                "leave it out, or start another run"
+                f"resume={values['resume']}: {key}={format_value(after)} cannot hold in a run that has "
+                f"{key}={format_value(before)}: leave it out, or start another run"
             )
     return saved
 
