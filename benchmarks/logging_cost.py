@@ -84,9 +84,9 @@ def run(case: str, attention: int, overrides: list[str]) -> dict[str, float]:
     import hydra
 
     from vit.dashboard.format import STEPS
-    from vit.training.app import CONF, resolve
+    from vit.training.app import CONF, resolve_config
     from vit.training.attention import AttentionLog
-    from vit.training.config import load
+    from vit.training.config import load_config
     from vit.training.monitor import Monitor
     from vit.training.run import train
 
@@ -128,7 +128,7 @@ def run(case: str, attention: int, overrides: list[str]) -> dict[str, float]:
             *overrides,
         ]
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = load(resolve(hydra.compose("train", typed)))
+            config = load_config(resolve_config(hydra.compose("train", typed)))
         result = train(config, typed)
         assert result is not None
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

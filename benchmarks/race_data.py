@@ -23,12 +23,12 @@ def make(folder: Path, typed: list[str]) -> None:
 
     from vit.data.catalogue import open_data, preprocessing_for
     from vit.model import VisionTransformer
-    from vit.training.app import CONF, resolve
+    from vit.training.app import CONF, resolve_config
     from vit.training.auto import resolve_auto
-    from vit.training.config import load
+    from vit.training.config import load_config
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = load(resolve(hydra.compose("train", typed)))
+        config = load_config(resolve_config(hydra.compose("train", typed)))
     data = open_data(config.data)
     preprocessing = preprocessing_for(config.data, data)
     config = resolve_auto(config, data, typed)

@@ -9,7 +9,7 @@ import sys
 import hydra
 import pytest
 
-from vit.training.app import CONF, resolve, train_main
+from vit.training.app import CONF, resolve_config, train_main
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def compose():
 
     def run(*overrides: str, config_name: str = "train"):
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return resolve(hydra.compose(config_name, list(overrides)))
+            return resolve_config(hydra.compose(config_name, list(overrides)))
 
     return run
 

@@ -16,7 +16,7 @@ from vit.model import SIZES, VisionTransformer
 from vit.model.arguments import CHOICES
 from vit.training import sections
 from vit.training.app import CONF
-from vit.training.config import Config, EvalConfig, check_model, load, load_eval
+from vit.training.config import Config, EvalConfig, check_model, load_config, load_eval_config
 from vit.training.sections import ModelConfig
 
 GROUPS = {
@@ -58,12 +58,12 @@ def test_the_groups_are_those_that_are_promised():
 @pytest.mark.parametrize(("group", "name"), FILES, ids=lambda part: part)
 def test_every_choice_composes_to_a_checked_configuration(group, name, compose, needed):
     values = compose(f"{group}={name}", *needed(group, name))
-    config = load(values)
+    config = load_config(values)
     if group == "trainer" and name in NEEDS_GPU:
         values["trainer"]["accelerator"] = "auto"  # whether a GPU is here is not the file's business
         if name == "fsdp":
             values["trainer"]["strategy"] = "ddp"
-        config = load(values)
+        config = load_config(values)
     check_model(config, num_classes=10)
     if group in ("data", "augment", "optim", "schedule", "trainer"):
         assert getattr(config, group).name == name
@@ -74,9 +74,9 @@ def test_every_choice_composes_to_a_checked_configuration(group, name, compose, 
 def test_every_debug_run_of_every_experiment_composes(experiment, debug, compose, needed):
     if debug == "tiny" and ("experiment", experiment) in NEEDS_WEIGHTS:
         with pytest.raises(VitError, match=r"^model\.\w+=.*: the weights of .* leave model\.\w+ out"):
-            load(compose(f"experiment={experiment}", "debug=tiny", *needed("experiment", experiment)))
+            load_config(compose(f"experiment={experiment}", "debug=tiny", *needed("experiment", experiment)))
         return
-    config = load(compose(f"experiment={experiment}", f"debug={debug}", *needed("experiment", experiment)))
+    config = load_config(compose(f"experiment={experiment}", f"debug={debug}", *needed("experiment", experiment)))
     check_model(config)
     assert config.run.name == "debug"  # where it cannot be taken for a result
 
@@ -124,12 +124,12 @@ def test_the_command_in_a_file_composes(group, name, compose, small_bundle):
     command = re.search(r"^# python train\.py (.*)$", text, re.M)
     assert command is not None
     # the file's own example of a name is on a hub
-    load(compose(*re.sub(r"model\.name=\S+", f"model.name={small_bundle}", command.group(1)).split()))
+    load_config(compose(*re.sub(r"model\.name=\S+", f"model.name={small_bundle}", command.group(1)).split()))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_data_file_and_the_catalogue_agree(name, compose, needed):
-    data = load(compose(f"data={name}", *needed("data", name))).data
+    data = load_config(compose(f"data={name}", *needed("data", name))).data
     entry = CATALOGUE[name]
     for key in ("image_size", "channels", "patch_size", "batch_size"):
         assert getattr(data, key) == getattr(entry, key)
@@ -152,10 +152,10 @@ def test_the_models_starts_are_the_ones_that_it_knows():
 
 
 def test_the_model_follows_the_data(compose):
-    config = load(compose("data=cifar10", "data.image_size=[32,64]", "data.channels=4", "data.patch_size=8"))
+    config = load_config(compose("data=cifar10", "data.image_size=[32,64]", "data.channels=4", "data.patch_size=8"))
     assert (config.model.image_size, config.model.in_channels, config.model.patch_size) == ((32, 64), 4, 8)
     assert config.run.name == "cifar10"
-    assert load(compose("data=cifar10", "model.patch_size=2")).model.patch_size == 2
+    assert load_config(compose("data=cifar10", "model.patch_size=2")).model.patch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -164,28 +164,28 @@ def test_the_model_follows_the_data(compose):
      "model.pool=mean", "model.pool=token", "model.position=rotary", "model.position=sincos", "model.registers=4"],
 )  # fmt: skip
 def test_each_mechanism_is_one_override(override, compose):
-    check_model(load(compose(override)), num_classes=10)
+    check_model(load_config(compose(override)), num_classes=10)
 
 
 def test_experiments_win_over_groups_and_debug_over_experiments(compose):
-    config = load(compose("experiment=fashion_mnist_cpu", "debug=fast"))
+    config = load_config(compose("experiment=fashion_mnist_cpu", "debug=fast"))
     assert config.data.name == "fashion_mnist"
     assert (config.trainer.max_epochs, config.trainer.max_time) == (1, None)
-    assert load(compose("experiment=fashion_mnist_cpu", "data.batch_size=64", "optim=sgd")).optim.name == "sgd"
+    assert load_config(compose("experiment=fashion_mnist_cpu", "data.batch_size=64", "optim=sgd")).optim.name == "sgd"
 
 
 def test_a_configuration_survives_being_written_down(compose):
-    config = load(compose("data=imagenet", "data.root=x", "augment=deit"))
-    assert load(config.to_dict()) == config
-    assert load(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+    config = load_config(compose("data=imagenet", "data.root=x", "augment=deit"))
+    assert load_config(config.to_dict()) == config
+    assert load_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
 def test_an_evaluation_gets_only_what_was_given(compose):
-    plain = load_eval(compose("checkpoint=runs/x", config_name="eval"))
+    plain = load_eval_config(compose("checkpoint=runs/x", config_name="eval"))
     assert (plain.checkpoint, plain.data, plain.split) == ("runs/x", {}, "test")
-    moved = load_eval(compose("checkpoint=runs/x", "data.root=elsewhere", config_name="eval"))
+    moved = load_eval_config(compose("checkpoint=runs/x", "data.root=elsewhere", config_name="eval"))
     assert moved.data == {"root": "elsewhere"}
-    other = load_eval(compose("checkpoint=runs/x", "data=folder", "data.root=photos", config_name="eval"))
+    other = load_eval_config(compose("checkpoint=runs/x", "data=folder", "data.root=photos", config_name="eval"))
     assert other.data["name"] == "folder"
     assert other.data["root"] == "photos"
     DataConfig(**other.data)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit.errors import VitError
-from vit.training.config import check_model, load
+from vit.training.config import check_model, load_config
 from vit.training.sections import seconds
 
 
@@ -38,7 +38,7 @@ from vit.training.sections import seconds
 )
 def test_refused_without_torch(overrides, told, compose):
     with pytest.raises(VitError, match=told):
-        load(compose(*overrides.split()))
+        load_config(compose(*overrides.split()))
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,17 @@ def test_refused_without_torch(overrides, told, compose):
     ],
 )
 def test_refused_by_what_is_to_be_built(overrides, told, compose):
-    config = load(compose(*overrides.split()))
+    config = load_config(compose(*overrides.split()))
     with pytest.raises(VitError, match=told):
         check_model(config)
 
 
 def test_a_size_may_be_said_in_two_ways(compose):
-    assert load(compose("model.image_size=[16,16]")).model.image_size == (16, 16)
+    assert load_config(compose("model.image_size=[16,16]")).model.image_size == (16, 16)
 
 
 def test_mixing_needs_two_classes(compose):
-    config = load(compose("augment=none", "augment.mixup=0.2"))
+    config = load_config(compose("augment=none", "augment.mixup=0.2"))
     check_model(config)  # how many classes there are is not known yet
     with pytest.raises(VitError, match=r"^augment\.mixup: mixing needs at least 2 classes, the data has 1"):
         check_model(config, num_classes=1)
@@ -72,23 +72,25 @@ def test_mixing_needs_two_classes(compose):
 
 def test_the_largest_model_is_checked_without_its_memory(compose):
     before = torch.get_default_device()
-    check_model(load(compose("data=imagenet", "data.root=x", "model=huge", "model.depth=400")), num_classes=10**6)
+    check_model(
+        load_config(compose("data=imagenet", "data.root=x", "model=huge", "model.depth=400")), num_classes=10**6
+    )
     assert torch.get_default_device() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(compose):
     with pytest.raises(VitError, match=r"trainer\.accelerator=gpu: torch finds no GPU here; use trainer=cpu"):
-        check_model(load(compose("trainer=gpu")))
+        check_model(load_config(compose("trainer=gpu")))
 
 
 def test_gpus_share_the_batch(compose, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(VitError, match=r"data\.batch_size=128 .* over the 3 .*; try 126 or 129"):
-        check_model(load(compose("augment=none", "data.batch_size=128")))
-    check_model(load(compose("augment=none", "data.batch_size=129")))
-    check_model(load(compose("trainer=cpu", "data.batch_size=128")))
+        check_model(load_config(compose("augment=none", "data.batch_size=128")))
+    check_model(load_config(compose("augment=none", "data.batch_size=129")))
+    check_model(load_config(compose("trainer=cpu", "data.batch_size=128")))
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))

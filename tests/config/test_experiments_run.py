@@ -13,7 +13,7 @@ from vit.data.dataset import ArrayImages, ImageData, Split
 from vit.errors import VitError
 from vit.training import run
 from vit.training.app import CONF
-from vit.training.config import check_model, load
+from vit.training.config import check_model, load_config
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 NEEDS_FOLDER = {"folder", "imagenet_small", "finetune", "linear_probe"}
@@ -65,7 +65,7 @@ def test_two_steps(experiment, compose, tmp_path, data_or_stand_in, small_bundle
         overrides.append(f"data.root={tmp_path / 'absent'}")
     if experiment in NEEDS_WEIGHTS:
         overrides.append(f"model.name={small_bundle}")
-    config = load(compose(*overrides))
+    config = load_config(compose(*overrides))
     check_model(config)
     result = run.train(config, overrides)
     assert result is not None

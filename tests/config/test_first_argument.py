@@ -16,7 +16,7 @@ from vit.cli import main
 from vit.errors import VitError, command_name
 from vit.shell import quote_for_hydra
 from vit.training import app, eval_app
-from vit.training.first_argument import data_overrides
+from vit.training.first_argument import expand_data_argument
 
 CATALOGUE = ["cifar10", "digits", "folder", "parquet"]
 
@@ -44,7 +44,7 @@ def test_what_data_stands_for(tmp_path, monkeypatch):
         "tables": ["data=parquet", "data.root='tables'"],
         "one.PARQUET": ["data=parquet", "data.root='one.PARQUET'"],
     }
-    assert {text: data_overrides(text, CATALOGUE) for text in expected} == expected
+    assert {text: expand_data_argument(text, CATALOGUE) for text in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_is_no_data_gets_one_line(text, told, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "note.txt").touch()
     with pytest.raises(VitError) as refusal:
-        data_overrides(text, CATALOGUE)
+        expand_data_argument(text, CATALOGUE)
     assert told in str(refusal.value)
 
 

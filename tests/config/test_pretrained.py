@@ -17,8 +17,8 @@ from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.pretrained.create import create_model
 from vit.training import auto
-from vit.training.auto import auto_epochs, passes_over, resolve_auto, suited_augment
-from vit.training.config import check_model, load
+from vit.training.auto import auto_augment, auto_epochs, estimate_passes, resolve_auto
+from vit.training.config import check_model, load_config
 from vit.training.pretrained import resolution, working_size
 
 
@@ -37,7 +37,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def pretrained(compose, weights):
-    return lambda *overrides: load(compose("model=pretrained", f"model.name={weights}", *overrides))
+    return lambda *overrides: load_config(compose("model=pretrained", f"model.name={weights}", *overrides))
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "flowers102", "imagenet", "folder"])
@@ -53,9 +53,9 @@ def test_images_are_prepared_as_the_weights_have_it_whatever_the_data_says(pretr
 
 
 def test_the_weights_that_a_name_means_are_kept_by_their_tag(compose):
-    config = load(compose("model=pretrained", "model.name=vit_tiny_patch16_224", "data=digits"))
+    config = load_config(compose("model=pretrained", "model.name=vit_tiny_patch16_224", "data=digits"))
     assert config.model.name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    config = load(compose("model=pretrained", "model.name=vit_tiny_patch16_224@main", "data=digits"))
+    config = load_config(compose("model=pretrained", "model.name=vit_tiny_patch16_224@main", "data=digits"))
     assert config.model.name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k@main"
 
 
@@ -89,7 +89,7 @@ def test_what_is_typed_wins(pretrained, typed, read):
 def test_an_experiment_wins_as_typing_does(compose, weights, tmp_path):
     import hydra
 
-    from vit.training.app import CONF, resolve
+    from vit.training.app import CONF, resolve_config
 
     (tmp_path / "experiment").mkdir()
     text = (
@@ -99,7 +99,7 @@ def test_an_experiment_wins_as_typing_does(compose, weights, tmp_path):
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         search = f"hydra.searchpath=[file://{tmp_path}]"
         composed = hydra.compose("train", [search, "experiment=mine", f"model.name={weights}", "data=flowers102"])
-    config = load(resolve(composed))
+    config = load_config(resolve_config(composed))
     assert (config.data.crop_pct, config.data.mean, config.data.crop_mode) == (0.5, (0.0, 0.0, 0.0), "border")
 
 
@@ -116,7 +116,7 @@ def test_the_architecture_is_the_weights(pretrained, weights):
 
 
 def test_a_name_of_timms_needs_no_weights_to_be_checked(compose):
-    config = load(compose("model=pretrained", "model.name=vit_small_patch14_dinov2", "data.image_size=70"))
+    config = load_config(compose("model=pretrained", "model.name=vit_small_patch14_dinov2", "data.image_size=70"))
     assert (config.model.width, config.model.depth, config.model.layer_scale) == (384, 12, 1e-5)
     assert (config.data.size, config.data.mean) == ((70, 70), (0.485, 0.456, 0.406))
     check_model(config)
@@ -139,10 +139,16 @@ def test_images_are_at_most_224_pixels_in_whole_patches_unless_typed(own, patch,
 
 def test_a_size_that_was_not_typed_is_one_that_can_be_afforded(compose):
     typed = ["model=pretrained", "data=digits"]
-    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2")).data.size == (224, 224)
-    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.patch_size=28")).data.size == (224, 224)
-    assert load(compose(*typed, "model.name=vit_base_patch16_384")).model.image_size == 224
-    assert load(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.image_size=518")).data.size == (518, 518)
+    assert load_config(compose(*typed, "model.name=vit_small_patch14_dinov2")).data.size == (224, 224)
+    assert load_config(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.patch_size=28")).data.size == (
+        224,
+        224,
+    )
+    assert load_config(compose(*typed, "model.name=vit_base_patch16_384")).model.image_size == 224
+    assert load_config(compose(*typed, "model.name=vit_small_patch14_dinov2", "data.image_size=518")).data.size == (
+        518,
+        518,
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,15 +229,17 @@ def test_an_experiment_without_a_name_says_what_it_needs(refused):
 # what the images and the time decide
 
 
-@pytest.mark.parametrize("rule", [auto.IMAGES, auto.PASSES], ids=["images", "passes"])
+@pytest.mark.parametrize("rule", [auto.AUGMENT_BY_IMAGES, auto.AUGMENT_BY_PASSES], ids=["images", "passes"])
 def test_augmentation_is_the_weaker_of_what_suits_images_and_passes(rule):
     limits = [limit for limit, _ in rule]
     assert limits == sorted(limits)
     for (limit, name), (_, after) in itertools.pairwise(rule):
         for number, expected in ((limit - 0.1, name), (limit, after)):
-            many = {"images": 10**9, "passes": 10**9} | {"images" if rule is auto.IMAGES else "passes": number * 10}
-            assert suited_augment(int(many["images"]), 10, many["passes"] / 10) == expected
-    assert suited_augment(10, 10, 1) == auto.IMAGES[0][1]
+            many = {"images": 10**9, "passes": 10**9} | {
+                "images" if rule is auto.AUGMENT_BY_IMAGES else "passes": number * 10
+            }
+            assert auto_augment(int(many["images"]), 10, many["passes"] / 10) == expected
+    assert auto_augment(10, 10, 1) == auto.AUGMENT_BY_IMAGES[0][1]
 
 
 @pytest.mark.parametrize(
@@ -244,14 +252,14 @@ def test_augmentation_is_the_weaker_of_what_suits_images_and_passes(rule):
     ],
 )
 def test_passes_are_those_of_the_budget_that_ends_first(pretrained, typed, passes):
-    assert passes_over(pretrained(*typed), 1000, 2) == pytest.approx(passes)
+    assert estimate_passes(pretrained(*typed), 1000, 2) == pytest.approx(passes)
 
 
 def test_passes_in_a_time_grow_with_the_time_and_fall_with_what_an_image_costs(pretrained):
     """And no clock is read: they are the same in every process, and on a machine that is busy."""
     typed = ["trainer.max_epochs=null", "trainer.max_steps=null", "trainer=cpu"]
-    one, twice = (passes_over(pretrained(*typed, f"trainer.max_time={s}"), 1000, 2) for s in (60, "00:02:00"))
-    large = passes_over(pretrained(*typed, "trainer.max_time=60", "data.image_size=[280,420]"), 1000, 2)
+    one, twice = (estimate_passes(pretrained(*typed, f"trainer.max_time={s}"), 1000, 2) for s in (60, "00:02:00"))
+    large = estimate_passes(pretrained(*typed, "trainer.max_time=60", "data.image_size=[280,420]"), 1000, 2)
     assert twice == pytest.approx(2 * one)
     assert large < one / 100
 
@@ -275,24 +283,24 @@ class Counted:
 def test_what_is_typed_stays_when_the_rest_is_settled(pretrained, weights, compose, caplog):
     caplog.set_level("INFO", logger="vit")
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "augment.flip=0", "augment.rotate=5"]
-    config = resolve_auto(load(compose(*typed)), Counted(10_000, 2), typed)
-    chosen = suited_augment(10_000, 2, auto_epochs(10_000))
+    config = resolve_auto(load_config(compose(*typed)), Counted(10_000, 2), typed)
+    chosen = auto_augment(10_000, 2, auto_epochs(10_000))
     assert config.augment.name == chosen
-    plain = load(compose(f"augment={chosen}")).augment
+    plain = load_config(compose(f"augment={chosen}")).augment
     assert plain.flip == 0.5
     assert (config.augment.flip, config.augment.rotate) == (0.0, 5.0)
     assert caplog.messages[1].endswith("; as typed: flip, rotate")
     assert config.augment.label_smoothing == plain.label_smoothing
     assert config.trainer.max_epochs == auto_epochs(10_000)
     typed += ["augment=light", "trainer.max_epochs=3"]
-    config = resolve_auto(load(compose(*typed)), Counted(10_000, 2), typed)
+    config = resolve_auto(load_config(compose(*typed)), Counted(10_000, 2), typed)
     assert (config.augment.name, config.trainer.max_epochs) == ("light", 3)
 
 
 def test_a_choice_that_contradicts_the_rest_is_refused(compose, weights):
     typed = ["experiment=finetune", "data.root=x", f"model.name={weights}", "trainer=ddp_cpu", "data.batch_size=6"]
     typed += ["trainer.max_epochs=200"]
-    config = load(compose(*typed))
+    config = load_config(compose(*typed))
     with pytest.raises(VitError, match=r"data\.batch_size=6 .* even parts"):
         resolve_auto(config, Counted(1_000_000, 2), typed)
 

@@ -6,7 +6,7 @@ import re
 import shlex
 
 from vit import options
-from vit.training.config import Config, load
+from vit.training.config import Config, load_config
 from vit.training.reference import DOCUMENT, document, main
 
 
@@ -39,13 +39,13 @@ def test_the_commands_on_the_page_compose(compose):
         arguments = shlex.split(command)
         if "-m" in arguments or "--help" in arguments:
             continue
-        load(compose(*(text for text in arguments if text != "experiment=mine")))
+        load_config(compose(*(text for text in arguments if text != "experiment=mine")))
 
 
 def test_the_experiment_on_the_page_composes(compose, tmp_path):
     import hydra
 
-    from vit.training.app import CONF, resolve
+    from vit.training.app import CONF, resolve_config
 
     text = DOCUMENT.read_text(encoding="utf-8")
     written = re.search(r"```yaml\n(.*?)```", text, re.S)
@@ -54,7 +54,7 @@ def test_the_experiment_on_the_page_composes(compose, tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text(written.group(1))
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composed = hydra.compose("train", [f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"])
-    config = load(resolve(composed))
+    config = load_config(resolve_config(composed))
     assert (config.data.name, config.model.depth, config.trainer.max_seconds) == ("cifar10", 8, 3600)
 
 

@@ -21,7 +21,7 @@ def compose(number=None, moment=0):
         nonlocal calls, counting
         if event != "call" or ran:
             return
-        counting = counting or frame.f_code is app._parse.__code__
+        counting = counting or frame.f_code is app._parse_arguments.__code__
         calls += counting
         if calls == moment and counting:
             os.kill(os.getpid(), number)
@@ -50,7 +50,7 @@ def test_a_signal_ends_the_composing_at_any_moment(capsys, number, part):
 def test_a_signal_that_a_library_swallows_or_turns_into_its_own_error_is_remembered(
     capsys, monkeypatch, number, swallow
 ):
-    def parse(arguments, original=app._parse):
+    def parse(arguments, original=app._parse_arguments):
         try:
             os.kill(os.getpid(), number)
         except BaseException:
@@ -58,7 +58,7 @@ def test_a_signal_that_a_library_swallows_or_turns_into_its_own_error_is_remembe
                 raise AttributeError("of a library") from None
         return original(arguments)
 
-    monkeypatch.setattr(app, "_parse", parse)
+    monkeypatch.setattr(app, "_parse_arguments", parse)
     ran = []
     status = app.launch(lambda values, overrides: ran.append(values), "train", Config, ["data=shapes"])
     assert (status, ran, capsys.readouterr().err) == (130, [], "interrupted\n")

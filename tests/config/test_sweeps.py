@@ -163,11 +163,11 @@ def test_the_mode_can_be_set_as_hydra_has_it(stub, tmp_path):
 def test_outside_a_sweep_nothing_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JOB_RESULT", str(tmp_path / "result.json"))
     monkeypatch.setenv("VIT_RUN_FOLDER", "runs/x")  # a helper process of a distributed job
-    sweep.report(None)
+    sweep.write_job_result(None)
     assert not (tmp_path / "result.json").exists()
     monkeypatch.delenv("VIT_RUN_FOLDER")
     monkeypatch.setenv("LOCAL_RANK", "1")  # left over from a cluster
-    sweep.report(None, "why")
+    sweep.write_job_result(None, "why")
     assert json.loads((tmp_path / "result.json").read_text()) == {"metrics": {}, "folder": None, "error": "why"}
 
 

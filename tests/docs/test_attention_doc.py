@@ -129,12 +129,12 @@ def test_every_override_makes_a_model(override):
     import hydra
 
     from vit.model import VisionTransformer
-    from vit.training.app import CONF, resolve
-    from vit.training.config import check, load
+    from vit.training.app import CONF, resolve_config
+    from vit.training.config import check_config, load_config
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = load(resolve(hydra.compose("train", [override])))
-    check(config)
+        config = load_config(resolve_config(hydra.compose("train", [override])))
+    check_config(config)
     model = VisionTransformer(**config.model.arguments(num_classes=10)).eval()
     height, width = model.image_size
     with torch.no_grad():

@@ -17,8 +17,8 @@ from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training import auto
-from vit.training.app import CONF, resolve
-from vit.training.config import Config, check_model, load
+from vit.training.app import CONF, resolve_config
+from vit.training.config import Config, check_model, load_config
 from vit.training.run import train
 
 PAGE = (CONF.parent / "docs" / "pretrained.md").read_text("utf-8")
@@ -71,7 +71,7 @@ def stood_in(command: str, place: Path) -> list[str]:
 
 def compose(typed: list[str]) -> Config:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return load(resolve(hydra.compose("train", typed)))
+        return load_config(resolve_config(hydra.compose("train", typed)))
 
 
 def test_there_are_commands_for_all_that_is_told():
@@ -103,7 +103,7 @@ def test_the_recipe_is_the_one_in_the_table(place):
     assert f"`data.batch_size={config.data.batch_size}`" in TEXT
     assert "over the first tenth, then a cosine" in TEXT
     assert config.schedule.name == "cosine"
-    for (few, first), (more, second), (_, last) in (auto.IMAGES, auto.PASSES):
+    for (few, first), (more, second), (_, last) in (auto.AUGMENT_BY_IMAGES, auto.AUGMENT_BY_PASSES):
         assert f"`{first}` under {few}, `{second}` under {more}, else `{last}`" in TEXT
     assert "90 for a hundred images, 9 for ten thousand" in TEXT
     assert (auto.auto_epochs(100), auto.auto_epochs(10_000)) == (90, 9)

@@ -59,14 +59,14 @@ def test_every_line_is_a_reduction(line):
 def test_every_training_composes():
     import hydra
 
-    from vit.training.app import CONF, resolve
-    from vit.training.config import load
+    from vit.training.app import CONF, resolve_config
+    from vit.training.config import load_config
 
     commands = [each for each in COMMANDS if each.startswith("python train.py") and "RUN" not in each]
     assert commands
     for command in commands:
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            config = load(resolve(hydra.compose("train", shlex.split(command)[2:])))
+            config = load_config(resolve_config(hydra.compose("train", shlex.split(command)[2:])))
         assert config.model.reduction in METHODS[1:]
 
 

@@ -11,8 +11,8 @@ from types import ModuleType
 import hydra
 import pytest
 
-from vit.training.app import CONF, resolve
-from vit.training.config import load
+from vit.training.app import CONF, resolve_config
+from vit.training.config import load_config
 from vit.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +42,7 @@ def small() -> ModuleType:
 def compose(*overrides):
     """The checked configuration of a small run."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return load(resolve(hydra.compose("train", [*SMALL, *overrides])))
+        return load_config(resolve_config(hydra.compose("train", [*SMALL, *overrides])))
 
 
 @pytest.fixture

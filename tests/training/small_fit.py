@@ -23,9 +23,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from vit.data.catalogue import preprocessing_for
 from vit.data.dataset import ArrayImages, ImageData, Split
 from vit.inference.description import Description
-from vit.training.app import resolve
+from vit.training.app import resolve_config
 from vit.training.build import build_model, build_module
-from vit.training.config import Config, load
+from vit.training.config import Config, load_config
 from vit.training.metrics import Throughput, TrainMetrics
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor
@@ -87,7 +87,7 @@ def prepare(
     fixed = [f"data.channels={channels}", f"data.image_size={size}", "data.patch_size=4", "data.batch_size=8"]
     fixed += ["augment=none", "model.width=16", "model.depth=1", "model.heads=2", "optim=adamw", "logging.every=4"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = load(resolve(compose("train", overrides=[*fixed, *overrides])))
+        config = load_config(resolve_config(compose("train", overrides=[*fixed, *overrides])))
     names = (NAMES + [f"class {k}" for k in range(3, classes)])[:classes]
     splits = {"train": images(train, classes, channels, size, 0), "val": images(val, classes, channels, size, 1)}
     splits["test"] = images(0, classes, channels, size, 2)

@@ -290,7 +290,7 @@ VALUES = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(VALUES)
 def test_a_value_in_a_mapping_means_itself(value):
-    (text,) = api._overrides(({"run": {"name": value}},))
+    (text,) = api._format_overrides(({"run": {"name": value}},))
     parsed = OverridesParser.create().parse_override(text)
     assert parsed.key_or_group == "run.name"
     config = OmegaConf.create({"a": parsed.value()})
@@ -298,7 +298,7 @@ def test_a_value_in_a_mapping_means_itself(value):
 
 
 def test_overrides_of_every_kind():
-    found = api._overrides(
+    found = api._format_overrides(
         ("seed=1", {"model": {"size": "tiny", "reduction": None}, "optim.lr": np.float32(0.5)}, {"data.mean": (0.5, 1)})
     )
     assert found == ["seed=1", "model.size='tiny'", "model.reduction=null", "optim.lr=0.5", "data.mean=[0.5,1]"]
@@ -313,11 +313,11 @@ def test_what_is_no_override(wrong):
 def test_an_experiment_wins_over_what_suits_the_images(small_bundle):
     found = vit.data.memory.gather((BRIGHT, LABELS))
     weights = f"model.name={small_bundle}"
-    values = api._composed("train", api.Config, ["data=memory"], ["experiment=finetune", weights], found)
+    values = api._compose("train", api.Config, ["data=memory"], ["experiment=finetune", weights], found)
     assert values["data"]["name"] == "memory"
     assert values["data"]["image_size"] is None  # as the weights have it
     assert values["data"]["content"] == found.content
-    values = api._composed("train", api.Config, ["data=memory"], ["data.image_size=32"], found)
+    values = api._compose("train", api.Config, ["data=memory"], ["data.image_size=32"], found)
     assert (values["data"]["image_size"], values["model"]["image_size"], values["data"]["patch_size"]) == (32, 32, 2)
 
 

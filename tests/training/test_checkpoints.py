@@ -12,7 +12,7 @@ import torch
 
 from vit.errors import VitError
 from vit.training import logistic
-from vit.training.checkpoints import Checkpoints, rank
+from vit.training.checkpoints import Checkpoints, ranking_key
 
 OLD_RUN = Path(__file__).parent / "old_run"  # three epochs on digits, written by the version of commit d451e4a
 TINY = ("data.max_images=48", "model.width=8", "model.depth=1", "model.heads=1")
@@ -114,7 +114,7 @@ def test_the_probe_chooses_by_the_same_order(run, monkeypatch):
     for monitor, chosen in (("val/top1", 2), ("val/loss", 4)):
         assert run(*TINY, "augment=none", "method=linear_probe", f"monitor={monitor}").metrics["penalty"] == chosen
     assert len(logistic.PENALTIES) > len(figures)
-    order = np.array([rank({"val/top1": a, "val/loss": b}, "val/top1") for a, b in figures])
+    order = np.array([ranking_key({"val/top1": a, "val/loss": b}, "val/top1") for a, b in figures])
     assert order[:, 0].tolist() == [a for a, _ in figures]
 
 

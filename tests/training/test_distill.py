@@ -12,7 +12,7 @@ from vit.errors import VitError
 from vit.inference.bundle import write_bundle
 from vit.inference.description import Description
 from vit.model import VisionTransformer
-from vit.training.distill import Distillation, Teacher, both_answers, distillation_loss
+from vit.training.distill import Distillation, Teacher, distillation_loss, forward_both_heads
 
 NAMES = ["cat", "dog", "owl"]
 OURS = Preprocessing(image_size=(16, 16), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -92,7 +92,7 @@ def test_with_a_token_each_head_learns_from_its_own_source():
     targets, answers = torch.tensor([0, 1, 2, 0]), torch.randn(4, 3).double()
     logits, loss = Distillation(Fixed(answers), kind="hard", alpha=0.5, temperature=1.0)(net, images, targets)
     torch.testing.assert_close(logits, net(images))  # the mean of both, as it answers later
-    first, second = both_answers(net, images)
+    first, second = forward_both_heads(net, images)
     torch.testing.assert_close((first + second) / 2, logits)
     found = torch.autograd.grad(loss, [net.head.bias, net.head_dist.bias], retain_graph=True)
     q1, q2 = softmax(first.detach().numpy()), softmax(second.detach().numpy())

@@ -23,9 +23,9 @@ from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
 from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
-from vit.training.app import CONF, resolve
+from vit.training.app import CONF, resolve_config
 from vit.training.build import build_model
-from vit.training.config import load
+from vit.training.config import load_config
 from vit.training.freezing import Freezing
 from vit.training.optim import layer_of
 from vit.training.run import train
@@ -57,7 +57,7 @@ def source(tmp_path_factory):
 
 def compose(*overrides):
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return load(resolve(hydra.compose("train", [*SMALL, *overrides])))
+        return load_config(resolve_config(hydra.compose("train", [*SMALL, *overrides])))
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_resumed_run_needs_the_weights_no_more(tune, source, tmp_path, monkeyp
     monkeypatch.undo()
     assert (part.status, part.metrics["steps"]) == (130, 4)
     shutil.rmtree(name)
-    config = load(yaml.safe_load((part.folder / "config.yaml").read_text()) | {"resume": str(part.folder)})
+    config = load_config(yaml.safe_load((part.folder / "config.yaml").read_text()) | {"resume": str(part.folder)})
     rest = train(config, [])
     assert rest is not None
     assert rest.metrics["steps"] == 10
@@ -186,7 +186,7 @@ def test_a_resumed_run_needs_the_weights_no_more(tune, source, tmp_path, monkeyp
 
 def test_a_written_configuration_is_the_same_configuration(source):
     config = compose("model=pretrained", f"model.name={source}")
-    assert load(config.to_dict()) == config
+    assert load_config(config.to_dict()) == config
 
 
 # what learns
@@ -269,7 +269,7 @@ def test_lora_trains_changes_and_head_and_ends_as_plain_weights(tune, source):
 
 def test_merged_weights_answer_as_the_changes_beside_them(tune, source):
     folder = tune("lora.rank=3", "lora.alpha=7", "optim.lr=0.01", "trainer.max_epochs=1").folder
-    config = load(yaml.safe_load((folder / "config.yaml").read_text()) | {"resume": str(folder)})
+    config = load_config(yaml.safe_load((folder / "config.yaml").read_text()) | {"resume": str(folder)})
     apart = build_model(config, open_data(config.data)).eval()
     apart.load_state_dict(weights(folder, "best"))
     images = torch.randn(8, 3, 32, 32)
@@ -291,7 +291,7 @@ def test_a_run_with_lora_goes_on(tune, monkeypatch):
     part = tune(*options[:2], "trainer.max_epochs=1", "trainer.max_steps=10")
     values = yaml.safe_load((part.folder / "config.yaml").read_text())
     values["trainer"] |= {"max_epochs": 2, "max_steps": None}
-    rest = train(load(values | {"resume": str(part.folder)}), [])
+    rest = train(load_config(values | {"resume": str(part.folder)}), [])
     assert rest is not None
     assert rest.metrics["steps"] == whole.metrics["steps"] == 10
 
@@ -362,7 +362,7 @@ def test_the_recipe_settles_what_the_data_decides(tmp_path, source):
     typed += [*(text for text in SMALL if not text.startswith(("augment", "trainer.max_epochs", "optim")))]
     typed += ["trainer.max_steps=2", "augment.flip=0"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = load(resolve(hydra.compose("train", typed)))
+        config = load_config(resolve_config(hydra.compose("train", typed)))
     assert (config.augment.name, config.trainer.max_epochs) == ("auto", "auto")
     result = train(config, typed)
     assert result is not None

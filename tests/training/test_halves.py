@@ -139,13 +139,13 @@ def one_thread(monkeypatch):
 def test_which_runs_compute_in_halves(one_thread, overrides, threads):
     from hydra import compose, initialize_config_dir
 
-    from vit.training.app import CONF, resolve
-    from vit.training.config import load
+    from vit.training.app import CONF, resolve_config
+    from vit.training.config import load_config
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = load(resolve(compose("train", ["trainer=cpu", *overrides])))
+        config = load_config(resolve_config(compose("train", ["trainer=cpu", *overrides])))
     model = VisionTransformer(**config.model.arguments(10))
-    found = Halves.suited_to(config, model)
+    found = Halves.create_for_run(config, model)
     assert (None if found is None else found.threads) == threads
     torch.set_num_threads(2)
-    assert Halves.suited_to(dataclasses.replace(config), model) is None
+    assert Halves.create_for_run(dataclasses.replace(config), model) is None

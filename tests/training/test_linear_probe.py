@@ -20,8 +20,8 @@ from vit.inference.description import Description
 from vit.inference.loading import load, load_torch
 from vit.model import VisionTransformer
 from vit.training import knn as neighbours
-from vit.training.app import CONF, resolve
-from vit.training.config import load as load_config
+from vit.training.app import CONF, resolve_config
+from vit.training.config import load_config as load_config
 from vit.training.features import Backbone, collect_features
 from vit.training.run import train
 
@@ -52,7 +52,7 @@ def probe(tmp_path, source):
         typed = ["experiment=linear_probe", "data=digits", f"model.name={name}", f"run.root={tmp_path / 'runs'}"]
         typed += ["export.onnx=false", "data.max_images=300", *overrides]
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            result = train(load_config(resolve(hydra.compose("train", typed))), typed)
+            result = train(load_config(resolve_config(hydra.compose("train", typed))), typed)
         assert result is not None
         return result
 

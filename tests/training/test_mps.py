@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from vit.data import mixing
 from vit.errors import VitError
-from vit.training.config import check_model, device_kind, load
+from vit.training.config import check_model, device_kind, load_config
 from vit.training.devices import build_trainer
 
 
@@ -26,10 +26,10 @@ def mac(monkeypatch):
 def composed(*overrides):
     import hydra
 
-    from vit.training.app import CONF, resolve
+    from vit.training.app import CONF, resolve_config
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return load(resolve(hydra.compose("train", list(overrides))))
+        return load_config(resolve_config(hydra.compose("train", list(overrides))))
 
 
 @pytest.mark.parametrize("choice", ["auto", "gpu", "mps"])

@@ -370,7 +370,7 @@ def test_tune_finds_a_batch_size_and_learning_rates_and_trains_with_them(run):
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    checkpoints.save(path, {"state_dict": {"a": torch.ones(3)}})
+    checkpoints.save_checkpoint(path, {"state_dict": {"a": torch.ones(3)}})
     before = path.read_bytes()
 
     def full(*args, **kwargs):
@@ -378,7 +378,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path,
 
     monkeypatch.setattr(checkpoints.torch, "save", full)
     with pytest.raises(VitError, match=r"cannot write .*last\.ckpt"):
-        checkpoints.save(path, {"state_dict": {"a": torch.zeros(3)}})
+        checkpoints.save_checkpoint(path, {"state_dict": {"a": torch.zeros(3)}})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 

@@ -21,9 +21,9 @@ from vit.inference.description import Description
 from vit.inference.loading import load_torch
 from vit.model import VisionTransformer
 from vit.training import logistic
-from vit.training.app import CONF, resolve
+from vit.training.app import CONF, resolve_config
 from vit.training.build import build_model
-from vit.training.config import load
+from vit.training.config import load_config
 from vit.training.features import Backbone
 from vit.training.linear_probe import Probe
 from vit.training.run import train
@@ -67,7 +67,7 @@ def compose(source, features):
     def checked(*overrides, name=source, experiment="finetune"):
         typed = [f"experiment={experiment}", f"model.name={name}", f"probe.cache={features}", *SMALL, *overrides]
         with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            return load(resolve(hydra.compose("train", typed)))
+            return load_config(resolve_config(hydra.compose("train", typed)))
 
     return checked
 
@@ -210,7 +210,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(run, monkeypa
     monkeypatch.setattr("vit.training.start.Probe", None)  # the head is not fitted once more
     (folder,) = set(whole.folder.parent.iterdir()) - {whole.folder}
     values = yaml.safe_load((folder / "config.yaml").read_text())
-    rest = train(load(values | {"resume": str(folder / "checkpoints" / f"{name}.ckpt")}), [])
+    rest = train(load_config(values | {"resume": str(folder / "checkpoints" / f"{name}.ckpt")}), [])
     assert rest is not None
     assert rest.metrics["penalty"] == whole.metrics["penalty"]
     assert rest.metrics["start"] == whole.metrics["start"]

@@ -1,1 +1,1 @@
-"""The training loop.  The only room that imports lightning."""
+"""Train models.  The only package that imports lightning."""

@@ -1,12 +1,12 @@
-"""From the command line to a checked configuration, with Hydra; shared by training and evaluation.
+"""Turn a command line into a checked configuration, with Hydra; shared by training and evaluation.
 
 Notable:
 - A first argument without "=" is the data to train on, or the model to evaluate (`vit.training.first_argument`).
-- A slip costs under a second and one line: the key, what is allowed, the nearest that would work; exit status 2.
-  Tracebacks are for faults of the program, and for `HYDRA_FULL_ERROR=1`.
-- Hydra writes nothing: no outputs/ folder, no .hydra, no log lines of its own.
-- `--multirun` gives every job a process of its own (`vit.training.sweep`).
-- torch is not imported here, so `--help` and `--cfg job` answer at once.
+- A mistake is reported in under a second, in one line, with exit status 2.  Tracebacks are for bugs and for
+  `HYDRA_FULL_ERROR=1`.
+- Hydra writes no outputs/ folder, no .hydra folder and no log lines.
+- `--multirun` runs each job in a process of its own (`vit.training.sweep`).
+- torch is not imported here, so `--help` and `--cfg job` are fast.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from vit.processors import wait_passively
 from vit.shell import quote_for_hydra
 from vit.signals import Interruption, interruptible
 from vit.training import resume, sweep
-from vit.training.config import CONF, Config, check_model, load
-from vit.training.first_argument import data_overrides
+from vit.training.config import CONF, Config, check_model, load_config
+from vit.training.first_argument import expand_data_argument
 from vit.training.messages import Names, explain
 
 if TYPE_CHECKING:
     from vit.training.run import Call
 
-_FULL = "HYDRA_FULL_ERROR"
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 
 Task = Callable[[dict[str, Any], list[str]], Any]
 FirstArgument = Callable[[str, Sequence[str]], list[str]]
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """Run `python train.py`, or `vit train` where `argv` is given; returns the exit status."""
-    return launch(start_training, "train", Config, argv, first=data_overrides)
+    """Run `python train.py`, or `vit train` if `argv` is given; return the exit status."""
+    return launch(start_training, "train", Config, argv, first=expand_data_argument)
 
 
 def start_training(values: dict[str, Any], overrides: list[str], call: Call | None = None) -> Any:
-    """Check the composed `values` and train; `call` is that of `vit.train`.  Raises `VitError`."""
+    """Check the composed `values` and train; `call` is given by `vit.train`.  Raises `VitError`."""
     if values.get("resume"):
         options.convert("resume", values["resume"], str | None, options.Rule())
         values = resume.configuration(values, overrides)
@@ -59,7 +59,7 @@ def start_training(values: dict[str, Any], overrides: list[str], call: Call | No
         key, _, value = text.lstrip("+").partition("=")
         if key == "data.name":
             raise VitError(f"data.name: comes with the size and channels of its images: write data={value}")
-    config = load(values)
+    config = load_config(values)
     check_model(config)
     from vit.training.run import train
 
@@ -77,49 +77,48 @@ def launch(
     """Compose `conf/<config_name>.yaml` with the overrides in `argv` and give the resolved values to `task`.
 
     Args:
-        task: called with the plain nested values and the overrides as they were written; raises `VitError` for what
-            is the caller's to mend.  Its result may have a `status` for this process to end with, and `metrics` and
-            `folder` for the table of a sweep.
+        task: called with the plain nested values and the overrides as written; raises `VitError` for mistakes of the
+            user.  Its result may have a `status`, the exit status, and `metrics` and `folder` for the table of a sweep.
         config_name: a file in `conf`, and the name of the command.
-        schema: the dataclass whose keys are the ones to suggest for a mistyped one.
-        argv: the arguments; None: those of this process, a script that jobs of a sweep are started by as well.
-        first: what a first argument without "=" stands for, given the choices of the group `data`.
+        schema: the dataclass whose keys are suggested for a mistyped key.
+        argv: the arguments; None: those of this process, whose script also runs the jobs of a sweep.
+        first: expands a first argument without "=", given the choices of the group `data`.
 
     Returns:
-        The exit status: 0; 2 when the call was wrong; 1 for a fault of the program; 130 when interrupted.
+        The exit status: 0; 2 for a mistake of the user; 1 for a bug; 130 when interrupted.
     """
     wait_passively()
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
-    ensure_home()  # before libraries ask for it
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on the CPU
+    ensure_home()  # before libraries read it
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = Names(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
     status = 0
-    with _Errors() as errors:
+    with _ErrorReporter() as errors:
         try:
             with interruptible() as interruption:
-                args = _parse(arguments)
-                flags = _flags(arguments, args.overrides)
-                names.folders = [Path(each) for each in (args.config_path or CONF, args.config_dir) if each]
+                args = _parse_arguments(arguments)
+                flags = _select_flags(arguments, args.overrides)
+                names.folders = [Path(folder) for folder in (args.config_path or CONF, args.config_dir) if folder]
                 if first is not None:
-                    args.overrides[:1] = _first(args.overrides[:1], first, names)
-                if sweep.wanted(args):
+                    args.overrides[:1] = _expand_first(args.overrides[:1], first, names)
+                if sweep.is_multirun(args):
                     program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
                     jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
                     args.overrides.insert(0, f"hydra.sweep.dir={quote_for_hydra(str(jobs.folder))}")
-                session = _Session(task, schema, names, errors, jobs, list(sys.argv), interruption)
+                runner = _JobRunner(task, schema, names, errors, jobs, list(sys.argv), interruption)
                 main = hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-                with _argv([sys.argv[0], *args.overrides, *flags]):
-                    main(session.job)()
-                status = session.status
-        except SystemExit as stop:  # Hydra's way out of --help
+                with _replace_argv([sys.argv[0], *args.overrides, *flags]):
+                    main(runner.run_job)()
+                status = runner.status
+        except SystemExit as stop:  # raised by Hydra after --help
             status = stop.code if isinstance(stop.code, int) else 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             status = 130
-        except BrokenPipeError:  # `--cfg job | head`: nobody reads on, and nothing is wrong
+        except BrokenPipeError:  # `--cfg job | head`: the reader stopped, which is no error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 141  # as the signal SIGPIPE has it
+            status = 141  # as after the signal SIGPIPE
         except Exception as error:
             status = errors.report(error, names, composing=True)
     if jobs is None:
@@ -130,15 +129,15 @@ def launch(
     return status or failed
 
 
-class _Session:
-    """What Hydra calls for each job."""
+class _JobRunner:
+    """Run the jobs that Hydra composes."""
 
     def __init__(
         self,
         task: Task,
         schema: type,
         names: Names,
-        errors: _Errors,
+        errors: _ErrorReporter,
         jobs: sweep.Sweep | None,
         argv: Sequence[str],
         interruption: Interruption,
@@ -147,22 +146,22 @@ class _Session:
         self.argv, self.interruption = argv, interruption
         self.status = 0
 
-    def job(self, composed: DictConfig) -> float | None:
-        """Run one job, or hand it to a process of its own; what it raises is reported here, not by Hydra."""
+    def run_job(self, composed: DictConfig) -> float | None:
+        """Run one job here or in a process of its own; errors are reported here, not by Hydra."""
         composing = True
-        # Lightning starts the other processes of a distributed run by the arguments of this one
-        with self.errors.of_the_program(), _argv(self.argv):
+        # Lightning starts the other processes of a distributed run with the arguments of this one
+        with self.errors.restore_user_variable(), _replace_argv(self.argv):
             try:
                 settings = HydraConfig.get()
-                # not resolved: an interpolation among them is resolved where it stands in the configuration
+                # not resolved: interpolations are resolved as part of the configuration
                 overrides = [str(text) for text in OmegaConf.to_container(settings.overrides.task) or ()]
                 if self.jobs is not None:
                     return self.jobs.run(overrides, int(settings.job.num), OmegaConf.select(composed, "monitor"))
-                values = resolve(composed)
+                values = resolve_config(composed)
                 composing = False
                 self.interruption.check()
                 result = self.task(options.expand_paths(self.schema, values), overrides)
-                sweep.report(result)
+                sweep.write_job_result(result)
                 self.status = getattr(result, "status", 0)
             except Exception as error:
                 self.interruption.check()
@@ -170,58 +169,59 @@ class _Session:
         return None
 
 
-class _Errors:
-    """Who prints errors: this module, never Hydra; as tracebacks where the user has set HYDRA_FULL_ERROR=1.
+class _ErrorReporter:
+    """Print errors in place of Hydra; as tracebacks if the user has set HYDRA_FULL_ERROR=1.
 
-    Hydra prints an error and exits with status 1 unless that variable is set; so it is set while Hydra works, and is
-    as the user had it while the program does.
+    Unless that variable is set, Hydra prints errors itself and exits with status 1.  So it is set while Hydra runs, and
+    has the user's value while the task runs.
     """
 
-    def __enter__(self) -> _Errors:
-        self.users = os.environ.get(_FULL)
-        os.environ[_FULL] = "1"
+    def __enter__(self) -> _ErrorReporter:
+        self.user_value = os.environ.get(_FULL_ERROR)
+        os.environ[_FULL_ERROR] = "1"
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._restore()
 
     def _restore(self) -> None:
-        if self.users is None:
-            os.environ.pop(_FULL, None)
+        if self.user_value is None:
+            os.environ.pop(_FULL_ERROR, None)
         else:
-            os.environ[_FULL] = self.users
+            os.environ[_FULL_ERROR] = self.user_value
 
     @contextlib.contextmanager
-    def of_the_program(self) -> Iterator[None]:
+    def restore_user_variable(self) -> Iterator[None]:
+        """Give HYDRA_FULL_ERROR the user's value in the body."""
         self._restore()
         try:
             yield
         finally:
-            os.environ[_FULL] = "1"
+            os.environ[_FULL_ERROR] = "1"
 
     def report(self, error: Exception, names: Names, *, composing: bool = False) -> int:
-        """Print `error` as one line, or its traceback for a fault of the program; returns the exit status."""
+        """Print `error` as one line, or its traceback for a bug; return the exit status."""
         line = explain(error, names, composing=composing)
         if line is not None:
             line = one_line(line)
-        if line is None or self.users == "1":
+        if line is None or self.user_value == "1":
             traceback.print_exception(error)
         else:
             rank = os.environ.get("LOCAL_RANK", "0")
             print(f"[process {rank}] {line}" if rank != "0" else line, file=sys.stderr, flush=True)
-        sweep.report(None, line or f"{type(error).__name__}: {error}")
+        sweep.write_job_result(None, line or f"{type(error).__name__}: {error}")
         return 1 if line is None else getattr(error, "status", 2)
 
 
-def resolve(composed: DictConfig) -> dict[str, Any]:
-    """The composed configuration as plain nested values, interpolations filled in."""
+def resolve_config(composed: DictConfig) -> dict[str, Any]:
+    """Convert the composed configuration to plain nested values, with interpolations resolved."""
     values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Hydra's own parser, with a line instead of its usage for what it does not know."""
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parse arguments with Hydra's parser, but report errors in one line instead of its usage."""
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -237,8 +237,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _first(overrides: Sequence[str], first: FirstArgument, names: Names) -> list[str]:
-    """Return what the first override stands for, where it has no key."""
+def _expand_first(overrides: Sequence[str], first: FirstArgument, names: Names) -> list[str]:
+    """Replace the first override by what it stands for, if it has no key."""
     if not overrides or overrides[0].startswith("~") or "=" in overrides[0]:
         return list(overrides)
     if overrides[0] in names.all:
@@ -246,8 +246,8 @@ def _first(overrides: Sequence[str], first: FirstArgument, names: Names) -> list
     return first(overrides[0], names.groups.get("data", []))
 
 
-def _flags(arguments: list[str], overrides: list[str]) -> list[str]:
-    """The arguments that are no overrides: argparse does not take those on both sides of -m, people do."""
+def _select_flags(arguments: list[str], overrides: list[str]) -> list[str]:
+    """Return the arguments that are no overrides; argparse accepts overrides only on one side of -m."""
     rest, flags = list(overrides), []
     for text in arguments:
         if rest and text == rest[0]:
@@ -258,24 +258,24 @@ def _flags(arguments: list[str], overrides: list[str]) -> list[str]:
 
 
 def _sweep_folder(args: argparse.Namespace, config_name: str) -> Path:
-    """Where the results of a sweep go: what `hydra.sweep.dir` comes to with this `run.root`.
+    """Return the folder of a sweep's results: `hydra.sweep.dir`, resolved with the given `run.root`.
 
-    Hydra composes a sweep's own configuration without the overrides of its jobs, so `run.root` would be lost.
+    Hydra composes the configuration of a sweep without the overrides of its jobs, so `run.root` would be lost.
     """
-    first = [text for text in args.overrides if text.startswith("hydra.") and not text.startswith("hydra.mode")]
+    hydra_overrides = [t for t in args.overrides if t.startswith("hydra.") and not t.startswith("hydra.mode")]
     root = [text for text in args.overrides if text.startswith("run.root=") and "," not in text]
     folder = str(args.config_path or CONF)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=os.path.abspath(folder)):
-        composed = hydra.compose(args.config_name or config_name, [*first, *root], return_hydra_config=True)
+        composed = hydra.compose(args.config_name or config_name, [*hydra_overrides, *root], return_hydra_config=True)
     return Path(options.expand_path(composed.hydra.sweep.dir))
 
 
 @contextlib.contextmanager
-def _argv(arguments: Sequence[str]) -> Iterator[None]:
-    """Make these the `sys.argv` of this process, where Hydra and Lightning read theirs."""
-    before = sys.argv
+def _replace_argv(arguments: Sequence[str]) -> Iterator[None]:
+    """Set `sys.argv`, from which Hydra and Lightning read, in the body."""
+    original = sys.argv
     sys.argv = list(arguments)
     try:
         yield
     finally:
-        sys.argv = before
+        sys.argv = original

@@ -1,7 +1,7 @@
-"""What depends on the images and on the time there is, decided once both are known: augmentation and epochs.
+"""Choose the augmentation and the number of epochs from the number of images and the time budget.
 
-For fine-tuning (`augment=auto`, `trainer.max_epochs=auto`).  The rules are stated here, said in the log with what they
-came to, and overridden by any choice that is typed.
+For fine-tuning (`augment=auto`, `trainer.max_epochs=auto`).  The rules and their results are logged.  Settings of the
+user take precedence.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ import yaml
 from vit.data.augment_config import AugmentConfig
 from vit.data.dataset import ImageData
 from vit.processors import available
-from vit.training.config import CONF, Config, check
+from vit.training.config import CONF, Config, check_config
 
 log = logging.getLogger("vit")
 
-IMAGES = ((50, "gentle"), (500, "medium"), (math.inf, "deit"))
-"""Training images a class, up to which number (that one not included), and the file of conf/augment that suits them."""
+AUGMENT_BY_IMAGES = ((50, "gentle"), (500, "medium"), (math.inf, "deit"))
+"""Upper limits (exclusive) of training images per class, each with the file of conf/augment to use."""
 
-PASSES = ((30, "mild"), (100, "medium"), (math.inf, "deit"))
-"""The same for passes over the images: in few of them, images made harder are learned less well, not better."""
+AUGMENT_BY_PASSES = ((30, "mild"), (100, "medium"), (math.inf, "deit"))
+"""The same for passes over the images: in few passes, strong augmentation makes the result worse."""
 
-CORE, GPU = 50e9, 50e12
-"""Operations of training a second, roughly, of a CPU's core and of a GPU."""
+CPU_CORE_FLOPS, GPU_FLOPS = 50e9, 50e12
+"""Approximate training FLOPs per second of a CPU core and of a GPU."""
 
-_ORDER = ("gentle", "mild", "medium", "deit")
-_ROOT_EPOCHS, _LEAST, _MOST = 900, 5, 100
+_WEAKEST_FIRST = ("gentle", "mild", "medium", "deit")
+_EPOCH_SCALE, _MIN_EPOCHS, _MAX_EPOCHS = 900, 5, 100
 
 
-def suited_augment(images: int, classes: int, passes: float = math.inf) -> str:
-    """The file of conf/augment for so many training images of so many classes and passes over them: the weaker one."""
-    each = images / max(1, classes)
-    found = (next(name for limit, name in rule if n < limit or limit == math.inf)
-             for rule, n in ((IMAGES, each), (PASSES, passes)))  # fmt: skip
-    return min(found, key=_ORDER.index)
+def auto_augment(images: int, classes: int, passes: float = math.inf) -> str:
+    """Choose a file of conf/augment by images per class and by passes over the images; the weaker one is used."""
+    per_class = images / max(1, classes)
+    names = (next(name for limit, name in rule if n < limit or limit == math.inf)
+             for rule, n in ((AUGMENT_BY_IMAGES, per_class), (AUGMENT_BY_PASSES, passes)))  # fmt: skip
+    return min(names, key=_WEAKEST_FIRST.index)
 
 
 def auto_epochs(images: int) -> int:
-    """Epochs to fine-tune for: 900 / sqrt(images), from 5 to 100, so that steps grow with the root of the images."""
-    return min(_MOST, max(_LEAST, round(_ROOT_EPOCHS / math.sqrt(max(1, images)))))
+    """Return the epochs to fine-tune for: 900 / sqrt(images), from 5 to 100; steps grow with the root of the images."""
+    return min(_MAX_EPOCHS, max(_MIN_EPOCHS, round(_EPOCH_SCALE / math.sqrt(max(1, images)))))
 
 
-def passes_over(config: Config, images: int, classes: int) -> float:
-    """How often training can go over so many images within its budgets, of which `max_epochs` is a number by now.
+def estimate_passes(config: Config, images: int, classes: int) -> float:
+    """Estimate the passes over the images that the budgets allow; `max_epochs` must be a number by now.
 
-    Of a time by the model's operations and `CORE` or `GPU`, not by a clock: the same recipe on a busy machine, and in
-    every process.
+    A time limit is converted with the model's FLOPs and `CPU_CORE_FLOPS` or `GPU_FLOPS`, not measured, so that every
+    process, also on a busy machine, gets the same result.
     """
-    t, found = config.trainer, [float(config.trainer.epochs or math.inf)]
+    t, passes = config.trainer, [float(config.trainer.epochs or math.inf)]
     if t.max_steps is not None:
-        found.append(t.max_steps * config.data.batch_size * config.optim.accumulate / max(1, images))
+        passes.append(t.max_steps * config.data.batch_size * config.optim.accumulate / max(1, images))
     if t.max_seconds is not None:
         import torch
 
@@ -63,17 +63,22 @@ def passes_over(config: Config, images: int, classes: int) -> float:
         from vit.model.cost import flops
 
         with torch.device("meta"):
-            each = 3 * flops(VisionTransformer(**config.model.arguments(max(2, classes))).architecture)
+            flops_per_image = 3 * flops(VisionTransformer(**config.model.arguments(max(2, classes))).architecture)
         gpus = torch.cuda.device_count() if t.accelerator != "cpu" else 0
-        pace = GPU * (min(gpus, t.devices) if isinstance(t.devices, int) else gpus) if gpus else CORE * available()
-        found.append(t.max_seconds * pace * t.num_nodes / each / max(1, images))
-    return min(found)
+        flops_per_second = (
+            GPU_FLOPS * (min(gpus, t.devices) if isinstance(t.devices, int) else gpus)
+            if gpus
+            else CPU_CORE_FLOPS * available()
+        )
+        passes.append(t.max_seconds * flops_per_second * t.num_nodes / flops_per_image / max(1, images))
+    return min(passes)
 
 
 def resolve_auto(config: Config, data: ImageData, overrides: Sequence[str]) -> Config:
-    """The configuration with what is "auto" in it decided for `data`; keys of `augment` that were typed stay.
+    """Replace "auto" in the configuration by the values for `data`; keys of `augment` that the user set stay.
 
-    Raises `VitError` when what was chosen contradicts the rest.
+    Raises:
+        VitError: the chosen values contradict other settings.
     """
     images, classes = len(data.splits["train"]), len(data.class_names)
     changed = config
@@ -82,40 +87,40 @@ def resolve_auto(config: Config, data: ImageData, overrides: Sequence[str]) -> C
         changed = dataclasses.replace(changed, trainer=dataclasses.replace(changed.trainer, max_epochs=epochs))
         log.info("trainer.max_epochs=auto: %d, for %d training images (900 / sqrt(images), 5 to 100)", epochs, images)
     if config.augment.name == "auto":
-        passes = passes_over(changed, images, classes)
-        name = suited_augment(images, classes, passes)
-        chosen, kept = _file(name), _kept(config.augment, overrides)
-        chosen = {key: value for key, value in chosen.items() if key != "defaults"} | kept
+        passes = estimate_passes(changed, images, classes)
+        name = auto_augment(images, classes, passes)
+        chosen, user = _read_augment(name), _user_settings(config.augment, overrides)
+        chosen = {key: value for key, value in chosen.items() if key != "defaults"} | user
         changed = dataclasses.replace(changed, augment=AugmentConfig(**chosen))
         log.info(
             "augment=auto: %s, the weaker of what suits %d training images a class (%s) and %.3g passes (%s)%s",
             name,
             round(images / max(1, classes)),
-            _rule(IMAGES),
+            _format_rule(AUGMENT_BY_IMAGES),
             passes,
-            _rule(PASSES),
-            f"; as typed: {', '.join(sorted(kept))}" if kept else "",
+            _format_rule(AUGMENT_BY_PASSES),
+            f"; as typed: {', '.join(sorted(user))}" if user else "",
         )
     if changed is not config:
-        check(changed)
+        check_config(changed)
     return changed
 
 
-def _file(name: str) -> dict[str, Any]:
+def _read_augment(name: str) -> dict[str, Any]:
     return yaml.safe_load((CONF / "augment" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def _kept(augment: AugmentConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """Keys that a person has set: typed, or in an experiment other than `augment=none` has them."""
+def _user_settings(augment: AugmentConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the keys that the user set: as overrides, or in an experiment to other values than `augment=none`."""
     typed = {text.lstrip("+").partition("=")[0] for text in overrides}
-    plain = AugmentConfig(**_file("none"))
+    default = AugmentConfig(**_read_augment("none"))
     return {
         key: value
         for key, value in vars(augment).items()
-        if key != "name" and (f"augment.{key}" in typed or value != getattr(plain, key))
+        if key != "name" and (f"augment.{key}" in typed or value != getattr(default, key))
     }
 
 
-def _rule(rule: Sequence[tuple[float, str]]) -> str:
+def _format_rule(rule: Sequence[tuple[float, str]]) -> str:
     parts = [f"{name} under {limit:g}" for limit, name in rule if limit < math.inf]
     return f"{', '.join(parts)}, else {rule[-1][1]}"

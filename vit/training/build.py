@@ -1,4 +1,4 @@
-"""What a run trains, made from its configuration: the model, the augmentation, the module; and `tune=true`."""
+"""Build the model, the augmentation and the training module from the configuration; apply `tune=true`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger("vit")
 
 
 def build_model(config: Config, data: ImageData) -> VisionTransformer:
-    """The model of `config` for the classes of `data` as it starts: with new weights, or somebody's.
+    """Build the model of `config` for the classes of `data`, with new or pretrained weights.
 
-    A run that is resumed gets its weights from its checkpoint.
+    A resumed run gets its weights from its checkpoint later.
     """
     if config.model.name is not None and not config.resume:
         model = pretrained_model(config, data)
@@ -46,7 +46,7 @@ def build_model(config: Config, data: ImageData) -> VisionTransformer:
 
 
 def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing) -> BatchAugment:
-    """The augmentation of `config` for the classes of `data`."""
+    """Build the augmentation of `config` for the classes of `data`."""
     return BatchAugment(
         config.augment,
         num_classes=len(data.class_names),
@@ -58,23 +58,23 @@ def build_augment(config: Config, data: ImageData, preprocessing: Preprocessing)
 
 
 def optimizer_options(config: Config) -> dict[str, Any]:
-    """What `build_optimizer` takes, beside the model."""
+    """Return the keyword arguments of `build_optimizer`."""
     keys = ("name", "lr", "matrix_lr", "weight_decay", "momentum", "betas", "layer_decay", "head_lr")
     return {key: getattr(config.optim, key) for key in keys}
 
 
 def build_module(config: Config, data: ImageData, model: VisionTransformer, description: Description) -> TrainingModule:
-    """Everything that a step of training needs, in one Lightning module."""
+    """Build the Lightning module with everything that a training step needs."""
     preprocessing, splits = description.preprocessing, data.splits
     validates = len(splits["val"]) > 0
     freezing = Freezing(model, freeze=config.finetune.freeze, unfreeze=config.finetune.unfreeze)
-    if (count := num_trainable(model)) < (whole := sum(p.numel() for p in model.parameters())):
-        log.info("%s of %s parameters learn", f"{count:,}", f"{whole:,}")
+    if (count := num_trainable(model)) < (total := sum(p.numel() for p in model.parameters())):
+        log.info("%s of %s parameters learn", f"{count:,}", f"{total:,}")
     d, distillation = config.distill, None
     if d.teacher is not None:
         teacher = Teacher(d.teacher, data.class_names, preprocessing)
         distillation = Distillation(teacher, kind=d.kind, alpha=d.alpha, temperature=d.temperature)
-    halves = Halves.suited_to(config, model)
+    halves = Halves.create_for_run(config, model)
     if halves is not None and halves.threads > 1:
         log.info("each half of a batch is computed by a thread of its own")
     return TrainingModule(
@@ -98,8 +98,8 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
     )
 
 
-def tuned(config: Config, data: ImageData, model: VisionTransformer, preprocessing: Preprocessing) -> Config:
-    """The configuration with the batch size and learning rates that `tune` finds."""
+def tune_config(config: Config, data: ImageData, model: VisionTransformer, preprocessing: Preprocessing) -> Config:
+    """Replace the batch size and the learning rates in the configuration by those that `tune` finds."""
     split, optim = data.splits["train"], config.optim
     processes = config.trainer.num_nodes * (config.trainer.devices if isinstance(config.trainer.devices, int) else 1)
     if processes > 1 or config.trainer.strategy != "auto":
@@ -107,14 +107,14 @@ def tuned(config: Config, data: ImageData, model: VisionTransformer, preprocessi
     device = torch.device(device_kind(config.trainer.accelerator))
     augment = build_augment(config, data, preprocessing)
 
-    def loader_of(batch_size: int) -> TrainLoader:
+    def make_loader(batch_size: int) -> TrainLoader:
         sized = dataclasses.replace(config.data, batch_size=batch_size)
         return train_loader(split, preprocessing, sized, config.augment, seed=config.seed, device=device)
 
     batch_size, factor = tune(
         model=model,
         optimizer=functools.partial(build_optimizer, **optimizer_options(config)),
-        loader_of=loader_of,
+        make_loader=make_loader,
         prepare=lambda batch: augment(batch.images, batch.labels, batch.index, 0),
         device=device,
         batch_size=config.data.batch_size,

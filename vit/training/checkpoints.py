@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read as weights only, describing themselves."""
+"""Write checkpoints atomically, with a description of the model, and choose the best one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from vit.files import atomic_write, explain_failed_write
 from vit.inference.description import Description
 
 
-def save(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint of plain containers and tensors; on a full disk the file of that name stays as it was.
+def save_checkpoint(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint of plain containers and tensors; on a full disk an existing file stays unchanged.
 
-    Raises `CannotWrite`.
+    Raises:
+        CannotWrite: the file cannot be written.
     """
     with atomic_write(path) as part:
         try:
@@ -29,44 +30,44 @@ def save(path: str | os.PathLike[str], checkpoint: dict[str, Any]) -> None:
             raise explain_failed_write(part, path, str(error).splitlines()[0]) from error
 
 
-def describe(path: str | os.PathLike[str], description: Description) -> None:
-    """Put a new description (temperature, figures) into a checkpoint that `save` wrote."""
+def update_description(path: str | os.PathLike[str], description: Description) -> None:
+    """Put a new description (temperature, metrics) into a checkpoint."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     checkpoint["vit"] = checkpoint["vit"] | description.to_dict()
-    save(path, checkpoint)
+    save_checkpoint(path, checkpoint)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's file access through `save`."""
+    """Write Lightning's checkpoints with the function `save_checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        save(path, checkpoint)
+        save_checkpoint(path, checkpoint)
 
 
-def rank(figures: Mapping[str, float], monitor: str) -> tuple[float, float]:
-    """What a validation is ordered by, larger being better: `monitor`, then of equal ones the other figure.
+def ranking_key(metrics: Mapping[str, float], monitor: str) -> tuple[float, float]:
+    """Return a sort key for validation metrics, larger is better: `monitor`, then the other metric.
 
-    Of equal accuracies the lower loss is better, of equal losses the higher accuracy.  NaN is worse than anything.
+    Ties in accuracy go to the lower loss, ties in loss to the higher accuracy.  NaN is the worst value.
     """
-    order = [figures.get("val/top1", math.nan), -figures.get("val/loss", math.nan)]
-    first, second = (-math.inf if math.isnan(value) else value for value in order)
+    values = [metrics.get("val/top1", math.nan), -metrics.get("val/loss", math.nan)]
+    first, second = (-math.inf if math.isnan(value) else value for value in values)
     return (second, first) if monitor == "val/loss" else (first, second)
 
 
 class Checkpoints(Checkpoint):
-    """Write `last.ckpt` after every validation, `best.ckpt` where it was the best so far, and stop when none is.
+    """Write `last.ckpt` after each validation and `best.ckpt` after the best one; stop early.
 
-    Of two that are equal in both figures the earlier one stays.  Without validation data both files are the latest.
-    No path is part of the state, so a run folder can be moved.
+    Ties go to the earlier checkpoint.  Without validation data both files are the latest.  The state holds no path, so
+    a run folder can be moved.
 
-    Args
-        folder: of the two files.
-        monitor: what decides, "val/top1" or "val/loss"; None: there is no validation data.
+    Args:
+        folder: folder of the two files.
+        monitor: metric to compare, "val/top1" or "val/loss"; None: there is no validation data.
         patience: stop after this many validations in a row without a better `monitor`; None: never.
 
-    Attributes
-        best: the figures of `best.ckpt`; empty before there is one.
-        since: validations since `monitor` was better than before.
+    Attributes:
+        best: metrics of `best.ckpt`; empty before there is one.
+        since: validations since `monitor` last improved.
     """
 
     def __init__(self, folder: Path, monitor: str | None, patience: int | None = None) -> None:
@@ -83,7 +84,7 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for key, state in checkpoint["callbacks"].items():
-            if key.startswith("Checkpoints("):  # perhaps of another monitor
+            if key.startswith("Checkpoints("):  # the monitor may have changed
                 self.best, self.since = dict(state["best"]), state["since"]
             elif key.startswith("ModelCheckpoint") and state["monitor"] == self.monitor is not None:  # version 0.1
                 self.best = {self.monitor: float(state["best_model_score"])}
@@ -91,29 +92,29 @@ class Checkpoints(Checkpoint):
                 self.since = state["wait_count"]
         if not trainer.strategy.broadcast((self.folder / "best.ckpt").is_file()):
             self.best = {}
-        if self._patient_enough():
+        if self._patience_exhausted():
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor is None:
             return
-        figures = {key: float(trainer.callback_metrics[key]) for key in ("val/top1", "val/loss")}
-        now, before = rank(figures, self.monitor), rank({**figures, **self.best}, self.monitor)
-        # all processes take part in saving, or none
-        better, gained = trainer.strategy.broadcast(
-            (not self.best or now > before, not self.best or now[0] > before[0])
+        metrics = {key: float(trainer.callback_metrics[key]) for key in ("val/top1", "val/loss")}
+        current, previous = ranking_key(metrics, self.monitor), ranking_key({**metrics, **self.best}, self.monitor)
+        # all processes must take part in saving
+        better, improved = trainer.strategy.broadcast(
+            (not self.best or current > previous, not self.best or current[0] > previous[0])
         )
-        self.since = 0 if gained else self.since + 1
+        self.since = 0 if improved else self.since + 1
         if better:
-            self.best = figures
-        trainer.should_stop = trainer.should_stop or self._patient_enough()
+            self.best = metrics
+        trainer.should_stop = trainer.should_stop or self._patience_exhausted()
         self._save(trainer, better)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.monitor is None:
             self._save(trainer, True)
 
-    def _patient_enough(self) -> bool:
+    def _patience_exhausted(self) -> bool:
         return self.patience is not None and self.since >= self.patience
 
     def _save(self, trainer: L.Trainer, best: bool) -> None:

@@ -1,13 +1,13 @@
-"""Every decision of a training run, as one typed object.
+"""Define and check the configuration of a training run.
 
 Notable:
-- `conf/*.yaml` compose to exactly these keys and hold their defaults; a field's type, help, choices and limits are said
-  once, in `vit.training.sections` (for data and augmentation, in `vit.data`), and serve checks, messages and
-  `docs/configuration.md`.
-- `load` checks names, types and values in a few milliseconds, without torch, so that a slip is reported at once; only
-  then are pretrained weights looked at, for what the configuration leaves to them (`vit.training.pretrained`).
-- `check` finds what contradicts itself between keys, before any data is touched; the model's own checks are used by
-  building it on the meta device, where it takes no memory.
+- `conf/*.yaml` compose to exactly these keys and hold their defaults.  Type, help, choices and limits of a key are
+  declared once, in `vit.training.sections` (for data and augmentation, in `vit.data`); checks, messages and
+  `docs/configuration.md` use them.
+- `load_config` checks names, types and values in a few milliseconds, without torch.  Only then does it read pretrained
+  weights, to fill in what the configuration leaves open (`vit.training.pretrained`).
+- `check_config` finds contradictions between keys before any data is read.  `check_model` builds the model on the meta
+  device, where it takes no memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / 
 
 @dataclass(frozen=True)
 class Config:
-    """One training run."""
+    """Hold all settings of a training run."""
 
     data: DataConfig
     augment: AugmentConfig
@@ -71,16 +71,16 @@ class Config:
     monitor: str = setting("what decides which checkpoint is best", choices=("val/top1", "val/loss"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The nested fields as plain JSON types."""
-        return _plain(asdict(self))
+        """Convert the nested fields to plain JSON types."""
+        return _to_plain(asdict(self))
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation.
+    """Hold all settings of an evaluation.
 
-    `data` holds only the keys that were given: with a `name` among them it is another data set, else the one that the
-    model was trained on, perhaps in another place.
+    `data` holds only the given keys.  With a `name` it is another data set, else the one that the model was trained on,
+    perhaps in another folder.
     """
 
     checkpoint: str = setting("the model: a run folder, a .ckpt, a bundle folder or an .onnx", path=True)
@@ -94,31 +94,31 @@ class EvalConfig:
     faithfulness_images: int = option(256, "on how many images", ge=2)
 
 
-def load(values: Mapping[str, Any]) -> Config:
-    """A checked `Config` of nested plain values.  Raises `VitError` naming the key.
+def load_config(values: Mapping[str, Any]) -> Config:
+    """Build and check a `Config` from nested plain values.  Raises `VitError` naming the key.
 
-    Imports no torch, except to look at pretrained weights for what `values` leaves to them.
+    Imports torch only to read pretrained weights, where `values` leave keys open.
     """
     for group in ("experiment", "debug"):
         if group in values:
             raise VitError(f"{group}: a file of conf/{group} has to begin with the line '# @package _global_'")
     if pretrained.left_open(values):
-        options.build(Config, pretrained.placeholders(values))  # a slip is reported before any weights are looked at
+        options.build(Config, pretrained.placeholders(values))  # report mistakes before reading weights
         values = pretrained.filled(values)
     config = options.build(Config, values)
-    check(config)
+    check_config(config)
     return config
 
 
-def load_eval(values: Mapping[str, Any]) -> EvalConfig:
-    """A checked `EvalConfig` of nested plain values.  Raises `VitError` naming the key; imports no torch."""
+def load_eval_config(values: Mapping[str, Any]) -> EvalConfig:
+    """Build and check an `EvalConfig` from nested plain values, without torch.  Raises `VitError` naming the key."""
     return options.build(EvalConfig, values)
 
 
-def check(config: Config) -> None:
-    """Raise `VitError` on the first contradiction between keys that is known without data or torch."""
+def check_config(config: Config) -> None:
+    """Raise `VitError` for the first contradiction between keys that can be found without data and torch."""
     trainer, schedule = config.trainer, config.schedule
-    _follow_data(config)
+    _check_model_follows_data(config)
     _check_weights(config)
     if config.data.cache and str(config.data.resident).lower() == "true":
         raise VitError("data.cache=true and data.resident=true both keep decoded images: leave one of them out")
@@ -138,7 +138,7 @@ def check(config: Config) -> None:
         if isinstance(value, float) and value > 1:
             raise VitError(f"trainer.{name}: expected a whole number of batches or a share of at most 1, got {value:g}")
     processes = trainer.num_nodes * (trainer.devices if isinstance(trainer.devices, int) else 1)
-    _share_batch(config, processes)
+    _check_batch_divides(config, processes)
     if trainer.strategy == "fsdp" and trainer.accelerator == "cpu":
         raise VitError("trainer.strategy=fsdp shards a model over GPUs: on CPUs use trainer=ddp_cpu or trainer=cpu")
     if trainer.strategy == "fsdp" and config.optim.name == "muon":
@@ -151,7 +151,7 @@ def check(config: Config) -> None:
         raise VitError("schedule.final has no effect with schedule.cooldown=0: set schedule.cooldown, such as 0.2")
 
 
-def _follow_data(config: Config) -> None:
+def _check_model_follows_data(config: Config) -> None:
     model, data = config.model, config.data
     size = model.image_size if isinstance(model.image_size, tuple) else (model.image_size, model.image_size)
     pairs = (
@@ -168,7 +168,7 @@ def _follow_data(config: Config) -> None:
 
 
 def _check_weights(config: Config) -> None:
-    """What only goes with pretrained weights, and what of it does not go together."""
+    """Check the settings that need pretrained weights, and which of them exclude each other."""
     m, lora, finetune = config.model, config.lora, config.finetune
     if m.name is not None and m.size is not None:
         raise VitError(pretrained.another_model(m.name, m.size))
@@ -178,8 +178,8 @@ def _check_weights(config: Config) -> None:
               if getattr(finetune, key)]  # fmt: skip
     probed = ["finetune.head=probe"] if finetune.head == "probe" else []
     if m.name is None and (frozen or probed or lora.rank is not None):
-        what = [*frozen, *probed, f"lora.rank={lora.rank}"][0]
-        raise VitError(f"{what}: only weights that have learned something are worth keeping: use model=pretrained")
+        first = [*frozen, *probed, f"lora.rank={lora.rank}"][0]
+        raise VitError(f"{first}: only weights that have learned something are worth keeping: use model=pretrained")
     if frozen and lora.rank is not None:
         raise VitError(
             f"{frozen[0]}: with lora.rank={lora.rank} all matrices are frozen anyway: leave out one of the two"
@@ -191,17 +191,26 @@ def _check_weights(config: Config) -> None:
     if finetune.unfreeze and config.trainer.strategy == "fsdp":
         raise VitError("finetune.unfreeze changes what learns, which trainer=fsdp fixes at the start: use trainer=ddp")
     if config.method == "linear_probe":
-        never = {"resume": config.resume, "tune": config.tune, "lora.rank": lora.rank, "ema.decay": config.ema.decay}
-        never |= {"distill.teacher": config.distill.teacher}
-        useless = [*frozen, *probed, *(f"{key}={options.format_value(value)}" for key, value in never.items() if value)]
-        if useless:
-            raise VitError(f"{useless[0]}: with method=linear_probe nothing but a linear head is fitted: leave it out")
+        unsupported = {
+            "resume": config.resume,
+            "tune": config.tune,
+            "lora.rank": lora.rank,
+            "ema.decay": config.ema.decay,
+        }
+        unsupported |= {"distill.teacher": config.distill.teacher}
+        ignored = [
+            *frozen,
+            *probed,
+            *(f"{key}={options.format_value(value)}" for key, value in unsupported.items() if value),
+        ]
+        if ignored:
+            raise VitError(f"{ignored[0]}: with method=linear_probe nothing but a linear head is fitted: leave it out")
         if config.trainer.num_nodes > 1 or (isinstance(config.trainer.devices, int) and config.trainer.devices > 1):
             raise VitError("method=linear_probe takes one process: set trainer.devices=1, or trainer=auto")
 
 
-def _share_batch(config: Config, processes: int) -> None:
-    paired = config.augment.mixes and processes > 1  # neighbours in a batch mix, so a process needs both of a pair
+def _check_batch_divides(config: Config, processes: int) -> None:
+    paired = config.augment.mixes and processes > 1  # neighbours in a batch are mixed, so a process needs whole pairs
     unit, size = processes * (2 if paired else 1), config.data.batch_size
     if size % unit:
         parts = "even parts (mixup and cutmix mix neighbours)" if paired else "equal parts"
@@ -213,10 +222,10 @@ def _share_batch(config: Config, processes: int) -> None:
 
 
 def check_model(config: Config, num_classes: int | None = None) -> None:
-    """Raise `VitError` where the model, its augmentation or the hardware cannot be.
+    """Raise `VitError` if the model, the augmentation or the hardware is impossible.
 
-    The model is built on the meta device, where it takes no memory.  Without `num_classes`, which only the data knows,
-    what depends on them is left for later.  Imports torch.
+    The model is built on the meta device, where it takes no memory.  Without `num_classes`, checks that need it are skipped.
+    Imports torch.
     """
     import torch
 
@@ -230,25 +239,26 @@ def check_model(config: Config, num_classes: int | None = None) -> None:
         raise VitError("trainer: a Mac's GPU trains in one process: use trainer=mps, or trainer=ddp_cpu for several")
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     if trainer.devices == "auto" and gpus > 1:
-        _share_batch(config, gpus * trainer.num_nodes)
+        _check_batch_divides(config, gpus * trainer.num_nodes)
 
 
 def device_kind(accelerator: str) -> str:
-    """Return what `trainer.accelerator` comes to on this machine: "cuda", "mps" (a Mac's GPU) or "cpu".
+    """Resolve `trainer.accelerator` on this machine to "cuda", "mps" (a Mac's GPU) or "cpu".  Imports torch.
 
-    Raises `VitError` when it is not here.  Imports torch.
+    Raises:
+        VitError: the machine does not have it.
     """
     import torch
 
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}.get(accelerator, (accelerator,))
-    for kind in wanted:
-        if here[kind]:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kinds = {"auto": ("cuda", "mps", "cpu"), "gpu": ("cuda", "mps")}.get(accelerator, (accelerator,))
+    for kind in kinds:
+        if available[kind]:
             return kind
     raise VitError(f"trainer.accelerator={accelerator}: torch finds no GPU here; use trainer=cpu, or trainer=auto")
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Which devices, how many processes, what precision."""
+"""Build Lightning's trainer: devices, processes, precision."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vit.training.config import Config, device_kind
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def precision_for(wanted: str, cuda: bool) -> str:
-    """Lightning's name for a precision; "auto" is bfloat16 on GPUs of NVIDIA's that have it, else float32.
+def resolve_precision(precision: str, cuda: bool) -> str:
+    """Return Lightning's name for a precision; "auto" is bfloat16 on NVIDIA GPUs that have it, else float32.
 
-    bfloat16 keeps float32's range, so it needs no loss scaling.  CPUs without the instructions emulate it, slowly.
+    bfloat16 has the range of float32, so it needs no loss scaling.  Most CPUs emulate it, which is slow.
     """
-    if wanted != "auto":
-        return PRECISIONS[str(wanted)]
+    if precision != "auto":
+        return PRECISIONS[str(precision)]
     if not cuda:
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    """Make Lightning's trainer.  Raises `VitError` for devices that are not there."""
+    """Build Lightning's trainer.  Raises `VitError` for missing devices."""
     t = config.trainer
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning", message=".*does not have many workers.*")
@@ -56,7 +56,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
             devices=t.devices,
             num_nodes=t.num_nodes,
             strategy=_strategy(config, cuda),
-            precision=precision_for(t.precision, cuda),  # type: ignore[arg-type]
+            precision=resolve_precision(t.precision, cuda),  # type: ignore[arg-type]
             max_epochs=-1 if t.epochs is None else t.epochs,
             check_val_every_n_epoch=t.validate_every,
             limit_train_batches=t.limit_train_batches,
@@ -82,7 +82,7 @@ def _strategy(config: Config, cuda: bool) -> str | Strategy:
     devices = t.devices if isinstance(t.devices, int) else max(1, torch.cuda.device_count()) if cuda else 1
     if t.strategy == "ddp" or (gradual and t.strategy == "auto" and devices * t.num_nodes > 1):
         options: dict[str, Any] = {} if cuda else {"process_group_backend": "gloo"}
-        # layers that are still frozen have no gradients to exchange, and which those are changes
+        # frozen layers have no gradients to exchange, and which layers are frozen changes
         return DDPStrategy(gradient_as_bucket_view=True, static_graph=False, find_unused_parameters=gradual, **options)
     if t.strategy == "fsdp":
         return FSDPStrategy(state_dict_type="full", use_orig_params=True)

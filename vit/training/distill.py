@@ -46,7 +46,7 @@ class Teacher:
             raise VitError(f"distill.teacher={source}: {error}") from None
         self.model.requires_grad_(False)
         self.classes = len(description.class_names)
-        self._columns = _columns(source, description.class_names, class_names)
+        self._columns = _match_classes(source, description.class_names, class_names)
         self._theirs, self._ours = description.preprocessing, preprocessing
         if self._theirs.channels != self._ours.channels and {self._theirs.channels, self._ours.channels} != {1, 3}:
             raise VitError(
@@ -68,13 +68,13 @@ class Teacher:
         if dataclasses.replace(theirs, interpolation=ours.interpolation, crop_pct=ours.crop_pct,
                                crop_mode=ours.crop_mode) == ours:  # fmt: skip
             return images_BCHW
-        x = images_BCHW.float() * _of(ours.std, images_BCHW) + _of(ours.mean, images_BCHW)
+        x = images_BCHW.float() * _channel_tensor(ours.std, images_BCHW) + _channel_tensor(ours.mean, images_BCHW)
         if theirs.channels < ours.channels:
-            x = (x * _of(_LUMA, x)).sum(dim=1, keepdim=True)
+            x = (x * _channel_tensor(_LUMA, x)).sum(dim=1, keepdim=True)
         x = x.expand(-1, theirs.channels, -1, -1)
         if theirs.image_size != ours.image_size:
             x = F.interpolate(x, size=theirs.image_size, mode="bicubic", antialias=True, align_corners=False)
-        return (x - _of(theirs.mean, x)) / _of(theirs.std, x)
+        return (x - _channel_tensor(theirs.mean, x)) / _channel_tensor(theirs.std, x)
 
 
 def check_teacher(source: str) -> None:
@@ -106,7 +106,7 @@ class Distillation:
         if model.head_dist is None:
             logits = from_labels = from_teacher = model(images_BCHW)
         else:
-            from_labels, from_teacher = both_answers(model, images_BCHW)
+            from_labels, from_teacher = forward_both_heads(model, images_BCHW)
             logits = (from_labels + from_teacher) / 2
         loss = (1 - self.alpha) * F.cross_entropy(from_labels, targets)
         return logits, loss + self.alpha * distillation_loss(from_teacher, answers, self.kind, self.temperature)
@@ -126,13 +126,13 @@ def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, kind: str, tempera
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
-def both_answers(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def forward_both_heads(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, K) of the class head and of the distillation token's head, whose mean is what the model returns."""
     x_BND, sizes_BN = model.encode(images_BCHW)
     return model.both_heads(model.fc_norm(model.pool_tokens(model.norm(x_BND), sizes_BN)))
 
 
-def _columns(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+def _match_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
     """Which of the teacher's outputs stands for each class of the data."""
     if list(theirs) == list(ours):
         return torch.arange(len(ours))
@@ -147,5 +147,5 @@ def _columns(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
     return torch.tensor([place[name] for name in ours])
 
 
-def _of(values: Sequence[float], like: Tensor) -> Tensor:
+def _channel_tensor(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None, None]

@@ -1,6 +1,6 @@
-"""The command line of `eval.py`: from overrides to one evaluation.
+"""Run the command line of `eval.py`.
 
-torch is imported only once the arguments are known to be good.
+torch is imported only after the arguments are checked.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from vit.errors import VitError, command_name
 from vit.files import check_folder_name
 from vit.training.app import launch
-from vit.training.config import EvalConfig, load_eval
-from vit.training.first_argument import model_overrides
+from vit.training.config import EvalConfig, load_eval_config
+from vit.training.first_argument import expand_model_argument
 
 if TYPE_CHECKING:
     from vit.data.memory import Gathered
 
 
 def eval_main(argv: Sequence[str] | None = None) -> int:
-    """Run `python eval.py`, or `vit eval` where `argv` is given; returns the exit status."""
-    return launch(_evaluate, "eval", EvalConfig, argv, first=model_overrides)
+    """Run `python eval.py`, or `vit eval` if `argv` is given; return the exit status."""
+    return launch(_evaluate, "eval", EvalConfig, argv, first=expand_model_argument)
 
 
 def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
@@ -31,15 +31,16 @@ def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:
 
 
 def start_evaluation(values: dict[str, Any], given: Gathered | None = None) -> dict[str, Any]:
-    """Check the composed `values` and evaluate, on images that were `given` from Python or those that `values` name.
+    """Check the composed `values`, evaluate on the `given` images or those that `values` name, and return the metrics.
 
-    Returns the metrics.  Raises `VitError`.
+    Raises:
+        VitError: a mistake of the user.
     """
     if not values.get("checkpoint"):
         from vit.inference.loading import EXPECTED, suggest
 
         raise VitError(f"checkpoint is missing: {command_name('eval')} checkpoint=MODEL, {EXPECTED}; {suggest()}")
-    config = load_eval(values)
+    config = load_eval_config(values)
     if config.output is not None:
         check_folder_name(config.output, "output")
     from vit.evaluation.report import evaluate

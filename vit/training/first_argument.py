@@ -1,4 +1,4 @@
-"""The first argument of `vit train` and `vit eval`, which may stand without a key: the data, the model."""
+"""Expand the first argument of `vit train` and `vit eval`, the data or the model, which may have no key."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from vit.errors import VitError, did_you_mean
 from vit.shell import quote_for_hydra
 
 
-def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
+def expand_data_argument(text: str, catalogue: Sequence[str]) -> list[str]:
     """Return the overrides that `vit train TEXT` stands for.
 
-    A name in `catalogue`, the choices of the group `data`, wins over a folder of that name, which is then written
-    ./NAME.  Raises `VitError` for anything else than these, a folder or a Parquet file; it names the nearest.
+    A name in `catalogue`, the choices of the group `data`, takes precedence over a folder of that name;
+    ./NAME is the folder.
+
+    Raises:
+        VitError: TEXT is no data set, no folder and no Parquet file; the message names similar ones.
     """
     if text in catalogue:
         return [f"data={text}"]
@@ -24,11 +27,11 @@ def data_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
         kind = "parquet"
     else:
         what = "is no folder of images and no" if os.path.exists(path) else "there is no folder, data set or"
-        raise VitError(f"{text}: {what} .parquet file of that name; {_nearest(text, catalogue)}")
+        raise VitError(f"{text}: {what} .parquet file of that name; {_suggest(text, catalogue)}")
     return [f"data={kind}", f"data.root={quote_for_hydra(path)}"]
 
 
-def model_overrides(text: str, catalogue: Sequence[str]) -> list[str]:
+def expand_model_argument(text: str, catalogue: Sequence[str]) -> list[str]:
     """Return the overrides that `vit eval TEXT` stands for."""
     return [f"checkpoint={quote_for_hydra(text)}"]
 
@@ -37,13 +40,13 @@ def _is_parquet(path: str) -> bool:
     return path.lower().endswith(".parquet")
 
 
-def _nearest(text: str, catalogue: Sequence[str]) -> str:
+def _suggest(text: str, catalogue: Sequence[str]) -> str:
     folder = os.path.dirname(text)
     try:
         with os.scandir(os.path.expanduser(folder) or ".") as entries:
-            found = [each.name for each in entries if each.is_dir() or _is_parquet(each.name)]
+            names = [entry.name for entry in entries if entry.is_dir() or _is_parquet(entry.name)]
     except OSError:
-        found = []
-    beside = [os.path.join(folder, name) for name in found if not name.startswith(".")]
-    close = did_you_mean(text, [*catalogue, *beside])
+        names = []
+    paths = [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    close = did_you_mean(text, [*catalogue, *paths])
     return close if close.startswith("did you mean") else did_you_mean(text, catalogue)

@@ -41,7 +41,7 @@ class Halves:
         self._losses: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def suited_to(cls, config: Config, model: VisionTransformer) -> Halves | None:
+    def create_for_run(cls, config: Config, model: VisionTransformer) -> Halves | None:
         """Return the halves for this run, None where they would not help or could change what is learned.
 
         They are for a small model with one thread of torch, on the CPU, in one process.  Two threads would draw from

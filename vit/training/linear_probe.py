@@ -85,7 +85,7 @@ class Probe:
             log.info("penalty %-8.2g %s", penalty, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
             if events is not None:
                 events.scalars({f"probe/{key}": value for key, value in figures.items()}, step)
-            rank = checkpoints.rank(figures, self.config.monitor)
+            rank = checkpoints.ranking_key(figures, self.config.monitor)
             since += 1
             if best is None or rank > best[0]:
                 best, since = (rank, penalty, weight, bias), 0
@@ -147,4 +147,6 @@ class Probe:
 def write_checkpoint(path: Path, model: VisionTransformer, description: Description) -> None:
     """The model as a checkpoint like those of training; one cannot go on from it, as there is nothing to go on with."""
     weights = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    checkpoints.save(path, {"vit": description.to_dict() | {"weights_prefix": "model."}, "state_dict": weights})
+    checkpoints.save_checkpoint(
+        path, {"vit": description.to_dict() | {"weights_prefix": "model."}, "state_dict": weights}
+    )

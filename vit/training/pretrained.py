@@ -95,7 +95,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         elif key not in MAY_DIFFER and model[key] != a[key]:
             raise VitError(
                 f"model.{key}={options.format_value(model[key])}: the weights of {name} have "
-                f"{options.format_value(a[key])}, and their architecture stays as it is: leave model.{key} out, or choose other weights"
+                f"{options.format_value(a[key])}, and their architecture stays as it is: leave model.{key} out, or "
+                "choose other weights"
             )
     patch = next((each for each in (model["patch_size"], data["patch_size"]) if each), a["patch_size"])
     sizes = working_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)

@@ -45,7 +45,7 @@ from vit.model.threads import same_threads, use_threads
 from vit.training import checkpoints, logs, ranks
 from vit.training.attention import AttentionLog
 from vit.training.auto import resolve_auto
-from vit.training.build import build_model, build_module, tuned
+from vit.training.build import build_model, build_module, tune_config
 from vit.training.config import Config
 from vit.training.devices import build_trainer
 from vit.training.distill import check_teacher
@@ -128,7 +128,7 @@ def _train(
     if config.finetune.head == "probe" and saved is None and leader:
         start.fit_head(config, model, data, preprocessing)
     if config.tune and saved is None:
-        config = tuned(config, data, model, preprocessing)
+        config = tune_config(config, data, model, preprocessing)
     threads = use_threads(model.architecture, config.data.batch_size, config.trainer.threads)
     log.info("torch computes with %s (trainer.threads)", "one thread" if threads == 1 else f"{threads} threads")
     description = Description(
@@ -339,5 +339,5 @@ def finish(
     description.metrics = blocks
     images = of_data(data, description.preprocessing).images
     write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx, images=images)
-    checkpoints.describe(checkpoint, description)
+    checkpoints.update_description(checkpoint, description)
     return {"test": blocks.get("test", {}), **blocks, "never_predicted": never}

@@ -29,7 +29,7 @@ from vit.files import CannotWrite, atomic_write
 _RESULT = "VIT_JOB_RESULT"  # where a job's process leaves its result
 
 
-def report(result: Any, error: str | None = None) -> None:
+def write_job_result(result: Any, error: str | None = None) -> None:
     """Leave a job's result, or the line of its error, where the sweep looks for it; nothing outside a sweep."""
     place = os.environ.get(_RESULT)
     if place is None or "VIT_RUN_FOLDER" in os.environ:  # one of the processes that a job has started
@@ -39,7 +39,7 @@ def report(result: Any, error: str | None = None) -> None:
     Path(place).write_text(json.dumps(found, default=str), encoding="utf-8")
 
 
-def wanted(args: argparse.Namespace) -> bool:
+def is_multirun(args: argparse.Namespace) -> bool:
     """Whether the command line asks for several jobs."""
     return bool(args.multirun) or any(text.replace(" ", "") == "hydra.mode=MULTIRUN" for text in args.overrides)
 

@@ -105,7 +105,7 @@ def tune(
     *,
     model: nn.Module,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    loader_of: Callable[[int], TrainLoader],
+    make_loader: Callable[[int], TrainLoader],
     prepare: Callable[[Batch], tuple[Tensor, Tensor]],
     device: torch.device,
     batch_size: int,
@@ -114,7 +114,7 @@ def tune(
     """Find the batch size, then, at that size, the factor on the learning rates.
 
     Arguments
-        loader_of: the training loader for a batch size, on `device`.
+        make_loader: the training loader for a batch size, on `device`.
         prepare: images and targets of a batch, augmented.
         images: how many there are to train on.
     """
@@ -122,7 +122,7 @@ def tune(
     optim = optimizer(trial)
 
     def step(size: int) -> None:
-        inputs, targets = prepare(next(iter(loader_of(size))))
+        inputs, targets = prepare(next(iter(make_loader(size))))
         loss = F.cross_entropy(trial(inputs), targets)
         optim.zero_grad(set_to_none=True)
         loss.backward()
@@ -130,7 +130,7 @@ def tune(
         float(loss.detach())
 
     size = busy_batch_size(step, max(2, batch_size // 4), images)
-    loader = loader_of(size)
+    loader = make_loader(size)
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in itertools.count():
