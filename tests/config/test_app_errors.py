@@ -13,7 +13,7 @@ from vit.errors import VitError
 from vit.training import app
 from vit.training.app import CONF, launch, train_main
 from vit.training.config import Config
-from vit.training.messages import Names, explain
+from vit.training.messages import ConfigNames, explain_error
 
 KEYS = [key.name for key in options.list_keys(Config)]
 
@@ -224,9 +224,9 @@ def test_the_arguments_of_the_process_are_as_before(monkeypatch):
 
 
 def test_errors_of_the_program_are_not_explained_away():
-    names = Names(Config, CONF)
+    names = ConfigNames(Config, CONF)
     for error in (ValueError("x"), OSError("x"), KeyError("x")):
-        assert explain(error, names) is None
+        assert explain_error(error, names) is None
 
 
 letters = st.sampled_from(string.ascii_lowercase)

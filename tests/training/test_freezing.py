@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit.model import VisionTransformer
-from vit.training.freezing import Freezing, lowest_layer, num_trainable
+from vit.training.freezing import Freezing, count_trainable, lowest_layer
 from vit.training.optim import build_optimizer, layer_of
 
 DEPTH = 3
@@ -61,7 +61,7 @@ def test_a_frozen_layer_stays_as_it_is_to_the_bit_and_then_moves(optimiser):
     freezing = Freezing(net, freeze=1, unfreeze=1.0)
     optim = build_optimizer(net, name=optimiser, lr=0.01, weight_decay=0.1)
     held = sum(p.numel() for group in optim.param_groups for p in group["params"])
-    assert held == num_trainable(net) < sum(p.numel() for p in net.parameters())
+    assert held == count_trainable(net) < sum(p.numel() for p in net.parameters())
     for progress, lowest in ((0.0, 4), (0.5, 3), (1.0, 2)):
         assert freezing.update(progress) == lowest
         assert freezing.update(progress) is None

@@ -39,7 +39,7 @@ def test_votes_are_those_of_the_rule(n, m, classes, temperature, seed):
     train, queries = rng.normal(size=(n, 7)), rng.normal(size=(m, 7)) * 5
     labels = rng.integers(0, classes, n)
     ks = [1, 3, n, n + 5]
-    found = knn.votes(torch.tensor(train), torch.tensor(labels), torch.tensor(queries), classes, ks, temperature)
+    found = knn.knn_votes(torch.tensor(train), torch.tensor(labels), torch.tensor(queries), classes, ks, temperature)
     for k in ks:
         expected = by_hand(train, labels, queries, classes, k, temperature)
         np.testing.assert_allclose(found[k].numpy(), expected, atol=2e-4, rtol=1e-3)
@@ -48,16 +48,16 @@ def test_votes_are_those_of_the_rule(n, m, classes, temperature, seed):
 def test_large_sets_are_taken_part_by_part(monkeypatch):
     torch.manual_seed(0)
     train, queries, labels = torch.randn(50, 8), torch.randn(23, 8), torch.arange(50) % 5
-    whole = knn.votes(train, labels, queries, 5, [7])[7]
-    monkeypatch.setattr(knn, "_BLOCK", 100)
-    torch.testing.assert_close(knn.votes(train, labels, queries, 5, [7])[7], whole)
+    whole = knn.knn_votes(train, labels, queries, 5, [7])[7]
+    monkeypatch.setattr(knn, "_MAX_SIMILARITIES", 100)
+    torch.testing.assert_close(knn.knn_votes(train, labels, queries, 5, [7])[7], whole)
 
 
 def test_no_queries_get_no_votes():
     train, labels = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
-    assert knn.votes(train, labels, torch.zeros(0, 2), 2, [1])[1].shape == (0, 2)
+    assert knn.knn_votes(train, labels, torch.zeros(0, 2), 2, [1])[1].shape == (0, 2)
 
 
 def test_ties_go_to_the_lower_class():
     votes, labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 2.0, 2.0], [0.0, 0.0, 0.0]]), torch.tensor([0, 2, 2])
-    assert knn.accuracies(votes, labels) == pytest.approx({"top1": 1 / 3, "top5": 1.0})
+    assert knn.vote_accuracies(votes, labels) == pytest.approx({"top1": 1 / 3, "top5": 1.0})

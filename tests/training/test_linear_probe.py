@@ -204,7 +204,7 @@ def test_the_run_folder_is_that_of_any_run(probe):
         assert all(0 <= metrics[block][key] <= 1 for key in ("top1", "top5", "ece"))
     assert metrics["test"]["top1"] > 0.5  # of ten classes, on what random attention makes of a digit
     knn = metrics["knn"]
-    assert knn["k"] in neighbours.NEIGHBOURS
+    assert knn["k"] in neighbours.NEIGHBOUR_COUNTS
     assert knn["top1"] > 0.4
     assert knn["val"]["top1"] > 0.4
     assert (metrics["bad_files"], metrics["seed"]) == (0, 0)
@@ -243,7 +243,7 @@ def test_the_head_is_the_best_on_validation_data(probe, tmp_path):
     }
     labels = {name: torch.tensor(split.labels) for name, split in data.splits.items()}
     k = result.metrics["knn"]["k"]
-    cast = neighbours.votes(found["train"], labels["train"], found["test"], 10, [k])[k]
+    cast = neighbours.knn_votes(found["train"], labels["train"], found["test"], 10, [k])[k]
     assert float((cast.argmax(1) == labels["test"]).float().mean()) == pytest.approx(result.metrics["knn"]["top1"])
 
 

@@ -35,7 +35,7 @@ from vit.training.app import resolve_config, start_training
 from vit.training.config import CONF, Config, EvalConfig
 from vit.training.eval_app import start_evaluation
 from vit.training.first_argument import expand_data_argument
-from vit.training.messages import Names, explain
+from vit.training.messages import ConfigNames, explain_error
 
 if TYPE_CHECKING:
     from vit.inference.classifier import Classifier
@@ -77,9 +77,11 @@ class Run:
         return os.fspath(self.folder)
 
     def _format_metrics(self) -> dict[str, str]:
-        from vit.training.folder import figures
+        from vit.training.folder import format_metrics
 
-        return {name: figures(self.metrics[name], classes=0) for name in ("val", "test") if self.metrics.get(name)}
+        return {
+            name: format_metrics(self.metrics[name], classes=0) for name in ("val", "test") if self.metrics.get(name)
+        }
 
     def __repr__(self) -> str:
         rows = [f"{name} {text}" for name, text in self._format_metrics().items()]
@@ -192,7 +194,7 @@ def _parse_data(data: Any, typed: list[str]) -> tuple[Gathered | None, list[str]
     if isinstance(data, os.PathLike):
         data = os.fspath(data)
     if isinstance(data, str):
-        groups = Names(Config, CONF).groups["data"]
+        groups = ConfigNames(Config, CONF).groups["data"]
         if not data or ("=" in data and not os.path.exists(os.path.expanduser(data))):
             raise VitError(f"{data!r} is no data: the first argument is {EXPECTED}; None: what the overrides say")
         return None, expand_data_argument(data, groups)
@@ -233,7 +235,7 @@ def _with_explained_errors(
     except VitError:
         raise
     except Exception as error:
-        line = explain(error, Names(schema, CONF, typed), composing=composing)
+        line = explain_error(error, ConfigNames(schema, CONF, typed), composing=composing)
         if line is None:
             raise
         raise VitError(one_line(line)) from None

@@ -34,7 +34,7 @@ from vit.signals import Interruption, interruptible
 from vit.training import resume, sweep
 from vit.training.config import CONF, Config, check_model, load_config
 from vit.training.first_argument import expand_data_argument
-from vit.training.messages import Names, explain
+from vit.training.messages import ConfigNames, explain_error
 
 if TYPE_CHECKING:
     from vit.training.run import Call
@@ -91,7 +91,7 @@ def launch(
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on the CPU
     ensure_home()  # before libraries read it
     arguments = list(sys.argv[1:] if argv is None else argv)
-    names = Names(schema, CONF, arguments)
+    names = ConfigNames(schema, CONF, arguments)
     jobs: sweep.Sweep | None = None
     status = 0
     with _ErrorReporter() as errors:
@@ -136,7 +136,7 @@ class _JobRunner:
         self,
         task: Task,
         schema: type,
-        names: Names,
+        names: ConfigNames,
         errors: _ErrorReporter,
         jobs: sweep.Sweep | None,
         argv: Sequence[str],
@@ -199,9 +199,9 @@ class _ErrorReporter:
         finally:
             os.environ[_FULL_ERROR] = "1"
 
-    def report(self, error: Exception, names: Names, *, composing: bool = False) -> int:
+    def report(self, error: Exception, names: ConfigNames, *, composing: bool = False) -> int:
         """Print `error` as one line, or its traceback for a bug; return the exit status."""
-        line = explain(error, names, composing=composing)
+        line = explain_error(error, names, composing=composing)
         if line is not None:
             line = one_line(line)
         if line is None or self.user_value == "1":
@@ -237,7 +237,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _expand_first(overrides: Sequence[str], first: FirstArgument, names: Names) -> list[str]:
+def _expand_first(overrides: Sequence[str], first: FirstArgument, names: ConfigNames) -> list[str]:
     """Replace the first override by what it stands for, if it has no key."""
     if not overrides or overrides[0].startswith("~") or "=" in overrides[0]:
         return list(overrides)

@@ -18,7 +18,7 @@ from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training.config import Config, device_kind
 from vit.training.distill import Distillation, Teacher
-from vit.training.freezing import Freezing, num_trainable
+from vit.training.freezing import Freezing, count_trainable
 from vit.training.halves import Halves
 from vit.training.lora import add_lora
 from vit.training.module import TrainingModule
@@ -68,7 +68,7 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
     preprocessing, splits = description.preprocessing, data.splits
     validates = len(splits["val"]) > 0
     freezing = Freezing(model, freeze=config.finetune.freeze, unfreeze=config.finetune.unfreeze)
-    if (count := num_trainable(model)) < (total := sum(p.numel() for p in model.parameters())):
+    if (count := count_trainable(model)) < (total := sum(p.numel() for p in model.parameters())):
         log.info("%s of %s parameters learn", f"{count:,}", f"{total:,}")
     d, distillation = config.distill, None
     if d.teacher is not None:

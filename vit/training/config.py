@@ -224,8 +224,8 @@ def _check_batch_divides(config: Config, processes: int) -> None:
 def check_model(config: Config, num_classes: int | None = None) -> None:
     """Raise `VitError` if the model, the augmentation or the hardware is impossible.
 
-    The model is built on the meta device, where it takes no memory.  Without `num_classes`, checks that need it are skipped.
-    Imports torch.
+    The model is built on the meta device, where it takes no memory.  Without `num_classes`, checks that need it are
+    skipped.  Imports torch.
     """
     import torch
 

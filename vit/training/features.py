@@ -35,7 +35,7 @@ from vit.training.optim import HEADS
 log = logging.getLogger("vit")
 
 _FORMAT = b"1"
-_TRAINING_ONLY = ("num_classes", "init", "dropout", "attention_dropout", "drop_path", "patch_dropout")
+_TRAINING_ONLY_KEYS = ("num_classes", "init", "dropout", "attention_dropout", "drop_path", "patch_dropout")
 
 
 class Backbone(nn.Module):
@@ -58,7 +58,7 @@ class Backbone(nn.Module):
 
         Not the head, nor what is of training only: a probe and a run that starts from one share their features.
         """
-        architecture = {key: value for key, value in self.model.architecture.items() if key not in _TRAINING_ONLY}
+        architecture = {key: value for key, value in self.model.architecture.items() if key not in _TRAINING_ONLY_KEYS}
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
             name = name.replace(".base_layer.", ".")
@@ -85,8 +85,8 @@ def collect_features(
     width = int(backbone.model.width)
     if not len(split):
         return torch.zeros(0, width), False
-    path = None if cache is None else cache / f"{_key(backbone, split, preprocessing)}.npz"
-    if path is not None and (found := _kept(path, (len(split), width))) is not None:
+    path = None if cache is None else cache / f"{_cache_key(backbone, split, preprocessing)}.npz"
+    if path is not None and (found := _read_cached(path, (len(split), width))) is not None:
         return torch.from_numpy(found), True
     features, _ = collect_logits(backbone, split, preprocessing, config, device=device, label=label)
     if path is not None:
@@ -98,7 +98,7 @@ def collect_features(
     return features, False
 
 
-def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def _read_cached(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
@@ -112,15 +112,15 @@ def _kept(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return None
 
 
-def _key(backbone: Backbone, split: Split, preprocessing: Preprocessing) -> str:
+def _cache_key(backbone: Backbone, split: Split, preprocessing: Preprocessing) -> str:
     digest = hashlib.sha256(_FORMAT)
     digest.update(backbone.fingerprint().encode())
     digest.update(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
-    _add_images(digest, split)
+    _hash_images(digest, split)
     return digest.hexdigest()
 
 
-def _add_images(digest: hashlib._Hash, split: Split) -> None:
+def _hash_images(digest: hashlib._Hash, split: Split) -> None:
     """Feed what tells these images, in this order, from any other: their bytes, or of files that they are the same."""
     images, rows = split.images, split.rows
     assert rows is not None

@@ -41,7 +41,7 @@ class RunResult:
     status: int = 0
 
 
-def run_folder(config: Config, resume: Path | None) -> Path:
+def make_run_folder(config: Config, resume: Path | None) -> Path:
     """Make `root/name/<date>_<time>`, or go on in the folder of the run that is resumed."""
     if resume is not None and (folder := folder_of(resume)) is not None:
         return folder
@@ -59,7 +59,7 @@ def run_folder(config: Config, resume: Path | None) -> Path:
     raise VitError(f"run.root={config.run.root}: a thousand runs began this second under {parent}")
 
 
-def finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Whether a run got as far as its figures on the test split."""
     try:
         return "test" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -67,14 +67,14 @@ def finished(folder: Path) -> bool:
         return False
 
 
-def recipe(config: Config, overrides: list[str]) -> dict[str, Any]:
+def describe_training(config: Config, overrides: list[str]) -> dict[str, Any]:
     """How a run trains, for the description of its model."""
     t, m = config.trainer, config.model
     kept: dict[str, Any] = {"overrides": list(overrides), "seed": config.seed}
     if m.name is not None:
         kept["pretrained"] = {"name": m.name, "weights": m.weights, "revision": m.revision}
     if config.method == "linear_probe":
-        return {**kept, "method": config.method, "versions": versions()}
+        return {**kept, "method": config.method, "versions": library_versions()}
     budget = {"max_epochs": t.max_epochs, "max_steps": t.max_steps, "max_time": t.max_time}
     used = {
         "finetune": config.finetune.freeze or config.finetune.unfreeze,
@@ -87,11 +87,11 @@ def recipe(config: Config, overrides: list[str]) -> dict[str, Any]:
         "batch_size": config.data.batch_size,
         "budget": {key: value for key, value in budget.items() if value is not None},
         **{part: asdict(getattr(config, part)) for part in parts},
-        "versions": versions(),
+        "versions": library_versions(),
     }
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Of what a run's figures may depend on."""
     import vit
 
@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def figures(block: dict[str, Any], classes: int) -> str:
+def format_metrics(block: dict[str, Any], classes: int) -> str:
     """A block of `metrics.json` in one line, of a model with that many classes."""
     parts = []
     for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
@@ -113,7 +113,7 @@ def figures(block: dict[str, Any], classes: int) -> str:
     return "  ".join(parts)
 
 
-def describe_run(folder: Path, config: Config, data: ImageData) -> None:
+def write_run_description(folder: Path, config: Config, data: ImageData) -> None:
     """Write down what a run is before it begins: its configuration, and its splits where they are not there yet."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
     if not (folder / FILE).is_file():
@@ -121,7 +121,7 @@ def describe_run(folder: Path, config: Config, data: ImageData) -> None:
     log.info("run folder: %s", folder)
 
 
-def chosen_on_validation(config: Config, epochs: int, penalty: float | None) -> list[str]:
+def list_validation_choices(config: Config, epochs: int, penalty: float | None) -> list[str]:
     """Say in words what validation data decided in a run of so many epochs; `penalty` of the probe it started from."""
     t = config.trainer
     chosen = [f"the best of {-(-epochs // t.validate_every)} checkpoints ({config.monitor})", "the temperature"]
@@ -130,21 +130,21 @@ def chosen_on_validation(config: Config, epochs: int, penalty: float | None) -> 
     return [*chosen, f"when to stop (trainer.patience={t.patience})"] if t.patience is not None else chosen
 
 
-def closing_lines(
+def print_closing_lines(
     config: Config, folder: Path, metrics: dict[str, Any], classes: int, *, commands: bool = True
 ) -> None:
     """Print the last lines: the figures and, with `commands`, what to type next."""
     lines = []
     if metrics.get("interrupted"):
-        so_far = figures(metrics["val"], classes) or "none yet"
+        so_far = format_metrics(metrics["val"], classes) or "none yet"
         lines.append(f"stopped early after {metrics['steps']} steps; validation so far: {so_far}")
     else:
         for name in ("val", "test"):
             if metrics.get(name):
-                lines.append(f"{name:<5} {figures(metrics[name], classes)}")
+                lines.append(f"{name:<5} {format_metrics(metrics[name], classes)}")
         if metrics.get("knn"):
             k = metrics["knn"]["k"]
-            lines.append(f"knn   {figures(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
+            lines.append(f"knn   {format_metrics(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
         if never := metrics["never_predicted"]:
             lines.append(f"never predicted, of {classes} classes: {listing(never)}")
         if chosen := metrics["chosen_on_validation"]:
@@ -153,7 +153,7 @@ def closing_lines(
     pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
     lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {printable(folder)}")
     if metrics.get("interrupted") and commands:
-        lines.append(f"go on      {resume_command(folder)}")
+        lines.append(f"go on      {format_resume_command(folder)}")
     if commands:
         lines += [
             f"evaluate   {command_name('eval')} {shell.join_command(shell.format_override('checkpoint', folder))}",
@@ -164,14 +164,14 @@ def closing_lines(
     print("\n" + "\n".join(lines), flush=True)
 
 
-def how_to_go_on(folder: Path) -> str:
+def format_resume_hint(folder: Path) -> str:
     """How to go on with a run that was stopped, as the end of a sentence."""
     best = folder / "checkpoints" / "best.ckpt"
     if (folder / "checkpoints" / "last.ckpt").is_file() or best.is_file():
-        return f"go on with {resume_command(folder if best.with_name('last.ckpt').is_file() else best)}"
+        return f"go on with {format_resume_command(folder if best.with_name('last.ckpt').is_file() else best)}"
     return "nothing was learned yet: start it again"
 
 
-def resume_command(run: Path) -> str:
+def format_resume_command(run: Path) -> str:
     """The command that goes on with a run folder or a checkpoint."""
     return f"{command_name('train')} {shell.join_command(shell.format_override('resume', run))}"

@@ -1,10 +1,11 @@
-"""How good a frozen model's features are, by a linear head on them (`method=linear_probe`) and by nearest neighbours;
-and that head as the start of fine-tuning (`finetune.head=probe`).
+"""Evaluate frozen features by a linear probe (`method=linear_probe`) and by nearest neighbours.
+
+The fitted head can also be the start of fine-tuning (`finetune.head=probe`).
 
 Notable:
-- an image goes through the backbone once; its features are kept under the run root for the next probe;
-- the head's regularisation and the number of neighbours are chosen on validation data, and both are tested once;
-- the head ends in the model that it was fitted to: checkpoint, bundle and figures are those of any run.
+- each image goes through the backbone once; its features are cached under the run root for the next probe;
+- the head's penalty and the number of neighbours are chosen on validation data; both are tested once;
+- the head becomes part of the model: checkpoint, bundle and metrics are as after any run.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from vit.training.features import Backbone, collect_features
 
 log = logging.getLogger("vit")
 
-_PATIENCE = 4  # weaker penalties in a row that are no better
-_UNCHOSEN_PENALTY, _UNCHOSEN_K = 1e-2, 20  # where there is no validation data
+_PATIENCE = 4  # penalties in a row without improvement before the search stops
+_DEFAULT_PENALTY, _DEFAULT_K = 1e-2, 20  # where there is no validation data
 
 Block = dict[str, Any]
 
 
 class Probe:
-    """The features of a data set's splits, and what is fitted to them; `model` stays in the mode it is in.
+    """Compute the features of a data set's splits, and fit a linear head and nearest neighbours to them.
 
-    Attributes
+    `model` stays in its mode, training or evaluation.
+
+    Attributes:
         features, labels: by split, float32 (N, D) and int64 (N,), on the CPU.
-        images_per_second: of the backbone; 0 where all features were found kept.
+        images_per_second: speed of the backbone; 0 if all features came from the cache.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Probe:
         for name in splits:
             split = data.splits[name]
             began = time.monotonic()
-            self.features[name], kept = collect_features(
+            self.features[name], cached = collect_features(
                 backbone,
                 split,
                 preprocessing,
@@ -70,7 +73,7 @@ class Probe:
                 device=self.device,
                 label=f"Features of {name}",
             )
-            if kept:
+            if cached:
                 log.info("features of %d %s images: found in %s", len(split), name, cache)
             else:
                 computed, seconds = computed + len(split), seconds + time.monotonic() - began
@@ -78,18 +81,18 @@ class Probe:
         self.images_per_second = computed / seconds if seconds else 0.0
 
     def fit_head(self, events: EventFile | None) -> float:
-        """Put the head that does best on validation data into the model; returns its penalty."""
+        """Fit heads with several penalties, put the best on validation data into the model, and return its penalty."""
         best: tuple[tuple[float, float], float, Tensor, Tensor] | None = None
-        since = 0
-        for step, (penalty, weight, bias, figures) in enumerate(self._heads()):
-            log.info("penalty %-8.2g %s", penalty, "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+        worse = 0
+        for step, (penalty, weight, bias, metrics) in enumerate(self._fit_heads()):
+            log.info("penalty %-8.2g %s", penalty, "  ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
             if events is not None:
-                events.scalars({f"probe/{key}": value for key, value in figures.items()}, step)
-            rank = checkpoints.ranking_key(figures, self.config.monitor)
-            since += 1
+                events.scalars({f"probe/{key}": value for key, value in metrics.items()}, step)
+            rank = checkpoints.ranking_key(metrics, self.config.monitor)
+            worse += 1
             if best is None or rank > best[0]:
-                best, since = (rank, penalty, weight, bias), 0
-            if since == _PATIENCE:
+                best, worse = (rank, penalty, weight, bias), 0
+            if worse == _PATIENCE:
                 break
         assert best is not None
         _, penalty, weight, bias = best
@@ -100,52 +103,53 @@ class Probe:
                     head.bias.copy_(bias)  # type: ignore[operator]
         return penalty
 
-    def _heads(self) -> Iterator[tuple[float, Tensor, Tensor, dict[str, float]]]:
+    def _fit_heads(self) -> Iterator[tuple[float, Tensor, Tensor, dict[str, float]]]:
+        """Yield each penalty with its weight (K, D), bias (K,) and validation metrics."""
         x, y = self.features["train"].to(self.device), self.labels["train"].to(self.device)
         val, labels = self.features["val"].to(self.device), self.labels["val"].to(self.device)
-        tried = logistic.PENALTIES if len(val) else (_UNCHOSEN_PENALTY,)
-        for penalty, weight, bias in logistic.solutions(x, y, len(self.data.class_names), tried):
-            figures = {}
+        penalties = logistic.PENALTIES if len(val) else (_DEFAULT_PENALTY,)
+        for penalty, weight, bias in logistic.fit_logistic(x, y, len(self.data.class_names), penalties):
+            metrics = {}
             if len(val):
                 logits = val @ weight.T + bias
-                figures["val/loss"] = float(F.cross_entropy(logits, labels))
-                figures["val/top1"] = float((logits.argmax(1) == labels).float().mean())
-            yield penalty, weight, bias, figures
+                metrics["val/loss"] = float(F.cross_entropy(logits, labels))
+                metrics["val/top1"] = float((logits.argmax(1) == labels).float().mean())
+            yield penalty, weight, bias, metrics
 
     def logits(self, name: str) -> tuple[Tensor, Tensor]:
-        """Logits (N, K) and labels (N,) of a split, from its features."""
+        """Compute logits (N, K) of a split from its features; return them with the labels (N,)."""
         head = self.model.head
         with torch.no_grad():
             return F.linear(self.features[name].to(self.device), head.weight, head.bias).cpu(), self.labels[name]  # type: ignore[arg-type]
 
-    def neighbours(self, events: EventFile | None) -> Block:
-        """The "knn" block of `metrics.json`: figures on the test split for the k that does best on validation data.
+    def knn_metrics(self, events: EventFile | None) -> Block:
+        """Return the "knn" block of `metrics.json`: test metrics for the k that is best on validation data.
 
-        `{"k", "temperature", "top1", "top5", "val": {"top1", "top5"}}`; a figure that no images give is left out.
+        `{"k", "temperature", "top1", "top5", "val": {"top1", "top5"}}`; metrics of an empty split are left out.
         """
         train, labels = self.features["train"].to(self.device), self.labels["train"].to(self.device)
         temperature, classes = self.config.probe.temperature, len(self.data.class_names)
-        ks = [k for k in knn.NEIGHBOURS if k <= len(train)]
+        ks = [k for k in knn.NEIGHBOUR_COUNTS if k <= len(train)]
 
-        def figures(name: str, ks: list[int]) -> dict[int, dict[str, float]]:
-            queries, truth = self.features[name].to(self.device), self.labels[name].to(self.device)
+        def evaluate(name: str, ks: list[int]) -> dict[int, dict[str, float]]:
+            queries, targets = self.features[name].to(self.device), self.labels[name].to(self.device)
             if not len(queries):
                 return {k: {} for k in ks}
-            found = knn.votes(train, labels, queries, classes, ks, temperature)
-            return {k: knn.accuracies(votes, truth) for k, votes in found.items()}
+            votes = knn.knn_votes(train, labels, queries, classes, ks, temperature)
+            return {k: knn.vote_accuracies(votes_MK, targets) for k, votes_MK in votes.items()}
 
-        tried = figures("val", ks)
-        for k, block in tried.items():
+        val_metrics = evaluate("val", ks)
+        for k, block in val_metrics.items():
             if block and events is not None:
                 events.scalars({f"knn/val_{key}": value for key, value in block.items()}, k)
-        chosen = max(ks, key=lambda k: tried[k]["top1"]) if tried[ks[0]] else min(_UNCHOSEN_K, ks[-1])
+        chosen = max(ks, key=lambda k: val_metrics[k]["top1"]) if val_metrics[ks[0]] else min(_DEFAULT_K, ks[-1])
         chosen = max(k for k in ks if k <= chosen)
-        val = {"val": tried[chosen]} if tried[chosen] else {}
-        return {"k": chosen, "temperature": temperature, **figures("test", [chosen])[chosen], **val}
+        val = {"val": val_metrics[chosen]} if val_metrics[chosen] else {}
+        return {"k": chosen, "temperature": temperature, **evaluate("test", [chosen])[chosen], **val}
 
 
 def write_checkpoint(path: Path, model: VisionTransformer, description: Description) -> None:
-    """The model as a checkpoint like those of training; one cannot go on from it, as there is nothing to go on with."""
+    """Write the model as a checkpoint like those of training; it cannot be resumed."""
     weights = {f"model.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     checkpoints.save_checkpoint(
         path, {"vit": description.to_dict() | {"weights_prefix": "model."}, "state_dict": weights}

@@ -1,7 +1,7 @@
-"""Multinomial logistic regression on features: the linear probe's head.
+"""Fit multinomial logistic regression on features: the linear probe's head.
 
-Convex, so there is one solution; found by L-BFGS on standardised features, which every learning rate suits, and given
-as a head for the features as they are.
+The problem is convex.  L-BFGS solves it on standardised features; the result is converted to a head for the original
+features.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PENALTIES = tuple(10.0 ** (-exponent / 2) for exponent in range(-2, 13))
-"""Those that are tried, from strong to weak: 10 to 1e-6, two a decade."""
+"""The penalties to try, from strong to weak: 10 to 1e-6, two per decade."""
 
-_STEPS = 500
-_DOUBLE = 1 << 27  # numbers; above, single precision has to do
+_MAX_ITERATIONS = 500
+_MAX_FLOAT64_NUMBERS = 1 << 27  # larger features are computed in float32
 
 
-class Standard:
-    """Features (N, D) shifted and scaled to mean 0 and deviation 1 in every dimension that varies."""
+class StandardisedFeatures:
+    """Standardise features (N, D) to mean 0 and deviation 1 in every dimension that varies."""
 
     def __init__(self, features_ND: Tensor) -> None:
-        wide = features_ND.double() if features_ND.numel() <= _DOUBLE else features_ND.float()
-        self.mean, deviation = wide.mean(dim=0), wide.std(dim=0, correction=0)
+        precise = features_ND.double() if features_ND.numel() <= _MAX_FLOAT64_NUMBERS else features_ND.float()
+        self.mean, deviation = precise.mean(dim=0), precise.std(dim=0, correction=0)
         self.deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation))
-        self.features = (wide - self.mean) / self.deviation
+        self.features = (precise - self.mean) / self.deviation
 
     def head(self, weight_KD: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
-        """The same map for features that are not standardised."""
+        """Convert a linear map of standardised features to one of the original features."""
         weight = weight_KD / self.deviation
         return weight, bias_K - weight @ self.mean
 
 
-def solutions(
+def fit_logistic(
     features_ND: Tensor, labels_N: Tensor, classes: int, penalties: Sequence[float] = PENALTIES
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """For each penalty its value, weight (K, D) and bias (K,), float32: what minimises the mean cross-entropy plus
-    penalty / 2 times the squared weights on standardised features.
+    """Yield for each penalty its value, weight (K, D) and bias (K,), float32.
 
-    Each starts from the one before, so penalties go from strong to weak.
+    They minimise the mean cross-entropy plus penalty / 2 times the squared weights on standardised features.  Each fit
+    starts from the previous one, so penalties should go from strong to weak.
     """
-    standard = Standard(features_ND)
-    x, count = standard.features, classes
+    standardised = StandardisedFeatures(features_ND)
+    x, count = standardised.features, classes
     weight = torch.zeros(count, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     bias = torch.zeros(count, dtype=x.dtype, device=x.device, requires_grad=True)
     for penalty in penalties:
         optimizer = torch.optim.LBFGS(
             [weight, bias],
-            max_iter=_STEPS,
+            max_iter=_MAX_ITERATIONS,
             tolerance_grad=1e-6,
             tolerance_change=1e-10,
             history_size=20,
@@ -64,5 +64,5 @@ def solutions(
 
         with torch.enable_grad():
             optimizer.step(loss)
-        found = standard.head(weight.detach(), bias.detach())
-        yield penalty, found[0].float(), found[1].float()
+        head = standardised.head(weight.detach(), bias.detach())
+        yield penalty, head[0].float(), head[1].float()

@@ -1,10 +1,10 @@
-"""LoRA: a pretrained model learns through thin changes to its matrices, W + (alpha / rank) B A (Hu et al. 2022).
+"""Fine-tune with LoRA: low-rank updates of the weight matrices, W + (alpha / rank) B A (Hu et al. 2022).
 
 Notable:
-- `peft` puts the changes into the model, which stays a `VisionTransformer`, so attention is recorded and explained;
-- only the changes and the head learn; the head learns fully;
-- checkpoints keep the changes apart, so that a run goes on from them; whoever reads one (`vit.inference.weights`) gets
-  them merged, as plain weights, without peft; the bundle has plain weights.
+- `peft` adds the updates to the model, which stays a `VisionTransformer`, so attention can be recorded and explained;
+- only the updates and the whole head are trained;
+- checkpoints keep the updates apart, so that a run can be resumed; `vit.inference.weights` reads them merged, as plain
+  weights, without peft; the bundle has plain weights.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from vit.training.optim import HEADS
 if TYPE_CHECKING:
     from vit.training.sections import LoraConfig
 
-PLACES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-"""What `lora.targets` calls a block's matrices, and where they are."""
+TARGET_MODULES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+"""The matrices of a block by their names in `lora.targets`."""
 
 
 def add_lora(model: VisionTransformer, config: LoraConfig) -> None:
-    """Give the blocks' matrices their changes, which start at nothing, and freeze all but these and the head.
+    """Add LoRA updates, which start at zero, to the blocks' matrices; freeze all but these and the head.
 
-    Raises `VitError` when peft is not installed or the blocks have no such matrices.
+    Raises:
+        VitError: peft is not installed, or the blocks have no such matrices.
     """
     assert config.rank is not None
     try:
         import peft
     except ImportError:
         raise VitError('lora.rank needs peft, which is not installed: pip install "vit-classifier[lora]"') from None
-    inside = {name for name, _ in model.named_modules()}
+    module_names = {name for name, _ in model.named_modules()}
     for target in config.targets:
-        if f"blocks.0.{PLACES[target]}" not in inside:
-            here = [name for name, place in PLACES.items() if f"blocks.0.{place}" in inside]
-            raise VitError(f"lora.targets: the blocks of this model have no {target}; they have {', '.join(here)}")
-    places = "|".join(PLACES[target].replace(".", r"\.") for target in config.targets)
+        if f"blocks.0.{TARGET_MODULES[target]}" not in module_names:
+            targets = [name for name, module in TARGET_MODULES.items() if f"blocks.0.{module}" in module_names]
+            raise VitError(f"lora.targets: the blocks of this model have no {target}; they have {', '.join(targets)}")
+    modules_pattern = "|".join(TARGET_MODULES[target].replace(".", r"\.") for target in config.targets)
     peft.inject_adapter_in_model(
         peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # any number does
+            lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # a float works too
             lora_dropout=config.dropout,
-            target_modules=rf"blocks\.\d+\.({places})",
+            target_modules=rf"blocks\.\d+\.({modules_pattern})",
         ),
         model,
     )
@@ -51,6 +52,6 @@ def add_lora(model: VisionTransformer, config: LoraConfig) -> None:
         parameter.requires_grad_(".lora_" in name or name.startswith(HEADS))
 
 
-def num_parameters(model: VisionTransformer) -> int:
-    """How many numbers the model is made of when its changes are merged."""
+def count_parameters(model: VisionTransformer) -> int:
+    """Count the numbers of the model after its updates are merged."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)

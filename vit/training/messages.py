@@ -29,7 +29,7 @@ from vit import options
 from vit.errors import VitError, did_you_mean, printable
 
 
-class Names:
+class ConfigNames:
     """What can be typed: the keys of a schema, and the groups of folders of configuration files.
 
     Attributes
@@ -65,7 +65,7 @@ class Names:
         return list(dict.fromkeys([*self.groups, *self.keys, *(section for section in sections if section)]))
 
 
-def explain(error: BaseException, names: Names, *, composing: bool = False) -> str | None:
+def explain_error(error: BaseException, names: ConfigNames, *, composing: bool = False) -> str | None:
     """The line for `error`, or None where it is a fault of the program that deserves its traceback.
 
     `composing` tells that nothing but Hydra has run yet, so that any Python error is its complaint too.
@@ -74,33 +74,33 @@ def explain(error: BaseException, names: Names, *, composing: bool = False) -> s
         return str(error)
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return _override(error, names)
+        return _invalid_override(error, names)
     if isinstance(error, MissingConfigException):
         return _missing_file(error, names)
     if isinstance(error, yaml.YAMLError):
-        return _yaml(error)
+        return _invalid_yaml(error)
     if isinstance(error, ConfigCompositionException):
         if isinstance(cause, yaml.YAMLError):
-            return _yaml(cause)
-        return _composition(error, names)
+            return _invalid_yaml(cause)
+        return _composition_error(error, names)
     if isinstance(error, OmegaConfBaseException):
-        return _value(error, names)
+        return _invalid_value(error, names)
     if isinstance(error, HydraException):
-        return _flat(str(error))
+        return _join_lines(str(error))
     if composing and isinstance(error, UnicodeDecodeError):
-        return f"a file of {' or '.join(names.files(''))} is not text in UTF-8: {_flat(str(error))}"
+        return f"a file of {' or '.join(names.files(''))} is not text in UTF-8: {_join_lines(str(error))}"
     if composing and str(error).startswith("Config group override must be"):
-        return _choice(names)
+        return _invalid_choice(names)
     if composing and isinstance(error, ValueError | OSError | TypeError) and str(error):
-        return _flat(str(error))
+        return _join_lines(str(error))
     if composing:
-        return _not_composed(error, names)
+        return _composition_failure(error, names)
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return f"cannot read or write {printable(error.filename)}: {error.strerror}"
     return None
 
 
-def _not_composed(error: BaseException, names: Names) -> str:
+def _composition_failure(error: BaseException, names: ConfigNames) -> str:
     """The line for an error inside Hydra that says nothing a person could use."""
     typed = [text for text in names.arguments if "=" in text and not text.startswith("-")]
     suspects = [text for text in typed if re.search(r"[@$\[{]", text)] or typed
@@ -110,7 +110,7 @@ def _not_composed(error: BaseException, names: Names) -> str:
     )
 
 
-def _override(error: OverrideParseException, names: Names) -> str:
+def _invalid_override(error: OverrideParseException, names: ConfigNames) -> str:
     text = str(error.override)
     if re.fullmatch(r"[\w./-]+", text):
         where = [f"{group}={text}" for group, found in names.groups.items() if text in found]
@@ -121,14 +121,14 @@ def _override(error: OverrideParseException, names: Names) -> str:
         return (
             f"{text!r}: choices are written key=value, such as data=cifar10 or seed=1; {did_you_mean(text, names.all)}"
         )
-    reason = _flat(error.message.split("See https")[0]).rstrip(".")
+    reason = _join_lines(error.message.split("See https")[0]).rstrip(".")
     return (
         f"{text!r}: cannot be read ({reason}); write key=value, and put a value with special characters in quotes "
         "inside quotes: 'key=\"a, b\"'"
     )
 
 
-def _choice(names: Names) -> str:
+def _invalid_choice(names: ConfigNames) -> str:
     """A group that was given something else than a name."""
     groups = names.groups
     for text in names.arguments:
@@ -139,11 +139,11 @@ def _choice(names: Names) -> str:
     return "a group was given something else than a name: choices are written group=name, such as data=cifar10"
 
 
-def _missing_file(error: MissingConfigException, names: Names) -> str:
+def _missing_file(error: MissingConfigException, names: ConfigNames) -> str:
     wanted, message = error.missing_cfg_file or "", str(error)
     if message.startswith("Cannot find primary config") or not wanted:
         found = [file.stem for folder in names.folders for file in folder.glob("*.yaml")]
-        name = wanted or _flat(message)
+        name = wanted or _join_lines(message)
         return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {did_you_mean(name, found)}"
     group, _, choice = wanted.removesuffix(".yaml").rpartition("/")
     found = list(error.options or names.groups.get(group, []))
@@ -161,7 +161,7 @@ def _missing_file(error: MissingConfigException, names: Names) -> str:
     return f"{line}; {did_you_mean(choice, found)}" if found else line
 
 
-def _composition(error: ConfigCompositionException, names: Names) -> str:
+def _composition_error(error: ConfigCompositionException, names: ConfigNames) -> str:
     message = str(error)
     cause = error.__cause__
     match = re.search(r"Could not (?:override|append to|delete from) .*?'([^']+)'", message, re.S)
@@ -178,17 +178,17 @@ def _composition(error: ConfigCompositionException, names: Names) -> str:
     if message.startswith("Could not append") and match:
         return f"{match.group(1)}: is a key already: write it without the +"
     if isinstance(cause, OmegaConfBaseException) and not message.startswith("Could not"):
-        return _value(cause, names)
+        return _invalid_value(cause, names)
     if match:
         name = match.group(1).split("@")[0]
         if name in names.all:
-            return f"{name}: cannot be set this way ({_flat(message)})"
+            return f"{name}: cannot be set this way ({_join_lines(message)})"
         typed = re.search(r"\+" + re.escape(name) + r"=(.*)", message)
-        return _unknown(name, typed.group(1) if typed else "", names)
-    return _flat(message) or _flat(str(cause))
+        return _unknown_key(name, typed.group(1) if typed else "", names)
+    return _join_lines(message) or _join_lines(str(cause))
 
 
-def _unknown(name: str, value: str, names: Names) -> str:
+def _unknown_key(name: str, value: str, names: ConfigNames) -> str:
     """A key that does not exist; where a group is nearest, the choice is shown as it is to be typed."""
     close = options.similar_keys(name, names.all if "." not in name else names.keys)
     groups = names.groups
@@ -200,9 +200,9 @@ def _unknown(name: str, value: str, names: Names) -> str:
     return options.unknown_key_message(name, names.keys if "." in name else names.all)
 
 
-def _value(error: OmegaConfBaseException, names: Names) -> str:
+def _invalid_value(error: OmegaConfBaseException, names: ConfigNames) -> str:
     key = error.full_key or ""
-    first = _flat(str(error).split("full_key:")[0])
+    first = _join_lines(str(error).split("full_key:")[0])
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value: {key}=..."
     if isinstance(error, InterpolationKeyError):
@@ -215,15 +215,15 @@ def _value(error: OmegaConfBaseException, names: Names) -> str:
     return f"{key}: {first}" if key else first
 
 
-def _yaml(error: yaml.YAMLError) -> str:
+def _invalid_yaml(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    problem = getattr(error, "problem", None) or _flat(str(error))
+    problem = getattr(error, "problem", None) or _join_lines(str(error))
     if mark is None:
-        return f"a configuration file is not valid YAML: {_flat(problem)}"
-    return f"{_relative(mark.name)}, line {mark.line + 1}: not valid YAML: {_flat(problem)}"
+        return f"a configuration file is not valid YAML: {_join_lines(problem)}"
+    return f"{_relative_path(mark.name)}, line {mark.line + 1}: not valid YAML: {_join_lines(problem)}"
 
 
-def _relative(path: str) -> str:
+def _relative_path(path: str) -> str:
     with_root = Path(path)
     try:
         return str(with_root.relative_to(Path.cwd()))
@@ -231,5 +231,5 @@ def _relative(path: str) -> str:
         return path
 
 
-def _flat(text: str) -> str:
+def _join_lines(text: str) -> str:
     return " ".join(text.split())

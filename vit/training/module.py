@@ -25,7 +25,7 @@ from vit.errors import VitError
 from vit.inference.description import Description
 from vit.model import VisionTransformer
 from vit.training.distill import Distillation
-from vit.training.freezing import Freezing, num_trainable
+from vit.training.freezing import Freezing, count_trainable
 from vit.training.halves import Halves
 
 log = logging.getLogger("vit")
@@ -87,7 +87,7 @@ class TrainingModule(L.LightningModule):
         self.seed, self.ema_decay, self.patch_dropout_off = seed, ema_decay, patch_dropout_off
         self.freezing, self.distillation, self.lora_scale = freezing, distillation, lora_scale
         self.halves = halves
-        self.trained = num_trainable(model)
+        self.trained = count_trainable(model)
         self._make_optimizer = optimizer
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
         self._patch_dropout = model.patch_dropout
@@ -135,7 +135,7 @@ class TrainingModule(L.LightningModule):
         late = self.progress >= 1 - self.patch_dropout_off
         self.model.patch_dropout = 0.0 if late else self._patch_dropout
         if self.freezing is not None and (lowest := self.freezing.update(self.progress)) is not None:
-            log.info("from step %d on learns %s", self.trainer.global_step, self.freezing.named(lowest))
+            log.info("from step %d on learns %s", self.trainer.global_step, self.freezing.layer_name(lowest))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = self.augment(batch.images, batch.labels, batch.index, self.current_epoch, self.progress)

@@ -174,7 +174,7 @@ def check_fits(
         epochs: how many there are to be in all; None: no limit.
         patience: validations without a better one that end the run; None: they never do.
     """
-    from vit.training.folder import finished
+    from vit.training.folder import is_finished
 
     where, values = f"resume={saved.path}", saved.values
     if saved.description.class_names != list(class_names):
@@ -198,7 +198,7 @@ def check_fits(
         raise VitError(f"{where}: that run is in epoch {values['epoch'] + 1}: raise trainer.max_epochs={epochs}")
     since = max(state.get("since", 0) for state in values["callbacks"].values())
     folder = folder_of(saved.path)
-    if patience is not None and since >= patience and folder is not None and finished(folder):
+    if patience is not None and since >= patience and folder is not None and is_finished(folder):
         raise VitError(
             f"{where}: that run ended after {since} validations without a better one: raise trainer.patience"
         )

@@ -52,18 +52,18 @@ from vit.training.distill import check_teacher
 from vit.training.events import EventFile
 from vit.training.folder import (
     RunResult,
-    chosen_on_validation,
-    closing_lines,
-    describe_run,
-    finished,
-    how_to_go_on,
-    recipe,
-    run_folder,
-    versions,
+    describe_training,
+    format_resume_hint,
+    is_finished,
+    library_versions,
+    list_validation_choices,
+    make_run_folder,
+    print_closing_lines,
+    write_run_description,
 )
 from vit.training.interrupt import Interrupt, Stopped
 from vit.training.linear_probe import Probe, write_checkpoint
-from vit.training.lora import num_parameters
+from vit.training.lora import count_parameters
 from vit.training.metrics import Throughput, TrainMetrics
 from vit.training.module import TrainingModule
 from vit.training.monitor import Monitor, write_outcome
@@ -96,7 +96,7 @@ def train(config: Config, overrides: list[str], call: Call | None = None) -> Run
     Raises `VitError` for anything a person can mend, before training starts where that is possible.
     """
     command = call.text if call else None
-    with logs.shown(command) as early, ranks.joined(config.trainer) as rank, same_threads(), workers_watched():
+    with logs.show_messages(command) as early, ranks.joined(config.trainer) as rank, same_threads(), workers_watched():
         if rank:
             log.setLevel(logging.ERROR)  # the first process says it for all
         return _train(config, overrides, rank == 0, early, call)
@@ -136,7 +136,7 @@ def _train(
         class_names=data.class_names,
         preprocessing=preprocessing,
         data=data.source,
-        training=recipe(config, overrides),
+        training=describe_training(config, overrides),
     )
     if config.method == "linear_probe":
         return _probe(config, data, model, description, early, call) if leader else None
@@ -148,21 +148,21 @@ def _train(
 
     resume = None if saved is None else saved.path
     saved = None  # as large as the model and its moments
-    folder = run_folder(config, resume) if leader else Path(os.environ.get(ranks.FOLDER, "."))
+    folder = make_run_folder(config, resume) if leader else Path(os.environ.get(ranks.FOLDER, "."))
     last = folder / "checkpoints" / "last.ckpt"
     interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=leader)
     if not leader:
         with interrupt, ranks.faults_in(folder / "train.log"):
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
     os.environ[ranks.FOLDER] = str(folder)
-    with logs.kept(folder / "train.log", early), interrupt:
+    with logs.write_messages(folder / "train.log", early), interrupt:
         try:
-            describe_run(folder, config, data)
+            write_run_description(folder, config, data)
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
         except CannotWrite as error:
-            raise CannotWrite(f"{error}; once that is possible, {how_to_go_on(folder)}") from error
+            raise CannotWrite(f"{error}; once that is possible, {format_resume_hint(folder)}") from error
         except KeyboardInterrupt:
-            log.warning("stopped at once: %s", how_to_go_on(folder))
+            log.warning("stopped at once: %s", format_resume_hint(folder))
             raise
 
 
@@ -193,37 +193,37 @@ def _probe(
     call: Call | None,
 ) -> RunResult:
     """Fit a linear head to the features of `model`, and leave what any run leaves."""
-    folder = run_folder(config, None)
-    with logs.kept(folder / "train.log", early):
-        describe_run(folder, config, data)
+    folder = make_run_folder(config, None)
+    with logs.write_messages(folder / "train.log", early):
+        write_run_description(folder, config, data)
         events = EventFile(folder) if config.logging.tensorboard else None
         began = time.monotonic()
         probe = Probe(config, model, data, description.preprocessing)
         penalty = probe.fit_head(events)
         seconds = time.monotonic() - began
-        neighbours = probe.neighbours(events)
+        knn_metrics = probe.knn_metrics(events)
         for name in ("best", "last"):
             write_checkpoint(folder / "checkpoints" / f"{name}.ckpt", model, description)
         best, validates = folder / "checkpoints" / "best.ckpt", len(data.splits["val"]) > 0
         metrics = {
             **finish(config, data, best, folder / "model", probe.device, probe.logits),
-            "knn": neighbours,
+            "knn": knn_metrics,
             "penalty": penalty,
             "chosen_on_validation": ["the penalty", "the number of neighbours", "the temperature"] * validates,
             "train_seconds": round(seconds, 3),
             "images_per_second": round(probe.images_per_second, 1),
-            "parameters": num_parameters(model),
+            "parameters": count_parameters(model),
             "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS)),
             "bad_files": len(data.bad_files),
             "passed_over": data.passed_over,
             "seed": config.seed,
-            "versions": versions(),
+            "versions": library_versions(),
         }
         write_json(folder / "metrics.json", metrics)
         if events is not None:
             write_outcome(events, config, metrics, 0)
             events.close()
-        closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
+        print_closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics)
 
 
@@ -259,7 +259,7 @@ def _fit_and_finish(
         callbacks.append(start)
     callbacks += [interrupt, checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience)]
     trainer = build_trainer(config, folder, callbacks)
-    with ranks.watched(trainer, functools.partial(how_to_go_on, folder)):
+    with ranks.watched(trainer, functools.partial(format_resume_hint, folder)):
         try:
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except Stopped:
@@ -269,7 +269,7 @@ def _fit_and_finish(
     if not trainer.is_global_zero:
         return None
 
-    if resume and throughput.images == throughput.earlier and interrupt.signal is None and finished(folder):
+    if resume and throughput.images == throughput.earlier and interrupt.signal is None and is_finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
     saved = [path for name in ("best", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
     if not saved:
@@ -279,14 +279,16 @@ def _fit_and_finish(
         "images_per_second": round(throughput.images_per_second, 1),
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
-        "chosen_on_validation": chosen_on_validation(config, trainer.current_epoch, start.penalty) if monitor else [],
-        "parameters": num_parameters(module.model),
+        "chosen_on_validation": list_validation_choices(config, trainer.current_epoch, start.penalty)
+        if monitor
+        else [],
+        "parameters": count_parameters(module.model),
         "trained_parameters": module.trained,
         **start.metrics(),
         "bad_files": len(data.bad_files),
         "passed_over": data.passed_over,
         "seed": config.seed,
-        "versions": versions(),
+        "versions": library_versions(),
     }
     figures: dict[str, Any] | None = None
     with contextlib.suppress(KeyboardInterrupt), interrupt.raising():
@@ -298,7 +300,7 @@ def _fit_and_finish(
     write_json(folder / "metrics.json", metrics)
     if board is not None:
         board.finish(metrics)
-    closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
+    print_closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics, 130 if metrics.get("interrupted") else 0)
 
 
