@@ -110,7 +110,7 @@ def test_the_probe_chooses_by_the_same_order(run, monkeypatch):
 
     from vit.training.linear_probe import Probe
 
-    monkeypatch.setattr(Probe, "_heads", heads)
+    monkeypatch.setattr(Probe, "_fit_heads", heads)
     for monitor, chosen in (("val/top1", 2), ("val/loss", 4)):
         assert run(*TINY, "augment=none", "method=linear_probe", f"monitor={monitor}").metrics["penalty"] == chosen
     assert len(logistic.PENALTIES) > len(figures)

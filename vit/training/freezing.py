@@ -20,7 +20,7 @@ def lowest_layer(progress: float, *, depth: int, freeze: int | str, unfreeze: fl
 
     With `freeze` = n the embedding and the n lowest blocks stay frozen, with "all" every block.  With `unfreeze` = 0
     the other layers are trained from the start.  Otherwise they are unfrozen one by one from the top, at equal
-    intervals, the lowest at `unfreeze` (after Howard & Ruder 2018, "Universal Language Model Fine-tuning", section 3.3).
+    intervals, the lowest at `unfreeze` (Howard & Ruder 2018, "Universal Language Model Fine-tuning", section 3.3).
     """
     lowest = depth + 1 if freeze == "all" else int(freeze) + 1 if freeze else 0
     if not unfreeze:
