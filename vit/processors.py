@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -31,6 +32,19 @@ def _quota() -> float | None:
         return quota / length if quota > 0 and length > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free, at most its container's limit; None where that is not known."""
+    try:
+        with open("/proc/meminfo") as file:
+            found = [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+        free = found[0] if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit
+        free = min(free, int((_CGROUP / "memory.max").read_text()))
+    return free
 
 
 def wait_passively() -> None:

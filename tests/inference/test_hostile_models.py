@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,28 @@ def shared(levels: int = 40) -> list:
     for _ in range(levels):
         value = [value, value]
     return value
+
+
+def shared_tuple(levels: int = 40) -> tuple:
+    value: tuple = (1,)
+    for _ in range(levels):
+        value = (value, value)
+    return value
+
+
+class Unhashed:
+    """A dictionary with this item in a pickle; to make it here would never end."""
+
+    def __init__(self, key: tuple) -> None:
+        self.key = key
+
+    def __reduce__(self):
+        return collections.OrderedDict, (), None, None, iter([(self.key, 1)])
+
+
+class OfSet(Unhashed):
+    def __reduce__(self):
+        return set, ([self.key],)
 
 
 def nested(levels: int) -> list:
@@ -92,6 +116,20 @@ def information(model: Path, capsys) -> str | None:
     assert status in (0, 2)
     assert error.count("\n") == (status == 2), error
     return error or None
+
+
+@pytest.mark.parametrize("kind", ["zip", "before 1.6", "key", "key before 1.6", "members of a set"])
+@pytest.mark.timeout(120)
+def test_a_tuple_that_is_shared_at_every_level(kind, tmp_path, originals, capsys):
+    saved = torch.load(originals / "learned.ckpt", weights_only=True)
+    value = shared_tuple()
+    saved["vit"]["training"] = Unhashed(value) if "key" in kind else [value]
+    if kind == "members of a set":
+        saved["vit"]["training"] = OfSet(value)
+    torch.save(saved, tmp_path / "made.ckpt", _use_new_zipfile_serialization="before" not in kind)
+    told = "holds a tuple of over 1000000 tuples, level by level"
+    assert told in str(answer(tmp_path / "made.ckpt"))
+    assert told in str(information(tmp_path / "made.ckpt", capsys))
 
 
 def weight(make):
@@ -247,6 +285,62 @@ def test_graphs(name, originals, tmp_path, capsys):
     assert line is not None
     assert told is None or told in line, line
     information(tmp_path / "made.onnx", capsys)
+
+
+def doubling(operator: str, source: str):
+    """Nodes each of which makes something larger of what the one before made, up to the logits."""
+
+    def change(message):
+        graph, last = message.graph, source
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ones((1, 1, 256), np.float32), "one"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1, 1, 1], np.int64), "column"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 1, -1], np.int64), "row"))
+        nodes = []
+        for step in range(24 if operator == "Concat" else 2):
+            name = f"double {step}"
+            if operator == "Concat":
+                nodes.append(onnx.helper.make_node("Concat", [last, last], [name], axis=0))
+            else:  # a column by a row
+                for side in ("column", "row"):
+                    nodes.append(onnx.helper.make_node("Reshape", [last, side], [f"{side} {step}"]))
+                nodes.append(onnx.helper.make_node(operator, [f"column {step}", f"row {step}"], [name]))
+            last = name
+        nodes.append(onnx.helper.make_node("ReduceMax", [last], ["largest"], keepdims=0))
+        nodes.append(onnx.helper.make_node("Add", ["largest", "honest"], ["logits"]))
+        for node in graph.node:
+            node.output[:] = ["honest" if name == "logits" else name for name in node.output]
+        graph.node.extend(nodes)
+
+    return change
+
+
+DOUBLING = [(operator, source) for operator in ("Concat", "Mul", "MatMul") for source in ("one", "image")]
+HERE = """
+import sys, vit.processors
+free = int(sys.argv.pop(1))
+vit.processors.free_memory = lambda: free
+import numpy as np, resource, vit
+try:
+    (result,) = vit.load(sys.argv[1], device="cpu", backend="onnx").classify([np.full((16, 16), 99, dtype=np.uint8)])
+    print("answered", result.label)
+except vit.VitError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize(("operator", "source"), DOUBLING)
+def test_nodes_that_make_much_of_little_meet_a_limit(operator, source, originals, tmp_path):
+    message = onnx.load_model(originals / "learned" / ONNX)
+    del message.metadata_props[-1]  # its checksum
+    doubling(operator, source)(message)
+    (tmp_path / "made.onnx").write_bytes(sealed_onnx(message.SerializeToString()))
+    command = [sys.executable, "-c", HERE, str(1 << 30), str(tmp_path / "made.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    line, most = done.stdout.splitlines()
+    assert "it takes more memory than there is" in line, (done.stdout, done.stderr)
+    assert int(most) < 1.1e6
+    assert done.stderr == ""
 
 
 NUMBERS = [0, -1, 1, 3, 17, 2**31, 2**63, 10**400, 1e-320, 1e308, float("nan"), float("inf"), True, None]

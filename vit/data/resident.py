@@ -7,13 +7,13 @@ Notable:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vit import processors
 from vit.data.batches import Batch
 from vit.data.dataset import Split
 from vit.data.preprocess import Preprocessing
@@ -73,14 +73,7 @@ def free_memory(device: torch.device | str) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if kind != "cpu":
         return None
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
+    return processors.free_memory()
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ Notable
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from vit.checksums import check_onnx
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.onnx_file import check_graph, read_outline
-from vit.processors import available
+from vit.processors import available, free_memory
 
 if TYPE_CHECKING:
     from vit.model import VisionTransformer
@@ -41,6 +42,25 @@ def runtime() -> Any:
     import onnxruntime
 
     return onnxruntime
+
+
+@functools.cache
+def _limit_memory(runtime: Any) -> bool:
+    """Let all sessions of this process take at most three quarters of the memory that is free; True where that holds.
+
+    A few nodes that double what they are given ask for any amount, which shows only when they are run.
+    """
+    free = free_memory()
+    with contextlib.suppress(Exception):  # an older runtime, or a program that has set it already
+        place = runtime.OrtMemoryInfo(
+            "Cpu", runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
+        )
+        usual = dict.fromkeys(("arena_extend_strategy", "initial_chunk_size_bytes", "max_dead_bytes_per_chunk"), -1)
+        if free is not None:
+            arena = runtime.OrtArenaCfg({**usual, "max_mem": free // 4 * 3})
+            runtime.create_and_register_allocator(place, arena)
+            return True
+    return False
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
@@ -77,7 +97,7 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     onnxruntime = runtime()
     check_onnx(path)
     try:
-        check_graph(path)
+        foldable = check_graph(path)
     except (OSError, ValueError) as error:
         raise VitError(f"{path} is damaged or not an ONNX model of a Vision Transformer: {error}") from None
     options = onnxruntime.SessionOptions()
@@ -85,11 +105,15 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # its complaints become the exception below
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = ["CPUExecutionProvider"]
+    if _limit_memory(onnxruntime):
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    kinds: dict[str, Any] = {"providers": ["CPUExecutionProvider"]}
+    if not foldable:  # what is computed while a session is built is not limited
+        kinds["disabled_optimizers"] = ["ConstantFolding"]
     if outline is not None:
         options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.absolute().parent))
         try:
-            return onnxruntime.InferenceSession(outline, options, providers=providers)
+            return onnxruntime.InferenceSession(outline, options, **kinds)
         except Exception:  # an older runtime, or a file with a fault, which it will name
             pass
     try:
@@ -99,7 +123,7 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     except UnicodeEncodeError:
         model = path.read_bytes()
     try:
-        return onnxruntime.InferenceSession(model, options, providers=providers)
+        return onnxruntime.InferenceSession(model, options, **kinds)
     except Exception as error:  # the library's exceptions share no base class
         reason = str(error).splitlines()[0][:160]
         raise VitError(f"{path} is damaged or not an ONNX model: {reason}") from None
@@ -176,7 +200,12 @@ class OnnxBackend:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         self.ready()
-        return self._session.run([OUTPUT], {INPUT: images})[0]
+        try:
+            return self._session.run([OUTPUT], {INPUT: images})[0]
+        except Exception as error:  # the library's exceptions share no base class
+            short = "smaller than requested" in str(error) or "Failed to allocate" in str(error)
+            reason = "it takes more memory than there is" if short else str(error).splitlines()[0][:160]
+            raise VitError(f"{self._path} cannot be computed for {len(images)} images at once: {reason}") from None
 
     def network(self) -> VisionTransformer:
         """The torch module of the bundle that the file lies in, or of the weights in the file itself, on the CPU.

@@ -13,6 +13,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ NEVER = {
     *("Tile", "Resize", "Upsample", "Loop", "Scan", "If", "SequenceMap", "ImageDecoder", "StringNormalizer"),
 }
 """Operators that make much of little, or run graphs of their own."""
+
+AS_LARGE = {
+    *("Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Slice", "Split", "Squeeze", "Transpose"),
+    *("Unsqueeze", "Sqrt", "Reciprocal", "Neg", "Shape"),
+}
+"""Operators whose results have no more numbers than their first input."""
 
 SMALLEST = 1024
 """Bytes of a tensor from which on it is left where it is; shapes and other numbers that the graph is optimised by are
@@ -66,38 +73,50 @@ def read_outline(path: str | os.PathLike[str]) -> tuple[bytes, dict[str, str]]:
         return b"".join(message), metadata
 
 
-def check_graph(path: str | os.PathLike[str]) -> None:
+def check_graph(path: str | os.PathLike[str]) -> bool:
     """Raise ValueError, with the reason, where the file asks for more memory than its weights and an image need.
 
     Refused are outputs that nobody asks for, operators that make large tensors of small ones and that no export of a
     Vision Transformer has, and constants that ask for tensors of more than `MOST` numbers.
+
+    Returns whether what is computed of its weights alone is small too, for certain.
     Raises OSError when the file cannot be read, and ValueError when it has not the structure of an ONNX model.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         sizes: dict[bytes, int] = {}
+        counts: dict[bytes, int] = {b"": 1}
         asked: list[tuple[str, bytes]] = []
         for field, _, content, end in _fields(data, 0, len(data)):
             if field in (_TRAINING, _FUNCTIONS):
                 raise ValueError("it has functions of its own")
-            for number, _, start, stop in _fields(data, content, end) if field == _GRAPH else ():
+            parts = list(_fields(data, content, end)) if field == _GRAPH else []  # nodes are written first
+            for number, _, start, stop in sorted(parts, key=lambda part: part[0] == _NODE):
                 if number == _SPARSE:
                     raise ValueError("it has sparse weights")
-                if number == _INITIALIZER and stop - start < SMALLEST:
-                    name, size = _asked_for(data, start, stop)
-                    sizes[name] = size
+                if number == _INITIALIZER:
+                    name, count = _count(data, start, stop)
+                    counts[name] = count
+                    if stop - start < SMALLEST:
+                        sizes[name] = _asked_for(data, start, stop)
                 elif number == _OUTPUT:
                     name = next((data[a:b] for each, _, a, b in _fields(data, start, stop) if each == 1), b"")
                     if name not in OUTPUTS:
                         raise ValueError(f"it has an output {name[:60].decode(errors='replace')!r}")
                 elif number == _NODE:
-                    asked += _made(data, start, stop, sizes)
+                    asked += _made(data, start, stop, sizes, counts)
         for kind, name in asked:
             if sizes.get(name, 0) > MOST:
                 raise ValueError(f"a node {kind} makes a tensor of {sizes[name]:,} numbers")
+        return max(counts.values()) <= MOST
 
 
-def _made(data: mmap.mmap, start: int, end: int, sizes: dict[bytes, int]) -> list[tuple[str, bytes]]:
-    """Of a NodeProto, its operator and the input that says how large its result is, where one does."""
+def _made(
+    data: mmap.mmap, start: int, end: int, sizes: dict[bytes, int], counts: dict[bytes, int]
+) -> list[tuple[str, bytes]]:
+    """Of a NodeProto, its operator and the input that says how large its result is, where one does.
+
+    `counts` gets the most numbers that its results may have, where all its inputs are in there.
+    """
     parts: dict[int, list[bytes]] = {}
     for number, _, content, stop in _fields(data, start, end):
         if number != _ATTRIBUTE or stop - content < SMALLEST:
@@ -112,18 +131,33 @@ def _made(data: mmap.mmap, start: int, end: int, sizes: dict[bytes, int]) -> lis
                 if number == 22:
                     raise ValueError("it has sparse weights")
                 if number == 5:
-                    sizes[outputs[0]] = _asked_for(attribute, content, stop)[1]
+                    sizes[outputs[0]] = _asked_for(attribute, content, stop)
+                    counts[outputs[0]] = _count(attribute, content, stop)[1]
+    elif inputs and all(name in counts for name in inputs):
+        given = [counts[name] for name in inputs]
+        most = given[0] if kind in AS_LARGE else sum(given) if kind == "Concat" else math.prod(given)
+        counts |= dict.fromkeys(outputs, min(most, 1 << 64))
     place = {"ConstantOfShape": 0, "Expand": 1, "Range": 1, "Reshape": 1}.get(kind, len(inputs))
     return [(kind, name) for name in inputs[place : place + 1]]
 
 
-def _asked_for(data: mmap.mmap | bytes, start: int, end: int) -> tuple[bytes, int]:
-    """The name of a small TensorProto, and the product of its values, where they are whole numbers."""
-    name, product, whole, raw, values = b"", 1, False, b"", list[int]()
+def _count(data: mmap.mmap | bytes, start: int, end: int) -> tuple[bytes, int]:
+    """The name of a TensorProto, and how many numbers it has, by its shape."""
+    name, product = b"", 1
     for number, _, content, stop in _fields(data, start, end):
         if number == 8:
             name = data[content:stop]
-        elif number == 2:
+        while number == 1 and content < stop:  # one after the other, or packed
+            side, content = _read_varint(data, content, stop)
+            product = min(product * side, 1 << 64)
+    return name, product
+
+
+def _asked_for(data: mmap.mmap | bytes, start: int, end: int) -> int:
+    """The product of the values of a small TensorProto, where they are whole numbers."""
+    product, whole, raw, values = 1, False, b"", list[int]()
+    for number, _, content, stop in _fields(data, start, end):
+        if number == 2:
             whole = _read_varint(data, content, stop)[0] == _INT64
         elif number == _RAW_DATA:
             raw = data[content:stop]
@@ -134,7 +168,7 @@ def _asked_for(data: mmap.mmap | bytes, start: int, end: int) -> tuple[bytes, in
     values += [int.from_bytes(raw[i : i + 8], "little", signed=True) for i in range(0, len(raw), 8)]
     for value in values if whole else ():
         product = min(product * max(value, 1), 1 << 64)
-    return name, product
+    return product
 
 
 def _graph(data: mmap.mmap, start: int, end: int, name: bytes) -> bytes:

@@ -13,6 +13,7 @@ Imports torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pickle
 import pickletools
@@ -22,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from torch import Tensor
 from vit.checksums import check_safetensors
 from vit.errors import VitError
 
+_MOST_IN_TUPLE = 1_000_000
+"""Tuples inside a tuple, each counted wherever it is."""
 _MOST_SHARED = 8
 """Tensors may share memory (tied weights), but all of them together are at most this many times what the file holds."""
 
@@ -48,6 +51,7 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
             raise VitError(
                 f"{path} was refused: its parts are compressed, as torch's never are; they may fill the memory"
             )
+        _check_tuples(path, zipped)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # many training scripts keep their options as a Namespace beside the weights: a bag of values, no code
             warnings.simplefilter("ignore")  # about how foreign files were pickled
@@ -154,6 +158,58 @@ def _packed(path: Path) -> bool:
         return any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return False  # which is for torch to say
+
+
+_NO_PICKLE = (ValueError, LookupError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile)
+
+
+def _check_tuples(path: Path, zipped: bool) -> None:
+    """Raise `VitError` where a pickle makes a tuple of tuples that are shared at many levels.
+
+    Forty tuples of the one before, twice, are a key of 2^40 parts, and reading the key into a dictionary never ends.
+    """
+    with contextlib.ExitStack() as files:
+        file: IO[bytes] = files.enter_context(open(path, "rb"))
+        parts = [file] * 5  # torch's format before 1.6: three numbers, the content, the names of storages
+        # what cannot be followed is for torch to refuse
+        files.enter_context(contextlib.suppress(*_NO_PICKLE))
+        if zipped:
+            archive = files.enter_context(zipfile.ZipFile(file))
+            found = [part for part in archive.infolist() if part.filename.endswith("data.pkl")]
+            parts = [files.enter_context(archive.open(part)) for part in found]
+        for part in parts:
+            if _largest_tuple(part) > _MOST_IN_TUPLE:
+                raise VitError(f"{path} was refused: it holds a tuple of over {_MOST_IN_TUPLE} tuples, level by level")
+
+
+def _largest_tuple(file: IO[bytes]) -> int:
+    """How many tuples the largest tuple of the next pickle holds, read off its instructions without obeying any."""
+    memory: dict[Any, int] = {}
+    stack: list[int | None] = []  # tuples in each value; None is a mark
+    largest = 0
+    for code, argument, _ in pickletools.genops(file):
+        if "GET" in code.name:
+            stack.append(memory[argument])
+        elif "PUT" in code.name or code.name == "MEMOIZE":
+            memory[len(memory) if argument is None else argument] = stack[-1] or 0
+        elif code.name == "MARK":
+            stack.append(None)
+        elif code.name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken, single = 0, len(code.stack_before)
+            if pickletools.stackslice in code.stack_before:
+                single -= 2
+                while (value := stack.pop()) is not None:
+                    taken += value
+            for _ in range(single):
+                taken += stack.pop() or 0
+            made = 1 + taken if "TUPLE" in code.name else 0
+            largest = max(largest, made)
+            if largest > _MOST_IN_TUPLE:
+                return largest
+            stack += [made] * len(code.stack_after)
+    return largest
 
 
 def _sums_fit(path: Path) -> bool:
