@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import faulthandler
 import importlib.util
+import json
 import logging
 import os
 import random
 import signal
+import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,31 @@ def hub_environment(hub: Any, tmp_path: Path) -> dict[str, str]:
     """The environment of a process that has `hub` for its hub and an empty cache of its own."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return {**plain, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf_home"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Run a program as a fork of a process that has imported everything: what `forked_runs.py` answers."""
+    command = [sys.executable, str(Path(__file__).with_name("forked_runs.py"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def start(
+        *arguments: str,
+        program: str = "train",
+        number: int | None = None,
+        after: float = 0.0,
+        environment: dict[str, str] | None = None,
+        folder: str | os.PathLike[str] = ".",
+    ) -> dict[str, Any]:
+        request = {"program": program, "arguments": arguments, "signal": number, "after": after}
+        request |= {"environment": environment or {}, "folder": os.path.abspath(folder)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    yield start
+    server.stdin.close()
+    server.wait(60)

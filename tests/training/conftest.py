@@ -1,7 +1,6 @@
 """Small runs of the real thing."""
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -69,23 +68,3 @@ def script(tmp_path):
         return subprocess.Popen(command, env=environment, **({"cwd": tmp_path} | pipes | options))
 
     return start
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """Run `train.py` as a fork of a process that has imported everything: what `forked_runs.py` answers."""
-    command = [sys.executable, str(Path(__file__).with_name("forked_runs.py"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def start(*overrides, number=None, after=0.0, environment=None, folder="."):
-        request = {"arguments": overrides, "signal": number, "after": after, "environment": environment or {}}
-        server.stdin.write(json.dumps({**request, "folder": os.path.abspath(folder)}) + "\n")
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield start
-    server.stdin.close()
-    server.wait(60)

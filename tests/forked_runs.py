@@ -1,9 +1,9 @@
-"""Runs of `train.py` that start at once: everything is imported here, and each run is a fork of this process.
+"""Runs of the commands that start at once: everything is imported here, and each run is a fork of this process.
 
-A program for tests that need many real processes and real signals: it reads a JSON object a line, `{"arguments",
-"signal", "after", "environment", "folder"}`, runs `train_main(arguments)` in a child in that folder, sends it `signal`
-when `after` seconds have passed since the run began, and answers `{"status", "out", "err", "seconds"}`.  A child that
-takes longer than LIMIT is killed, and its status is then "hangs".
+A program for tests that need many real processes and real signals: it reads a JSON object a line, `{"program",
+"arguments", "signal", "after", "environment", "folder"}`, calls the main function of the program ("train", "eval" or
+"vit") in a child in that folder, sends it `signal` when `after` seconds have passed since it began, and answers
+`{"status", "out", "err", "seconds"}`.  A child that takes longer than LIMIT is killed, and its status is then "hangs".
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ def child(request: dict[str, Any], began: int, out: Any, err: Any) -> None:
     os.dup2(err.fileno(), 2)
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    from vit.cli import main
     from vit.training.app import train_main
+    from vit.training.eval_app import eval_main
 
+    program = {"train": train_main, "eval": eval_main, "vit": main}[request["program"]]
     status = 1
     try:
         os.write(began, b".")
-        status = train_main(request["arguments"])
+        status = program(request["arguments"])
     except BaseException:
         import traceback
 
