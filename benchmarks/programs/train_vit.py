@@ -39,10 +39,10 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
             if spent >= given["seconds"] * (self._points + 1) / given["points"] and not trainer.should_stop:
                 stopped = time.monotonic()
                 self._points += 1
-                self.curve.append((spent, data.accuracy(pl_module.kept, "val")))
+                self.curve.append((spent, data.accuracy(pl_module.eval_model, "val")))
                 self._stood(time.monotonic() - stopped)
-                assert self.throughput._running is not None
-                self.throughput._running += time.monotonic() - stopped
+                assert self.throughput._running_since is not None
+                self.throughput._running_since += time.monotonic() - stopped
 
         def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
             # the schedule's own callback has run before
@@ -54,7 +54,7 @@ def train(given: dict[str, Any]) -> dict[str, Any]:
             self.measured = {
                 "seconds": self._spent,
                 "images": self.throughput.images,
-                "waiting": Throughput.waiting(pl_module),
+                "waiting": Throughput.wait_seconds(pl_module),
             }
             self.measured |= size(pl_module.model, data)
 

@@ -138,7 +138,7 @@ def test_a_data_file_and_the_catalogue_agree(name, compose, needed):
 def test_the_model_section_is_the_models_own_arguments():
     arguments = inspect.signature(VisionTransformer).parameters
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    assert fields - set(sections.NO_ARGUMENTS) == set(arguments) - {"num_classes"}
+    assert fields - set(sections.SOURCE_KEYS) == set(arguments) - {"num_classes"}
     rules = {key.name: key.rule for key in options.list_keys(ModelConfig)}
     assert tuple(SIZES) == sections.SIZES
     for key, allowed in CHOICES.items():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vit.errors import VitError
 from vit.training.config import check_model, load_config
-from vit.training.sections import seconds
+from vit.training.sections import parse_seconds
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_times(hours, minutes, rest):
     expected = hours * 3600 + minutes * 60 + rest
     text = f"{hours:02}:{minutes:02}:{rest:02}"
     if expected:
-        assert seconds(text, "key") == expected
-        assert seconds(f"{expected}", "key") == expected
-        assert seconds(expected, "key") == expected
+        assert parse_seconds(text, "key") == expected
+        assert parse_seconds(f"{expected}", "key") == expected
+        assert parse_seconds(expected, "key") == expected
     else:
         with pytest.raises(VitError, match="key"):
-            seconds(text, "key")
+            parse_seconds(text, "key")
 
 
 def test_times_of_two_parts_are_minutes_and_seconds():
-    assert seconds("7:30.5", "key") == 450.5
-    assert seconds(None, "key") is None
+    assert parse_seconds("7:30.5", "key") == 450.5
+    assert parse_seconds(None, "key") is None

@@ -19,7 +19,7 @@ from vit.pretrained.create import create_model
 from vit.training import auto
 from vit.training.auto import auto_augment, auto_epochs, estimate_passes, resolve_auto
 from vit.training.config import check_model, load_config
-from vit.training.pretrained import resolution, working_size
+from vit.training.pretrained import default_image_size, describe_resolution
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_a_name_of_timms_needs_no_weights_to_be_checked(compose):
     ],
 )
 def test_images_are_at_most_224_pixels_in_whole_patches_unless_typed(own, patch, expected):
-    assert working_size(own, patch) == expected
+    assert default_image_size(own, patch) == expected
 
 
 def test_a_size_that_was_not_typed_is_one_that_can_be_afforded(compose):
@@ -163,7 +163,7 @@ def test_a_size_that_was_not_typed_is_one_that_can_be_afforded(compose):
 def test_the_line_on_the_size_says_what_another_would_cost(own, native, said):
     """GFLOPs against the formula: two for each of 12 N D^2 + 2 N^2 D in 12 layers, embedding and head beside it."""
     architecture = create_model("vit_small_patch14_dinov2", image_size=224, num_classes=5).architecture
-    line = resolution(architecture, own, SimpleNamespace(native_size=native, sizes=None))
+    line = describe_resolution(architecture, own, SimpleNamespace(native_size=native, sizes=None))
     assert line.startswith("image size  224 x 224")
     assert line.endswith(said)
     N, D = 257, 384

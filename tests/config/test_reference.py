@@ -7,12 +7,12 @@ import shlex
 
 from vit import options
 from vit.training.config import Config, load_config
-from vit.training.reference import DOCUMENT, document, main
+from vit.training.reference import DOCUMENT, main, update_document
 
 
 def test_the_table_is_current():
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert document(text) == text, "run python -m vit.training.reference"
+    assert update_document(text) == text, "run python -m vit.training.reference"
 
 
 def test_every_key_is_there_with_its_help():
@@ -25,7 +25,7 @@ def test_every_key_is_there_with_its_help():
 
 def test_writing_it_again_changes_nothing(tmp_path):
     copy = tmp_path / "configuration.md"
-    text = document(DOCUMENT.read_text(encoding="utf-8"))
+    text = update_document(DOCUMENT.read_text(encoding="utf-8"))
     copy.write_text(text.replace("| `seed` |", "| `sede` |"), encoding="utf-8")
     assert main(copy) == 0
     assert copy.read_text(encoding="utf-8") == text

@@ -186,9 +186,9 @@ def test_two_sweeps_of_one_second_have_a_table_each(stub, tmp_path):
 
 
 def test_a_metric_that_is_not_there():
-    assert sweep.metric({"val": {"top1": 0.5}}, "val/top1") == 0.5
-    assert sweep.metric({"val": None}, "val/top1") is None
-    assert sweep.metric({}, "val/top1") is None
+    assert sweep.read_metric({"val": {"top1": 0.5}}, "val/top1") == 0.5
+    assert sweep.read_metric({"val": None}, "val/top1") is None
+    assert sweep.read_metric({}, "val/top1") is None
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_alpha_one_needs_no_labels():
 def test_a_teacher_of_the_same_preprocessing_sees_the_very_same_images(tmp_path):
     model = save(tmp_path / "t")
     teacher, images = Teacher(str(tmp_path / "t"), NAMES, OURS), torch.randn(2, 3, 16, 16)
-    assert teacher.seen(images) is images
+    assert teacher.convert_images(images) is images
     torch.testing.assert_close(teacher(images), model(images).detach())
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert not teacher.model.training
@@ -120,7 +120,9 @@ def test_the_teacher_gets_its_own_size_and_normalisation(tmp_path):
     save(tmp_path / "t", preprocessing=theirs)
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
-    shown = Teacher(str(tmp_path / "t"), NAMES, OURS).seen(torch.from_numpy(OURS.normalise(np.asarray(smooth)[None])))
+    shown = Teacher(str(tmp_path / "t"), NAMES, OURS).convert_images(
+        torch.from_numpy(OURS.normalise(np.asarray(smooth)[None]))
+    )
     expected = theirs.normalise(np.asarray(smooth.resize((24, 32), Image.Resampling.BICUBIC))[None])
     assert shown.shape == (1, 3, 32, 24)
     assert float(np.abs(shown.numpy() - expected).max()) < 3 / 255 / 0.5  # Pillow rounds to whole bytes, twice
@@ -134,7 +136,7 @@ def test_grey_and_colour_are_made_of_each_other(tmp_path, student_channels, teac
     pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     grey = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
     given, expected = (grey, np.repeat(grey, 3, axis=2)) if student_channels == 1 else (pixels, grey)
-    shown = Teacher(str(tmp_path / "t"), NAMES, ours).seen(torch.from_numpy(ours.normalise(given[None])))
+    shown = Teacher(str(tmp_path / "t"), NAMES, ours).convert_images(torch.from_numpy(ours.normalise(given[None])))
     assert shown.shape == (1, teacher_channels, 16, 16)
     assert float(np.abs(shown.numpy() - theirs.normalise(expected[None])).max()) < 1 / 255 / 0.5
 

@@ -27,7 +27,7 @@ from vit.training.app import CONF, resolve_config
 from vit.training.build import build_model
 from vit.training.config import load_config
 from vit.training.freezing import Freezing
-from vit.training.optim import layer_of
+from vit.training.optim import layer_index
 from vit.training.run import train
 
 DIGITS = [str(k) for k in range(10)]
@@ -200,9 +200,9 @@ def test_frozen_layers_end_as_they_began_to_the_bit(tune, source, freeze, lowest
         ours = weights(result.folder, prefix=prefix)
         for name, tensor in theirs.items():
             if not name.startswith("head."):
-                frozen = layer_of(name, 3) < lowest
+                frozen = layer_index(name, 3) < lowest
                 assert torch.equal(ours[name], tensor) is frozen, name
-    count = sum(t.numel() for name, t in weights(result.folder).items() if layer_of(name, 3) >= lowest)
+    count = sum(t.numel() for name, t in weights(result.folder).items() if layer_index(name, 3) >= lowest)
     assert result.metrics["trained_parameters"] == count < result.metrics["parameters"]
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vit.model import VisionTransformer
 from vit.training.freezing import Freezing, count_trainable, lowest_layer
-from vit.training.optim import build_optimizer, layer_of
+from vit.training.optim import build_optimizer, layer_index
 
 DEPTH = 3
 
@@ -71,7 +71,7 @@ def test_a_frozen_layer_stays_as_it_is_to_the_bit_and_then_moves(optimiser):
             net(torch.randn(4, 3, 8, 8)).square().sum().backward()
             optim.step()
         for name, parameter in net.named_parameters():
-            frozen = layer_of(name, DEPTH) < lowest
+            frozen = layer_index(name, DEPTH) < lowest
             assert frozen is torch.equal(parameter, before[name]), name
             assert not frozen or parameter.grad is None
 
@@ -85,7 +85,7 @@ def test_fixed_positions_are_never_learned():
 
 def test_names_belong_to_the_layers_that_they_are_in():
     net = model(embed_norm="tokens", distillation_token=True, registers=2, layer_scale=1e-5)
-    found = {name: layer_of(name, DEPTH) for name, _ in net.named_parameters()}
+    found = {name: layer_index(name, DEPTH) for name, _ in net.named_parameters()}
     embedding = {"cls_token", "dist_token", "reg_token", "pos_embed", "norm_pre.weight", "patch_embed.proj.bias"}
     assert {name for name, layer in found.items() if layer == 0} >= embedding
     assert found["blocks.2.ls1.gamma"] == 3

@@ -37,7 +37,7 @@ def test_means_over_the_steps_since_the_last_reading(small: ModuleType, tmp_path
         assert reading.loss == pytest.approx(sum(record.losses[end - 3 : end]) / 3, rel=1e-5)
         assert 0 <= reading.top1 <= reading.top5 == 1  # three classes
         assert reading.images_per_second > 0
-        assert 0 <= reading.wait_share <= 1
+        assert 0 <= reading.wait_fraction <= 1
     last = run.train_metrics.logged
     assert last.step == 16, "the steps after the last multiple are read at the end"
     assert last.loss == pytest.approx(record.losses[-1], rel=1e-5)
@@ -51,7 +51,7 @@ def test_accumulated_batches_are_one_step(small: ModuleType, tmp_path: Path) -> 
 
 
 def test_slow_steps_are_read_in_between(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meters, "_SECONDS", 0.0)
+    monkeypatch.setattr(meters, "_READ_EVERY", 0.0)
     seen = []
 
     class Watch(L.Callback):

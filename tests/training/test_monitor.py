@@ -23,7 +23,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from vit.errors import VitError
 from vit.training import monitor as monitors
-from vit.training.schedule import factor
+from vit.training.schedule import lr_factor
 
 TRAIN = {"train/loss", "train/top1", "train/top5", "grad_norm", "progress"}
 SPEED = {"speed/images_per_second", "speed/data_wait_share"}
@@ -72,7 +72,7 @@ def test_all_that_is_promised_is_there(small: ModuleType, tmp_path: Path) -> Non
     # the rate of each step is the schedule's at the progress with which the step began
     for event, progress in zip(found.Scalars("lr/decay"), found.Scalars("progress"), strict=True):
         assert progress.value == pytest.approx((event.step - 1) / 24)
-        share = factor((event.step - 1) / 24, name="cosine", warmup=0.2)
+        share = lr_factor((event.step - 1) / 24, name="cosine", warmup=0.2)
         assert event.value == pytest.approx(run.config.optim.lr * share, rel=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_pictures_are_drawn_at_first_and_at_last_when_validations_are_quick(smal
 
 def test_pictures_come_again_after_a_while(small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitors, "_DRAW_EVERY", 0.0)
-    monkeypatch.setattr(monitors, "_DRAW_SHARE", 1e9)
+    monkeypatch.setattr(monitors, "_DRAW_FRACTION", 1e9)
     small.fit(tmp_path, epochs=3, train=16)
     found = read(tmp_path)
     assert [event.step for event in found.Images("confusion")] == [2, 4, 6]
@@ -191,8 +191,8 @@ def test_pictures_come_again_after_a_while(small: ModuleType, tmp_path: Path, mo
 
 def test_drawing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    assert monitors._next(began=99.9) == pytest.approx(130.0)
-    assert monitors._next(began=95.0) == pytest.approx(600.0)
+    assert monitors._next_drawing_time(began=99.9) == pytest.approx(130.0)
+    assert monitors._next_drawing_time(began=95.0) == pytest.approx(600.0)
 
 
 def test_without_images_there_are_figures_only(small: ModuleType, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from vit.errors import VitError
 from vit.model import VisionTransformer
-from vit.training.optim import Muon, build_optimizer, layer_of, orthogonalise, parameter_groups
+from vit.training.optim import Muon, build_optimizer, build_parameter_groups, layer_index, orthogonalise
 
 
 def with_singular_values(values: torch.Tensor, rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -167,7 +167,9 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_every_trainable_parameter_is_in_one_group_with_its_own_decay_and_rate(options, kind, layer_decay):
     model = model_for(**options)
-    groups = parameter_groups(model, kind=kind, lr=1e-3, matrix_lr=0.02, weight_decay=0.05, layer_decay=layer_decay)
+    groups = build_parameter_groups(
+        model, kind=kind, lr=1e-3, matrix_lr=0.02, weight_decay=0.05, layer_decay=layer_decay
+    )
     assert len({group["name"] for group in groups}) == len(groups)
     found = [id(p) for group in groups for p in group["params"]]
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -188,10 +190,12 @@ def test_every_trainable_parameter_is_in_one_group_with_its_own_decay_and_rate(o
 
 
 def test_layers_are_counted_from_the_embedding_to_the_head():
-    assert [layer_of(name, 12) for name in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.bias")] == [0] * 4
-    assert layer_of("blocks.0.attn.qkv.weight", 12) == 1
-    assert layer_of("blocks.11.mlp.fc2.bias", 12) == 12
-    assert [layer_of(name, 12) for name in ("norm.weight", "fc_norm.bias", "attn_pool.q.weight", "head.bias")] == [
+    assert [layer_index(name, 12) for name in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.bias")] == [
+        0
+    ] * 4
+    assert layer_index("blocks.0.attn.qkv.weight", 12) == 1
+    assert layer_index("blocks.11.mlp.fc2.bias", 12) == 12
+    assert [layer_index(name, 12) for name in ("norm.weight", "fc_norm.bias", "attn_pool.q.weight", "head.bias")] == [
         13
     ] * 4
 
@@ -200,7 +204,7 @@ def test_frozen_parameters_are_left_out():
     model = model_for()
     model.requires_grad_(False)
     model.head.requires_grad_(True)
-    groups = parameter_groups(model, kind="muon", lr=1e-3, matrix_lr=0.02, weight_decay=0.05, layer_decay=0.7)
+    groups = build_parameter_groups(model, kind="muon", lr=1e-3, matrix_lr=0.02, weight_decay=0.05, layer_decay=0.7)
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.head.parameters()}
     assert all(group["lr"] == pytest.approx(1e-3) for group in groups)
 
@@ -275,13 +279,15 @@ def test_the_heads_own_rate_multiplies_that_of_its_layer_and_no_others():
     options = {"kind": "adamw", "lr": 0.1, "matrix_lr": 1.0, "weight_decay": 0.5}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for layer_decay in (1.0, 0.5):
-        plain, own = (parameter_groups(model, **options, layer_decay=layer_decay, head_lr=rate) for rate in (1.0, 10.0))
+        plain, own = (
+            build_parameter_groups(model, **options, layer_decay=layer_decay, head_lr=rate) for rate in (1.0, 10.0)
+        )
         plain, own = ({names[p]: group["lr"] for group in groups for p in group["params"]} for groups in (plain, own))
         assert own.keys() == plain.keys() == set(names.values())
         for name, rate in own.items():
             factor = 10 if name.startswith(("head.", "head_dist.")) else 1
             assert rate == pytest.approx(factor * plain[name]), name
-    labels = [group["name"] for group in parameter_groups(model, **options, layer_decay=1.0, head_lr=10.0)]
+    labels = [group["name"] for group in build_parameter_groups(model, **options, layer_decay=1.0, head_lr=10.0)]
     assert len(set(labels)) == len(labels) == 4
 
 
@@ -289,7 +295,7 @@ def test_layers_are_counted_from_the_whole_model_when_only_its_head_learns():
     model = VisionTransformer(image_size=8, patch_size=4, num_classes=3, width=16, depth=4, heads=2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("head.", "blocks.3.")))
-    groups = parameter_groups(model, kind="adamw", lr=1.0, matrix_lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    groups = build_parameter_groups(model, kind="adamw", lr=1.0, matrix_lr=1.0, weight_decay=0.1, layer_decay=0.5)
     assert {group["name"]: group["lr"] for group in groups} == {
         "decay_layer05": 1.0, "no_decay_layer05": 1.0, "decay_layer04": 0.5, "no_decay_layer04": 0.5
     }  # fmt: skip

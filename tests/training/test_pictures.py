@@ -20,7 +20,7 @@ def squares(*shapes: tuple[int, int]) -> list[Image.Image]:
 
 def test_small_images_are_enlarged_pixel_by_pixel() -> None:
     image = squares((8, 8))[0]
-    sheet = np.asarray(pictures.grid([image], [[("seven", "")]]))
+    sheet = np.asarray(pictures.draw_grid([image], [[("seven", "")]]))
     expected = np.asarray(image).repeat(12, 0).repeat(12, 1)
     windows = np.lib.stride_tricks.sliding_window_view(sheet, expected.shape)[:, :, 0]
     assert (windows == expected).all(axis=(2, 3, 4)).sum() == 1
@@ -28,27 +28,27 @@ def test_small_images_are_enlarged_pixel_by_pixel() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (28, 28), (64, 64), (224, 224), (500, 20), (20, 500), (3, 1)])
 def test_a_tile_is_of_readable_size(shape: tuple[int, int]) -> None:
-    sheet = pictures.grid(squares(shape), [[("name", "100%")]])
+    sheet = pictures.draw_grid(squares(shape), [[("name", "100%")]])
     assert 100 <= sheet.width <= 170
     assert sheet.height <= 170
 
 
 @pytest.mark.parametrize(("n", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (5, 3, 2), (16, 4, 4), (17, 5, 4)])
 def test_grids_are_square_like(n: int, columns: int, rows: int) -> None:
-    sheet = pictures.grid(squares((8, 8)) * n, [[("a", "")]] * n)
-    one = pictures.grid(squares((8, 8)), [[("a", "")]])
+    sheet = pictures.draw_grid(squares((8, 8)) * n, [[("a", "")]] * n)
+    one = pictures.draw_grid(squares((8, 8)), [[("a", "")]])
     assert sheet.width == columns * (one.width - 8) + 8
     assert sheet.height == rows * (one.height - 8) + 8
 
 
 def test_long_names_do_not_widen_a_tile_for_ever() -> None:
-    wide = pictures.grid(squares((8, 8)), [[("a very long name of a class " * 9, "99%")]])
+    wide = pictures.draw_grid(squares((8, 8)), [[("a very long name of a class " * 9, "99%")]])
     assert wide.width <= 170
 
 
 def test_mistakes_are_red_and_hits_green() -> None:
     def colours(good: bool | None) -> set[str]:
-        sheet = np.asarray(pictures.grid([Image.new("L", (8, 8))], [[("name", "50%")]], good=good)).reshape(-1, 3)
+        sheet = np.asarray(pictures.draw_grid([Image.new("L", (8, 8))], [[("name", "50%")]], good=good)).reshape(-1, 3)
         inked = sheet[(sheet.max(1).astype(int) - sheet.min(1)) > 60]
         return {("red", "green", "blue")[k] for k in inked.argmax(1)}
 
@@ -60,18 +60,18 @@ def test_mistakes_are_red_and_hits_green() -> None:
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=9))
 def test_any_names_can_be_drawn_and_tagged(names: list[str]) -> None:
     counts = np.ones((len(names), len(names)), dtype=np.int64)
-    pictures.confusion(counts, names)
-    pictures.accuracy_bars(counts, names)
-    pictures.grid(squares((8, 8)) * len(names), [[(name, "5%")] for name in names])
-    tags = pictures.tags(names)
+    pictures.draw_confusion(counts, names)
+    pictures.draw_accuracy_bars(counts, names)
+    pictures.draw_grid(squares((8, 8)) * len(names), [[(name, "5%")] for name in names])
+    tags = pictures.make_tags(names)
     assert len(tags) == len(names)
     assert all(tag.isprintable() and "/" not in tag for tag in tags)
     "".join(tags).encode()
 
 
 def test_tags_tell_classes_apart() -> None:
-    assert pictures.tags(["cat", "a\nb", "a\tb", "x/y"]) == ["cat", "a?b (1)", "a?b (2)", "x_y"]
-    assert pictures.clean("caf\udce9 \x1b[31m") == "caf? ?[31m"
+    assert pictures.make_tags(["cat", "a\nb", "a\tb", "x/y"]) == ["cat", "a?b (1)", "a?b (2)", "x_y"]
+    assert pictures.clean_text("caf\udce9 \x1b[31m") == "caf? ?[31m"
 
 
 def test_class_accuracy_is_the_diagonals_share_of_its_row() -> None:
@@ -81,7 +81,7 @@ def test_class_accuracy_is_the_diagonals_share_of_its_row() -> None:
 
 def test_the_confusion_matrix_is_dark_where_the_images_are() -> None:
     counts = np.array([[9, 1], [0, 10]])
-    sheet = np.asarray(pictures.confusion(counts, ["a", "b"]).convert("L")).astype(int)
+    sheet = np.asarray(pictures.draw_confusion(counts, ["a", "b"]).convert("L")).astype(int)
     corner = 40 * 2 + 12
     cells = sheet[-corner:-12, -corner:-12].reshape(2, 40, 2, 40)[:, 5:9, :, 5:9].mean((1, 3))
     assert cells[1, 1] < cells[0, 0] < cells[0, 1] < cells[1, 0]
@@ -92,8 +92,8 @@ def test_the_confusion_matrix_is_dark_where_the_images_are() -> None:
 def test_any_number_of_classes_fits_a_screen(k: int) -> None:
     counts = np.eye(k, dtype=np.int64) * 12_345
     names = [f"class number {i}" for i in range(k)]
-    assert max(pictures.confusion(counts, names).size) <= 1100
-    bars = pictures.accuracy_bars(counts, names)
+    assert max(pictures.draw_confusion(counts, names).size) <= 1100
+    bars = pictures.draw_accuracy_bars(counts, names)
     assert bars.height == 12 + 18 * min(k, 40)
 
 
@@ -101,7 +101,7 @@ def test_of_many_classes_the_worst_are_shown() -> None:
     counts = np.eye(60, dtype=np.int64)
     counts[7, 7], counts[7, 8] = 0, 1
     counts[9, 9] = 0  # no images: nothing to rank
-    few = pictures.accuracy_bars(counts, ["hit"] * 7 + ["miss"] + ["hit"] * 52)
+    few = pictures.draw_accuracy_bars(counts, ["hit"] * 7 + ["miss"] + ["hit"] * 52)
     pixels = np.asarray(few.convert("L"))
     bar = pixels[6 + 9, -110 - 260 : -110]
     assert (bar > 200).all(), "the first bar is the empty one of the class that was missed"
@@ -112,7 +112,7 @@ def test_of_many_classes_the_worst_are_shown() -> None:
     [(0.0, "0%"), (0.001, "<1%"), (0.004999, "<1%"), (0.0123, "1%"), (0.5, "50%"), (0.9951, ">99%"), (1.0, "100%")],
 )
 def test_percentages_claim_no_certainty(share: float, text: str) -> None:
-    assert pictures.percent(share) == text
+    assert pictures.format_percent(share) == text
 
 
 def test_captions_of_examples() -> None:

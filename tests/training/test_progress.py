@@ -208,7 +208,7 @@ def test_better_validations_are_told(
     small: ModuleType, tmp_path: Path, messages: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    monkeypatch.setattr(progresses, "_IMPROVED", 0.0)
+    monkeypatch.setattr(progresses, "_IMPROVEMENT_EVERY", 0.0)
     figures = []
 
     class Record(L.Callback):
@@ -240,7 +240,7 @@ def test_without_validations_there_is_a_sign_of_life(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3599.4, "59:59"), (3700, "1:01:40"), (-3, "0:00")]
 )
 def test_clock(seconds: float, text: str) -> None:
-    assert progresses._clock(seconds) == text
+    assert progresses._format_time(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -248,4 +248,4 @@ def test_clock(seconds: float, text: str) -> None:
     [(0, "0"), (7.4, "7"), (999.4, "999"), (999.6, "1.0k"), (12_345, "12.3k"), (123_456, "123k"), (2.5e6, "2.5M")],
 )
 def test_short_numbers(number: float, text: str) -> None:
-    assert progresses._short(number) == text
+    assert progresses._format_number(number) == text

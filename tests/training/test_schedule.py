@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit.errors import VitError
-from vit.training.schedule import NAMES, Schedule, factor
+from vit.training.schedule import SCHEDULES, Schedule, lr_factor
 
 SHARES = st.floats(0, 1)
 
@@ -16,34 +16,34 @@ SHARES = st.floats(0, 1)
 @given(SHARES)
 def test_cosine_is_half_a_cosine_after_a_linear_warmup(p):
     expected = max(p / 0.1, 1e-3) if p < 0.1 else 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * (p - 0.1) / 0.9))
-    assert factor(p, name="cosine", warmup=0.1, final=0.2) == pytest.approx(expected)
+    assert lr_factor(p, name="cosine", warmup=0.1, final=0.2) == pytest.approx(expected)
 
 
 @given(SHARES)
 def test_linear_falls_along_a_line(p):
-    assert factor(p, name="linear", final=0.1) == pytest.approx(0.1 + 0.9 * (1 - p))
+    assert lr_factor(p, name="linear", final=0.1) == pytest.approx(0.1 + 0.9 * (1 - p))
 
 
 @given(SHARES)
 def test_wsd_stays_until_the_cooldown(p):
     expected = 1.0 if p <= 0.7 else 0.05 + 0.95 * (1 - p) / 0.3
-    assert factor(p, name="wsd", cooldown=0.3, final=0.05) == pytest.approx(expected)
+    assert lr_factor(p, name="wsd", cooldown=0.3, final=0.05) == pytest.approx(expected)
 
 
-@given(SHARES, st.sampled_from(NAMES), st.floats(0, 0.5), st.floats(0, 0.5), SHARES)
+@given(SHARES, st.sampled_from(SCHEDULES), st.floats(0, 0.5), st.floats(0, 0.5), SHARES)
 def test_every_schedule_stays_between_nothing_and_the_peak(p, name, warmup, cooldown, final):
-    value = factor(p, name=name, warmup=warmup, cooldown=cooldown, final=final)
+    value = lr_factor(p, name=name, warmup=warmup, cooldown=cooldown, final=final)
     assert 0 <= value <= 1
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_a_schedule_ends_at_its_final_share(name):
-    assert factor(1.0, name=name, warmup=0.05, final=0.01) == pytest.approx(0.01)
+    assert lr_factor(1.0, name=name, warmup=0.05, final=0.01) == pytest.approx(0.01)
 
 
 def test_an_unknown_schedule_names_the_nearest():
     with pytest.raises(VitError, match="did you mean 'cosine'"):
-        factor(0.5, name="cosin")
+        lr_factor(0.5, name="cosin")
 
 
 def _trainer(**values):

@@ -226,7 +226,7 @@ class AttentionLog(L.Callback):
             for method in ("rollout", "relevance")
         }
         for number, i in enumerate(shown[:: max(1, len(shown) // _HEADS)][:_HEADS]):
-            title = f"{pictures.clean(names[probes.labels[i]])}, step {step}"
+            title = f"{pictures.clean_text(names[probes.labels[i]])}, step {step}"
             drawings[f"attention/heads/{number:02d}"] = attention_pictures.heads(
                 pictures.to_rgb(probes.images[i]), seen.probes[i]["rows"], self._grid, title
             )

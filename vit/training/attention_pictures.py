@@ -39,9 +39,9 @@ def overlays(
         tile = _fitted(image)
         tiles += [tile, overlay(tile, each)]
         captions.append([(names[label], "")])
-        captions.append([(f"→ {names[said['predicted']]}", pictures.percent(said["probability"]))])
+        captions.append([(f"→ {names[said['predicted']]}", pictures.format_percent(said["probability"]))])
         good += [None, said["predicted"] == label]
-    return pictures.grid(tiles, captions, good, columns=2 * min(4, len(images)))
+    return pictures.draw_grid(tiles, captions, good, columns=2 * min(4, len(images)))
 
 
 def heads(image: Image.Image, rows: np.ndarray, grid: tuple[int, int], title: str) -> Image.Image:
@@ -57,8 +57,8 @@ def heads(image: Image.Image, rows: np.ndarray, grid: tuple[int, int], title: st
     size = (left + count * (width + _GAP), max(layers * (height + _GAP), tile.height) + _TOP + _LINE)
     sheet = Image.new("RGB", size, _PAPER)
     sheet.paste(tile, (_GAP, _TOP + _LINE))
-    draw, font = ImageDraw.Draw(sheet), pictures.typeface(11)
-    draw.text((_GAP, 3), pictures.fit(title, font, size[0] - 2 * _GAP), fill=_INK, font=font)
+    draw, font = ImageDraw.Draw(sheet), pictures.load_font(11)
+    draw.text((_GAP, 3), pictures.fit_text(title, font, size[0] - 2 * _GAP), fill=_INK, font=font)
     for head in range(count):
         place = (left + head * (width + _GAP) + width / 2, _TOP + _LINE / 2)
         draw.text(place, str(head + 1), fill=_INK, font=font, anchor="mm")

@@ -102,9 +102,9 @@ def load_config(values: Mapping[str, Any]) -> Config:
     for group in ("experiment", "debug"):
         if group in values:
             raise VitError(f"{group}: a file of conf/{group} has to begin with the line '# @package _global_'")
-    if pretrained.left_open(values):
-        options.build(Config, pretrained.placeholders(values))  # report mistakes before reading weights
-        values = pretrained.filled(values)
+    if pretrained.has_open_keys(values):
+        options.build(Config, pretrained.fill_placeholders(values))  # report mistakes before reading weights
+        values = pretrained.fill_from_weights(values)
     config = options.build(Config, values)
     check_config(config)
     return config
@@ -171,7 +171,7 @@ def _check_weights(config: Config) -> None:
     """Check the settings that need pretrained weights, and which of them exclude each other."""
     m, lora, finetune = config.model, config.lora, config.finetune
     if m.name is not None and m.size is not None:
-        raise VitError(pretrained.another_model(m.name, m.size))
+        raise VitError(pretrained.size_conflict_message(m.name, m.size))
     if m.name is None and m.size is None and None in (m.width, m.depth, m.heads):
         raise VitError("model.size: may only be null where model.width, model.depth and model.heads are all given")
     frozen = [f"finetune.{key}={options.format_value(getattr(finetune, key))}" for key in ("freeze", "unfreeze")

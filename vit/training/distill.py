@@ -1,11 +1,11 @@
-"""Learning from a teacher: any trained model, whose answers to the very images that the student sees are its targets.
+"""Distil a trained model, the teacher: its outputs for the student's images are the targets.
 
 Notable:
-- the teacher gets the augmented, mixed images in its own size and normalisation, on the student's device;
-- classes are matched by name; a teacher that does not know one of the data's classes is refused;
-- a student with a distillation token learns the labels with its class head and the teacher with the token's own head
-  (Touvron et al. 2021, "DeiT", section 4); one without learns a mixture of both with its one head (Hinton et al. 2015);
-- the teacher is no part of the training module: it is in no checkpoint, and no process exchanges it.
+- the teacher gets the augmented, mixed images, resized and normalised for it, on the student's device;
+- classes are matched by name; the teacher must know every class of the data;
+- with a distillation token, the class head learns the labels and the token's head learns the teacher (Touvron et al.
+  2021, "DeiT", section 4); without one, the only head learns a mixture of both (Hinton et al. 2015);
+- the teacher is not part of the training module, so it is not in checkpoints.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from vit.errors import VitError
 from vit.model import VisionTransformer
 
 _LUMA = (0.299, 0.587, 0.114)
-"""ITU-R BT.601, which is how Pillow makes grey of colour."""
+"""ITU-R BT.601, with which Pillow converts colours to grey."""
 
 
 class Teacher:
-    """A trained model, asked about the classes of the data.
+    """A trained model that predicts the classes of the data.
 
     Args:
         source: any MODEL (see `vit.inference.loading`).
-        class_names: of the data; the answers are in their order.
-        preprocessing: how the images that it will be shown are normalised.
+        class_names: classes of the data, which set the order of the logits.
+        preprocessing: normalisation of the student's images.
 
-    Raises `VitError` when it cannot be loaded, does not know a class, or takes another kind of image.
+    Raises:
+        VitError: the teacher cannot be loaded, does not know a class, or takes another kind of image.
     """
 
     def __init__(self, source: str, class_names: Sequence[str], preprocessing: Preprocessing) -> None:
@@ -56,14 +57,14 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
-        """Normalised images of the student -> logits (B, K) for the classes of the data."""
+        """Compute the logits (B, K) for the classes of the data from the student's normalised images."""
         if next(self.model.parameters()).device != images_BCHW.device:
             self.model.to(images_BCHW.device)
             self._columns = self._columns.to(images_BCHW.device)
-        return self.model(self.seen(images_BCHW)).float()[:, self._columns]
+        return self.model(self.convert_images(images_BCHW)).float()[:, self._columns]
 
-    def seen(self, images_BCHW: Tensor) -> Tensor:
-        """The same images as the teacher takes them: its channels, size, mean and deviation."""
+    def convert_images(self, images_BCHW: Tensor) -> Tensor:
+        """Convert the student's images to the teacher's channels, size, mean and deviation."""
         ours, theirs = self._ours, self._theirs
         if dataclasses.replace(theirs, interpolation=ours.interpolation, crop_pct=ours.crop_pct,
                                crop_mode=ours.crop_mode) == ours:  # fmt: skip
@@ -78,7 +79,7 @@ class Teacher:
 
 
 def check_teacher(source: str) -> None:
-    """Raise `VitError` where there is no such MODEL: at once, as loading it waits for the data."""
+    """Raise `VitError` if there is no such MODEL; this is fast and needs no data."""
     from vit.inference.loading import locate
 
     try:
@@ -88,52 +89,52 @@ def check_teacher(source: str) -> None:
 
 
 class Distillation:
-    """The loss of a student with a teacher.
+    """Compute the loss of a student with a teacher.
 
     Args:
-        teacher: normalised images of the student -> logits (B, K).
-        kind: "soft", the teacher's probabilities, or "hard", the class it finds likeliest.
-        alpha: the teacher's share of the loss; the labels have the rest.
-        temperature: softens the probabilities of both, for "soft".
+        teacher: maps normalised images of the student to logits (B, K).
+        kind: "soft", learn the teacher's probabilities, or "hard", learn its most likely class.
+        alpha: weight of the teacher's loss; the loss of the labels has weight 1 - alpha.
+        temperature: divides the logits of both, for "soft".
     """
 
     def __init__(self, teacher: Teacher, *, kind: str, alpha: float, temperature: float) -> None:
         self.teacher, self.kind, self.alpha, self.temperature = teacher, kind, alpha, temperature
 
     def __call__(self, model: VisionTransformer, images_BCHW: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's logits (B, K), and the loss against targets (B,) or (B, K) and the teacher."""
-        answers = self.teacher(images_BCHW)
+        """Compute the student's logits (B, K), and the loss for targets (B,) or (B, K) and the teacher."""
+        teacher_logits = self.teacher(images_BCHW)
         if model.head_dist is None:
             logits = from_labels = from_teacher = model(images_BCHW)
         else:
             from_labels, from_teacher = forward_both_heads(model, images_BCHW)
             logits = (from_labels + from_teacher) / 2
         loss = (1 - self.alpha) * F.cross_entropy(from_labels, targets)
-        return logits, loss + self.alpha * distillation_loss(from_teacher, answers, self.kind, self.temperature)
+        return logits, loss + self.alpha * distillation_loss(from_teacher, teacher_logits, self.kind, self.temperature)
 
 
 def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, kind: str, temperature: float) -> Tensor:
-    """How far a student's logits are from its teacher's, a mean over images.
+    """Compute the loss between the logits of student and teacher, averaged over images.
 
     "soft": T² KL(softmax(teacher / T) || softmax(student / T)); T² keeps the gradient's size whatever T is (Hinton et
-    al. 2015, section 2).  "hard": the cross-entropy with the teacher's likeliest class (Touvron et al. 2021, equation
-    3).
+    al. 2015, section 2).  "hard": the cross-entropy with the teacher's most likely class (Touvron et al. 2021,
+    equation 3).
     """
     if kind == "hard":
         return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
-    student, teacher = ((each.float() if each.dtype != torch.float64 else each) for each in (student_BK, teacher_BK))
-    ours, theirs = (F.log_softmax(each / temperature, dim=1) for each in (student, teacher))
+    student, teacher = ((x.float() if x.dtype != torch.float64 else x) for x in (student_BK, teacher_BK))
+    ours, theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def forward_both_heads(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, K) of the class head and of the distillation token's head, whose mean is what the model returns."""
+    """Compute the logits (B, K) of the class head and of the distillation head; the model returns their mean."""
     x_BND, sizes_BN = model.encode(images_BCHW)
     return model.both_heads(model.fc_norm(model.pool_tokens(model.norm(x_BND), sizes_BN)))
 
 
 def _match_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """Which of the teacher's outputs stands for each class of the data."""
+    """Return the index of the teacher's output for each class of the data."""
     if list(theirs) == list(ours):
         return torch.arange(len(ours))
     if missing := [name for name in ours if name not in set(theirs)]:
@@ -141,10 +142,12 @@ def _match_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> T
             f"distill.teacher={source}: does not know {listing(missing)}; a teacher has to know every class of the "
             f"data, by name, and this one knows {listing(list(theirs), 5)}"
         )
-    if twice := [name for name in dict.fromkeys(ours) if theirs.count(name) > 1 or ours.count(name) > 1]:
-        raise VitError(f"distill.teacher={source}: has several classes called {listing(twice)}, and names match them")
-    place = {name: k for k, name in enumerate(theirs)}
-    return torch.tensor([place[name] for name in ours])
+    if duplicates := [name for name in dict.fromkeys(ours) if theirs.count(name) > 1 or ours.count(name) > 1]:
+        raise VitError(
+            f"distill.teacher={source}: has several classes called {listing(duplicates)}, and names match them"
+        )
+    index = {name: k for k, name in enumerate(theirs)}
+    return torch.tensor([index[name] for name in ours])
 
 
 def _channel_tensor(values: Sequence[float], like: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Features of a frozen backbone for a whole split: computed once, kept, found again.
+"""Compute the features of a frozen backbone for a whole split, and cache them.
 
 Notable:
-- what is kept is named by everything that it depends on: the backbone's weights, the preprocessing, and the images
-  themselves (of files, path, size and time of change).  Another of any of these is another file;
-- a file appears whole or not at all, and one whose bytes have changed since is noticed by its checksum and made anew;
-- no augmentation: an image has one vector.
+- a cache file is named by a hash of everything it depends on: the backbone's weights, the preprocessing and the images
+  (for files: path, size and time of change);
+- cache files are written atomically, and damaged files are noticed by their checksum and computed again;
+- there is no augmentation: each image has one feature vector.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vit.errors import VitError
 from vit.evaluation import collect_logits
 from vit.files import atomic_write
 from vit.model import VisionTransformer
-from vit.training.optim import HEADS
+from vit.training.optim import HEAD_PREFIXES
 
 log = logging.getLogger("vit")
 
@@ -39,9 +39,9 @@ _TRAINING_ONLY_KEYS = ("num_classes", "init", "dropout", "attention_dropout", "d
 
 
 class Backbone(nn.Module):
-    """A model without its head: images (B, C, H, W) -> what the head reads (B, D).
+    """A model without its head: images (B, C, H, W) -> features (B, D), the input of the head.
 
-    Where there are two heads, the mean of what they read, so that one linear map serves both.
+    With two heads the features are the mean of their inputs, so that one linear map serves both.
     """
 
     def __init__(self, model: VisionTransformer) -> None:
@@ -54,15 +54,15 @@ class Backbone(nn.Module):
         return read if self.model.head_dist is None else read.mean(dim=1)
 
     def fingerprint(self) -> str:
-        """What tells the weights and the architecture that features depend on from any other.
+        """Hash the weights and the architecture that the features depend on.
 
-        Not the head, nor what is of training only: a probe and a run that starts from one share their features.
+        The head and training-only settings are left out, so a probe and a run that starts from it share their features.
         """
         architecture = {key: value for key, value in self.model.architecture.items() if key not in _TRAINING_ONLY_KEYS}
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode())
         for name, tensor in self.model.state_dict().items():
             name = name.replace(".base_layer.", ".")
-            if not name.startswith(HEADS) and ".lora_" not in name:  # LoRA's changes start at nothing
+            if not name.startswith(HEAD_PREFIXES) and ".lora_" not in name:  # LoRA updates start at zero
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -78,22 +78,29 @@ def collect_features(
     device: torch.device | str = "cpu",
     label: str = "Computing features",
 ) -> tuple[Tensor, bool]:
-    """The features of every image, float32 (N, D) on the CPU in the split's order, and whether they were found kept.
+    """Compute or load the features of every image of a split.
 
-    `cache` is the folder to keep them in, None for none.  Raises `VitError` for an image that cannot be read.
+    Args:
+        cache: the folder of cache files; None: no cache.
+
+    Returns:
+        The features, float32 (N, D) on the CPU in the split's order, and whether they came from the cache.
+
+    Raises:
+        VitError: an image cannot be read.
     """
     width = int(backbone.model.width)
     if not len(split):
         return torch.zeros(0, width), False
     path = None if cache is None else cache / f"{_cache_key(backbone, split, preprocessing)}.npz"
-    if path is not None and (found := _read_cached(path, (len(split), width))) is not None:
-        return torch.from_numpy(found), True
+    if path is not None and (cached := _read_cached(path, (len(split), width))) is not None:
+        return torch.from_numpy(cached), True
     features, _ = collect_logits(backbone, split, preprocessing, config, device=device, label=label)
     if path is not None:
         try:
             with atomic_write(path) as part, open(part, "wb") as file:
                 np.savez(file, features=features.numpy())
-        except VitError as error:  # they can be had again
+        except VitError as error:  # they can be computed again
             log.warning("the features are not kept: %s", error)
     return features, False
 

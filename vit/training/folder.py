@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its model: the folder, the recipe, the last lines."""
+"""Make the run folder, describe the run, and print its closing lines."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ log = logging.getLogger("vit")
 
 @dataclass
 class RunResult:
-    """What a run left behind.
+    """The result of a run.
 
-    Attributes
+    Attributes:
         folder: the run folder.
-        metrics: what `metrics.json` holds.
+        metrics: the content of `metrics.json`.
         status: exit status for the command: 0, or 130 after Ctrl-C or SIGTERM.
     """
 
@@ -42,7 +42,7 @@ class RunResult:
 
 
 def make_run_folder(config: Config, resume: Path | None) -> Path:
-    """Make `root/name/<date>_<time>`, or go on in the folder of the run that is resumed."""
+    """Make `root/name/<date>_<time>`, or return the folder of the resumed run."""
     if resume is not None and (folder := folder_of(resume)) is not None:
         return folder
     parent = Path(config.run.root) / config.run.name
@@ -60,7 +60,7 @@ def make_run_folder(config: Config, resume: Path | None) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run got as far as its figures on the test split."""
+    """Return whether a run has its metrics on the test split."""
     try:
         return "test" in json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,22 +68,22 @@ def is_finished(folder: Path) -> bool:
 
 
 def describe_training(config: Config, overrides: list[str]) -> dict[str, Any]:
-    """How a run trains, for the description of its model."""
+    """Collect the training settings of a run for the description of its model."""
     t, m = config.trainer, config.model
-    kept: dict[str, Any] = {"overrides": list(overrides), "seed": config.seed}
+    common: dict[str, Any] = {"overrides": list(overrides), "seed": config.seed}
     if m.name is not None:
-        kept["pretrained"] = {"name": m.name, "weights": m.weights, "revision": m.revision}
+        common["pretrained"] = {"name": m.name, "weights": m.weights, "revision": m.revision}
     if config.method == "linear_probe":
-        return {**kept, "method": config.method, "versions": library_versions()}
+        return {**common, "method": config.method, "versions": library_versions()}
     budget = {"max_epochs": t.max_epochs, "max_steps": t.max_steps, "max_time": t.max_time}
-    used = {
+    features = {
         "finetune": config.finetune.freeze or config.finetune.unfreeze,
         "lora": config.lora.rank,
         "distill": config.distill.teacher,
     }
-    parts = ["augment", "optim", "schedule", "ema", *(name for name, value in used.items() if value)]
+    parts = ["augment", "optim", "schedule", "ema", *(name for name, value in features.items() if value)]
     return {
-        **kept,
+        **common,
         "batch_size": config.data.batch_size,
         "budget": {key: value for key, value in budget.items() if value is not None},
         **{part: asdict(getattr(config, part)) for part in parts},
@@ -92,7 +92,7 @@ def describe_training(config: Config, overrides: list[str]) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of what a run's figures may depend on."""
+    """Return the versions of the libraries that influence the metrics."""
     import vit
 
     return {
@@ -104,17 +104,17 @@ def library_versions() -> dict[str, str]:
 
 
 def format_metrics(block: dict[str, Any], classes: int) -> str:
-    """A block of `metrics.json` in one line, of a model with that many classes."""
+    """Format a block of `metrics.json` in one line, for a model with `classes` classes."""
     parts = []
     for key, label in (("top1", "top-1"), ("top5", "top-5"), ("loss", "loss"), ("ece", "ECE")):
         value = block.get(key)
-        if value is not None and (key != "top5" or classes > 5):  # of five classes it is 100% whatever happens
+        if value is not None and (key != "top5" or classes > 5):  # of five classes it is always 100%
             parts.append(f"{label} {value:.1%}" if key.startswith("top") else f"{label} {value:.4f}")
     return "  ".join(parts)
 
 
 def write_run_description(folder: Path, config: Config, data: ImageData) -> None:
-    """Write down what a run is before it begins: its configuration, and its splits where they are not there yet."""
+    """Write the configuration of a run before it begins, and its splits if they are not there yet."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.to_dict())))
     if not (folder / FILE).is_file():
         write_splits(folder / FILE, data)
@@ -122,18 +122,18 @@ def write_run_description(folder: Path, config: Config, data: ImageData) -> None
 
 
 def list_validation_choices(config: Config, epochs: int, penalty: float | None) -> list[str]:
-    """Say in words what validation data decided in a run of so many epochs; `penalty` of the probe it started from."""
+    """List in words what was chosen on validation data; `penalty` belongs to the linear probe at the start."""
     t = config.trainer
-    chosen = [f"the best of {-(-epochs // t.validate_every)} checkpoints ({config.monitor})", "the temperature"]
+    choices = [f"the best of {-(-epochs // t.validate_every)} checkpoints ({config.monitor})", "the temperature"]
     if penalty is not None:
-        chosen.append("the penalty of the probe it started from")
-    return [*chosen, f"when to stop (trainer.patience={t.patience})"] if t.patience is not None else chosen
+        choices.append("the penalty of the probe it started from")
+    return [*choices, f"when to stop (trainer.patience={t.patience})"] if t.patience is not None else choices
 
 
 def print_closing_lines(
     config: Config, folder: Path, metrics: dict[str, Any], classes: int, *, commands: bool = True
 ) -> None:
-    """Print the last lines: the figures and, with `commands`, what to type next."""
+    """Print the last lines: the metrics and, with `commands`, the next commands."""
     lines = []
     if metrics.get("interrupted"):
         so_far = format_metrics(metrics["val"], classes) or "none yet"
@@ -145,13 +145,13 @@ def print_closing_lines(
         if metrics.get("knn"):
             k = metrics["knn"]["k"]
             lines.append(f"knn   {format_metrics(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
-        if never := metrics["never_predicted"]:
-            lines.append(f"never predicted, of {classes} classes: {listing(never)}")
+        if never_predicted := metrics["never_predicted"]:
+            lines.append(f"never predicted, of {classes} classes: {listing(never_predicted)}")
         if chosen := metrics["chosen_on_validation"]:
             lines.append(f"chosen on validation data, which flatters its figures: {', '.join(chosen)}")
-    # none where a probe found all features kept
-    pace = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
-    lines.append(f"trained in {metrics['train_seconds']:.0f} s{pace}; everything is in {printable(folder)}")
+    # 0 if all features of a probe came from the cache
+    speed = f" at {metrics['images_per_second']:,.0f} images/s" if metrics["images_per_second"] else ""
+    lines.append(f"trained in {metrics['train_seconds']:.0f} s{speed}; everything is in {printable(folder)}")
     if metrics.get("interrupted") and commands:
         lines.append(f"go on      {format_resume_command(folder)}")
     if commands:
@@ -165,7 +165,7 @@ def print_closing_lines(
 
 
 def format_resume_hint(folder: Path) -> str:
-    """How to go on with a run that was stopped, as the end of a sentence."""
+    """Say how to continue a stopped run, as the end of a sentence."""
     best = folder / "checkpoints" / "best.ckpt"
     if (folder / "checkpoints" / "last.ckpt").is_file() or best.is_file():
         return f"go on with {format_resume_command(folder if best.with_name('last.ckpt').is_file() else best)}"
@@ -173,5 +173,5 @@ def format_resume_hint(folder: Path) -> str:
 
 
 def format_resume_command(run: Path) -> str:
-    """The command that goes on with a run folder or a checkpoint."""
+    """Return the command that resumes a run folder or a checkpoint."""
     return f"{command_name('train')} {shell.join_command(shell.format_override('resume', run))}"

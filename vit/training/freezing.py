@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vit.training.optim import layer_of
+from vit.training.optim import layer_index
 
 
 def lowest_layer(progress: float, *, depth: int, freeze: int | str, unfreeze: float) -> int:
@@ -44,7 +44,7 @@ class Freezing:
         self.freeze, self.unfreeze = freeze, unfreeze
         names = [name for name, _ in model.named_parameters()]
         self.depth = max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1) + 1
-        layers = [(layer_of(name, self.depth), p) for name, p in model.named_parameters() if p.requires_grad]
+        layers = [(layer_index(name, self.depth), p) for name, p in model.named_parameters() if p.requires_grad]
         self._layers = layers if freeze or unfreeze else []
         self._lowest = -1
         self.update(1.0)

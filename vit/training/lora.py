@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vit.errors import VitError
 from vit.model import VisionTransformer
-from vit.training.optim import HEADS
+from vit.training.optim import HEAD_PREFIXES
 
 if TYPE_CHECKING:
     from vit.training.sections import LoraConfig
@@ -49,7 +49,7 @@ def add_lora(model: VisionTransformer, config: LoraConfig) -> None:
         model,
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or name.startswith(HEADS))
+        parameter.requires_grad_(".lora_" in name or name.startswith(HEAD_PREFIXES))
 
 
 def count_parameters(model: VisionTransformer) -> int:

@@ -1,7 +1,7 @@
-"""What goes wrong while a configuration is put together, in one line for the person who asked for it.
+"""Explain errors of Hydra and OmegaConf in one line.
 
-Hydra's and OmegaConf's errors are right but long, and speak of configs where a person thinks of what they typed; here
-each becomes: the key or file, what is wrong with it, the nearest thing that would work.
+Their own messages are long and speak of internals.  Here each becomes: the key or file, what is wrong with it, and a
+similar name that works.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ from vit.errors import VitError, did_you_mean, printable
 
 
 class ConfigNames:
-    """What can be typed: the keys of a schema, and the groups of folders of configuration files.
+    """The names that a user can type: the keys of a schema, and the groups in folders of configuration files.
 
-    Attributes
-        folders: the project's folder, and a person's own where --config-dir names one.
+    Attributes:
+        folders: the project's folder, and the user's folder if --config-dir names one.
     """
 
     def __init__(self, schema: type, conf: Path, arguments: Sequence[str] = ()) -> None:
         self.keys = [key.name for key in options.list_keys(schema)]
         self.folders = [conf]
-        self.arguments = arguments  # what was typed
+        self.arguments = arguments
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """The options of each group, by name."""
-        found: dict[str, set[str]] = {}
+        """The choices of each group, by name."""
+        groups: dict[str, set[str]] = {}
         for file in (file for folder in self.folders for file in folder.glob("*/*.yaml")):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-        return {name: sorted(choices) for name, choices in sorted(found.items()) if name != "hydra"}
+            groups.setdefault(file.parent.name, set()).add(file.stem)
+        return {name: sorted(choices) for name, choices in sorted(groups.items()) if name != "hydra"}
 
-    def files(self, name: str, *, there: bool = False) -> list[str]:
-        """Where a file of this name may be, as a person knows the folders; only those that are there, if so asked."""
-        shown = [self.folders[0].name, *map(str, self.folders[1:])]
+    def files(self, name: str, *, existing: bool = False) -> list[str]:
+        """Return the possible paths of a file, for messages; with `existing`, only of files that exist."""
+        folder_names = [self.folders[0].name, *map(str, self.folders[1:])]
         return [
-            f"{text}/{name}"
-            for text, folder in zip(shown, self.folders, strict=True)
-            if not there or (folder / name).is_file()
+            f"{folder_name}/{name}"
+            for folder_name, folder in zip(folder_names, self.folders, strict=True)
+            if not existing or (folder / name).is_file()
         ]
 
     @property
     def all(self) -> list[str]:
-        """Keys, groups, and sections."""
+        """All groups, keys and sections."""
         sections = {key.rpartition(".")[0] for key in self.keys}
         return list(dict.fromkeys([*self.groups, *self.keys, *(section for section in sections if section)]))
 
 
 def explain_error(error: BaseException, names: ConfigNames, *, composing: bool = False) -> str | None:
-    """The line for `error`, or None where it is a fault of the program that deserves its traceback.
+    """Return the message for `error`, or None for a bug, which should show its traceback.
 
-    `composing` tells that nothing but Hydra has run yet, so that any Python error is its complaint too.
+    `composing` says that only Hydra has run yet, so that any Python error comes from composing the configuration.
     """
     if isinstance(error, VitError):
         return str(error)
@@ -101,7 +101,7 @@ def explain_error(error: BaseException, names: ConfigNames, *, composing: bool =
 
 
 def _composition_failure(error: BaseException, names: ConfigNames) -> str:
-    """The line for an error inside Hydra that says nothing a person could use."""
+    """Return the message for an error inside Hydra that does not help the user."""
     typed = [text for text in names.arguments if "=" in text and not text.startswith("-")]
     suspects = [text for text in typed if re.search(r"[@$\[{]", text)] or typed
     return (
@@ -113,9 +113,9 @@ def _composition_failure(error: BaseException, names: ConfigNames) -> str:
 def _invalid_override(error: OverrideParseException, names: ConfigNames) -> str:
     text = str(error.override)
     if re.fullmatch(r"[\w./-]+", text):
-        where = [f"{group}={text}" for group, found in names.groups.items() if text in found]
-        if where:
-            return f"{text!r}: choices are written group=name; did you mean {' or '.join(where)}?"
+        suggestions = [f"{group}={text}" for group, choices in names.groups.items() if text in choices]
+        if suggestions:
+            return f"{text!r}: choices are written group=name; did you mean {' or '.join(suggestions)}?"
         if text in names.all:
             return f"{text!r}: has no value; write {text}=VALUE"
         return (
@@ -129,7 +129,7 @@ def _invalid_override(error: OverrideParseException, names: ConfigNames) -> str:
 
 
 def _invalid_choice(names: ConfigNames) -> str:
-    """A group that was given something else than a name."""
+    """Return the message for a group whose value is not a name."""
     groups = names.groups
     for text in names.arguments:
         key, _, value = text.partition("=")
@@ -140,25 +140,25 @@ def _invalid_choice(names: ConfigNames) -> str:
 
 
 def _missing_file(error: MissingConfigException, names: ConfigNames) -> str:
-    wanted, message = error.missing_cfg_file or "", str(error)
-    if message.startswith("Cannot find primary config") or not wanted:
-        found = [file.stem for folder in names.folders for file in folder.glob("*.yaml")]
-        name = wanted or _join_lines(message)
-        return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {did_you_mean(name, found)}"
-    group, _, choice = wanted.removesuffix(".yaml").rpartition("/")
-    found = list(error.options or names.groups.get(group, []))
+    file_name, message = error.missing_cfg_file or "", str(error)
+    if message.startswith("Cannot find primary config") or not file_name:
+        choices = [file.stem for folder in names.folders for file in folder.glob("*.yaml")]
+        name = file_name or _join_lines(message)
+        return f"--config-name {name}: no such file in {' or '.join(names.files(''))}; {did_you_mean(name, choices)}"
+    group, _, choice = file_name.removesuffix(".yaml").rpartition("/")
+    choices = list(error.options or names.groups.get(group, []))
     if group.startswith("hydra/"):
-        return f"{group}={choice}: Hydra has no such choice; {did_you_mean(choice, found)}"
-    place = re.match(r"In '([^']+)'", message)
-    named_in = place.group(1) if place and "/" in place.group(1) else None
+        return f"{group}={choice}: Hydra has no such choice; {did_you_mean(choice, choices)}"
+    match = re.match(r"In '([^']+)'", message)
+    named_in = match.group(1) if match and "/" in match.group(1) else None
     line = f"{group}={choice}: there is no " + " or ".join(names.files(f"{group}/{choice}.yaml"))
     if named_in is not None:
         asking = f"{named_in}.yaml"
-        line += f", which {next(iter(names.files(asking, there=True)), asking)} asks for"
+        line += f", which {next(iter(names.files(asking, existing=True)), asking)} asks for"
     outer, _, inner = group.partition("/")
     if inner in names.groups:
         return f"{line}; in a file of conf/{outer} write 'override /{inner}: {choice}'"
-    return f"{line}; {did_you_mean(choice, found)}" if found else line
+    return f"{line}; {did_you_mean(choice, choices)}" if choices else line
 
 
 def _composition_error(error: ConfigCompositionException, names: ConfigNames) -> str:
@@ -189,14 +189,14 @@ def _composition_error(error: ConfigCompositionException, names: ConfigNames) ->
 
 
 def _unknown_key(name: str, value: str, names: ConfigNames) -> str:
-    """A key that does not exist; where a group is nearest, the choice is shown as it is to be typed."""
+    """Return the message for a key that does not exist; a similar group is shown with its choices."""
     close = options.similar_keys(name, names.all if "." not in name else names.keys)
     groups = names.groups
     if close and close[0] in groups:
-        found = groups[close[0]]
-        if value in found:
+        choices = groups[close[0]]
+        if value in choices:
             return f"{name}: no such key or group; did you mean {close[0]}={value}?"
-        return f"{name}: no such key or group; did you mean {close[0]}={'|'.join(found)}?"
+        return f"{name}: no such key or group; did you mean {close[0]}={'|'.join(choices)}?"
     return options.unknown_key_message(name, names.keys if "." in name else names.all)
 
 
@@ -224,9 +224,9 @@ def _invalid_yaml(error: yaml.YAMLError) -> str:
 
 
 def _relative_path(path: str) -> str:
-    with_root = Path(path)
+    absolute = Path(path)
     try:
-        return str(with_root.relative_to(Path.cwd()))
+        return str(absolute.relative_to(Path.cwd()))
     except ValueError:
         return path
 

@@ -1,7 +1,7 @@
-"""What training shows of itself while it runs, read off the device now and then.
+"""Measure throughput and training metrics, and read them from the device now and then.
 
-Notable: the one place that takes the training module's sums.  Whatever shows them (progress line, TensorBoard) reads
-them here, so the device is waited for once, however many look.
+Notable: only this module reads the training module's sums.  The progress line and TensorBoard read them here, so the
+device is synchronised once.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any
 
 import lightning.pytorch as L
 
-_SECONDS = 2.0  # between readings where steps are slow: rare enough to cost nothing, often enough to watch
+_READ_EVERY = 2.0  # between readings where steps are slow
 
 
 class Throughput(L.Callback):
-    """Count images, seconds spent training (validation and checkpoints apart) and seconds waiting for data.
+    """Count training images and seconds of training, without validation and checkpoints.
 
-    Attributes
-        images: training images of all processes so far, in earlier parts of a resumed run too.
-        earlier: how many of them were in those.
-        seconds: wall-clock seconds in training steps, waiting for data included.
+    Attributes:
+        images: training images of all processes so far, including those before a resume.
+        resumed_images: training images before the resume.
+        seconds: wall-clock seconds in training steps, including the wait for data.
     """
 
     def __init__(self) -> None:
-        self.images = self.earlier = 0
+        self.images = self.resumed_images = 0
         self.seconds = 0.0
-        self._running: float | None = None
+        self._running_since: float | None = None
 
     @property
     def state_key(self) -> str:
-        return "Pace"  # its name in checkpoints since the first of them
+        return "Pace"  # the name in existing checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self.images, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.images = self.earlier = int(state_dict["images"])
+        self.images = self.resumed_images = int(state_dict["images"])
         self.seconds = float(state_dict["seconds"])
 
     @property
@@ -45,39 +45,39 @@ class Throughput(L.Callback):
         return self.images / self.seconds if self.seconds else 0.0
 
     @staticmethod
-    def waiting(module: Any) -> float:
-        """Seconds this process's loop has waited for batches so far."""
+    def wait_seconds(module: Any) -> float:
+        """Return the seconds that this process has waited for batches so far."""
         return float(module.loader.wait_seconds)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._running = time.perf_counter()
+        self._running_since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.images += len(batch.labels) * trainer.world_size
-        self._lap(keep_running=True)
+        self._add_elapsed(keep_running=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._lap(keep_running=False)
+        self._add_elapsed(keep_running=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._running = None
+        self._running_since = None
 
-    def _lap(self, keep_running: bool) -> None:
+    def _add_elapsed(self, keep_running: bool) -> None:
         now = time.perf_counter()
-        if self._running is not None:
-            self.seconds += now - self._running
-        self._running = now if keep_running else None
+        if self._running_since is not None:
+            self.seconds += now - self._running_since
+        self._running_since = now if keep_running else None
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Means over the steps since the reading before.
+    """Hold means over the steps since the previous reading.
 
     Attributes:
-        step: optimiser steps done.
-        loss, top1, top5: of augmented training images, this process's.
-        images_per_second: of all processes, validation apart.
-        wait_share: share of the time that this process waited for data.
+        step: number of optimiser steps.
+        loss, top1, top5: metrics of this process's augmented training images.
+        images_per_second: throughput of all processes, without validation.
+        wait_fraction: fraction of the time that this process waited for data.
     """
 
     step: int
@@ -85,18 +85,18 @@ class StepMetrics:
     top1: float
     top5: float
     images_per_second: float
-    wait_share: float
+    wait_fraction: float
 
 
 class TrainMetrics(L.Callback):
-    """Read the training module's sums at every `every`-th step, and every two seconds where steps are slower.
+    """Read the training module's sums at every `every`-th step, or every two seconds if steps are slow.
 
-    Goes after `throughput` in the trainer's callbacks and before whatever reads it.  Raises `TrainingFailed` when a
-    loss was not finite, on every process.
+    In the trainer's callbacks it stands after `throughput` and before its readers.  Raises `TrainingFailed` on every
+    process if a loss was not finite.
 
     Attributes:
-        logged: the reading of the last `every`-th step, or of the last step of all; None before the first.
-        latest: the newest one, which may stand in between and then covers the steps since `logged`.
+        logged: the metrics at the last multiple of `every`, or at the last step of training; None before the first.
+        latest: the newest metrics, which cover the steps since `logged`.
     """
 
     def __init__(self, every: int, throughput: Throughput) -> None:
@@ -106,12 +106,12 @@ class TrainMetrics(L.Callback):
         self._step = 0
         self._read = 0.0
         self._totals = [0.0] * 4  # loss, top-1 and top-5 times images, images
-        self._mark = (0, 0.0, 0.0)  # images, seconds, seconds of waiting, at the last logged reading
+        self._last_totals = (0, 0.0, 0.0)  # images, seconds, wait seconds at `logged`
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._step = trainer.global_step
         self._read = time.monotonic()
-        self._mark = (self.throughput.images, self.throughput.seconds, self.throughput.waiting(pl_module))
+        self._last_totals = (self.throughput.images, self.throughput.seconds, self.throughput.wait_seconds(pl_module))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -119,15 +119,15 @@ class TrainMetrics(L.Callback):
             return
         self._step = step
         due = step % self.every == 0
-        if due or time.monotonic() - self._read >= _SECONDS:
-            self._take(pl_module, log=due)
+        if due or time.monotonic() - self._read >= _READ_EVERY:
+            self._read_metrics(pl_module, log=due)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.logged is None or self.logged.step != self._step:
-            self._take(pl_module, log=True)
+            self._read_metrics(pl_module, log=True)
 
-    def _take(self, module: Any, log: bool) -> None:
-        sums = module.take_sums()
+    def _read_metrics(self, module: Any, log: bool) -> None:
+        sums = module.read_sums()
         self._read = time.monotonic()
         n = sums["images"]
         for i, key in enumerate(("loss", "top1", "top5")):
@@ -136,9 +136,9 @@ class TrainMetrics(L.Callback):
         if not self._totals[3]:
             return
         loss, top1, top5 = (total / self._totals[3] for total in self._totals[:3])
-        now = (self.throughput.images, self.throughput.seconds, self.throughput.waiting(module))
-        images, seconds, waited = (a - b for a, b in zip(now, self._mark, strict=True))
+        totals = (self.throughput.images, self.throughput.seconds, self.throughput.wait_seconds(module))
+        images, seconds, waited = (a - b for a, b in zip(totals, self._last_totals, strict=True))
         seconds = max(seconds, 1e-9)
         self.latest = StepMetrics(self._step, loss, top1, top5, images / seconds, min(1.0, max(0.0, waited / seconds)))
         if log:
-            self.logged, self._totals, self._mark = self.latest, [0.0] * 4, now
+            self.logged, self._totals, self._last_totals = self.latest, [0.0] * 4, totals

@@ -1,8 +1,8 @@
-"""What one step of training and of validation is.
+"""Define one step of training and of validation.
 
-Notable: the training step never waits for the device.  Loss and hits are summed where they are computed and read only
-when something is shown; a loss that is not finite is noticed on the device and reported, with its step, at the next
-such moment and always before a checkpoint is written.
+Notable: the training step never waits for the device.  Loss and correct predictions are summed on the device and read
+only when metrics are shown.  A loss that is not finite is detected on the device, and reported with its step at the
+next reading, always before a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ log = logging.getLogger("vit")
 
 
 class TrainingFailed(VitError):
-    """Training went wrong by itself: the call was right, so the exit status is 1."""
+    """Training failed although the call was correct, so the exit status is 1."""
 
     status = 1
 
 
 class TrainingModule(L.LightningModule):
-    """A `VisionTransformer` being trained.
+    """Train a `VisionTransformer` with Lightning.
 
-    Arguments
-        model: what is trained.
-        augment: from uint8 images and labels to normalised images and targets.
-        description: what a checkpoint says of itself.
+    Args:
+        model: the model to train.
+        augment: turns uint8 images and labels into normalised images and targets.
+        description: written into checkpoints.
         optimizer: makes the optimiser from the model.
-        train_loader, eval_loader: make the loaders, given `rank`, `world_size` and `device`.
-        ema_decay: keep an exponential moving average of the weights, None for none.
-        patch_dropout_off: last share of training that sees all patches.
-        seed: with the step it decides the noise of dropout, so a resumed run draws what an unbroken one would.
-        freezing: which of the model's layers learn, and from when; None: all that can.
-        distillation: the loss with a teacher; None: there is none, and labels are all.
-        lora_scale: of the model's changes by LoRA, where it has such; None: the weights are plain.
-        halves: computes each half of a batch by itself; None: the batch is computed whole.
+        train_loader, eval_loader: make the loaders from `rank`, `world_size` and `device`.
+        ema_decay: decay of an exponential moving average of the weights; None: no average.
+        patch_dropout_off: the last fraction of training without patch dropout.
+        seed: seeds dropout together with the step, so a resumed run draws the same noise as an unbroken one.
+        freezing: freezes and unfreezes layers; None: nothing is frozen.
+        distillation: the loss with a teacher; None: the loss uses only the labels.
+        lora_scale: scale of the LoRA updates; None: no LoRA.
+        halves: computes the batch in two halves; None: the batch is computed as a whole.
 
-    Attributes
-        trained: how many of the model's numbers learn, sooner or later.
+    Attributes:
+        num_trainable: the count of trainable numbers.
     """
 
     sums: Tensor
@@ -87,22 +87,22 @@ class TrainingModule(L.LightningModule):
         self.seed, self.ema_decay, self.patch_dropout_off = seed, ema_decay, patch_dropout_off
         self.freezing, self.distillation, self.lora_scale = freezing, distillation, lora_scale
         self.halves = halves
-        self.trained = count_trainable(model)
+        self.num_trainable = count_trainable(model)
         self._make_optimizer = optimizer
         self._make_train_loader, self._make_eval_loader = train_loader, eval_loader
         self._patch_dropout = model.patch_dropout
         self.progress = 0.0
-        self._first_batch: int | None = None  # of this epoch that this process trains on; later than 0 after a resume
+        self._first_batch: int | None = None  # of this epoch in this process; above 0 after a resume
         classes = model.num_classes
         self.register_buffer("sums", torch.zeros(4), persistent=False)  # loss, top-1 hits, top-5 hits, images
         self.register_buffer("one", torch.ones(()), persistent=False)
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
         names = ["val"] if self.ema is None else ["val", "val_raw"]
-        self.val_metrics = nn.ModuleDict({name: _validation_metrics(classes) for name in names})
+        self.val_metrics = nn.ModuleDict({name: _make_validation_metrics(classes) for name in names})
 
     @property
     def eval_model(self) -> VisionTransformer:
-        """The model that validation chooses by and that is kept: the average where there is one."""
+        """The model to validate and export: the moving average if there is one."""
         return self.model if self.ema is None else self.ema
 
     # data
@@ -112,7 +112,7 @@ class TrainingModule(L.LightningModule):
         self.loader = self._make_train_loader(
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=strategy.root_device
         )
-        self.trainer.limit_train_batches = _limit(self.trainer.limit_train_batches, len(self.loader))
+        self.trainer.limit_train_batches = _limit_batches(self.trainer.limit_train_batches, len(self.loader))
         return self.loader
 
     def val_dataloader(self) -> EvalLoader | list[Any]:
@@ -121,7 +121,7 @@ class TrainingModule(L.LightningModule):
         loader = self._make_eval_loader(
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=self.trainer.strategy.root_device
         )
-        self.trainer.limit_val_batches = _limit(self.trainer.limit_val_batches, len(loader))
+        self.trainer.limit_val_batches = _limit_batches(self.trainer.limit_val_batches, len(loader))
         return loader
 
     # training
@@ -132,8 +132,8 @@ class TrainingModule(L.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         self._first_batch = batch_idx if self._first_batch is None else self._first_batch
         torch.manual_seed((self.seed * 1_000_003 + self.trainer.global_step) * 4099 + self.global_rank)
-        late = self.progress >= 1 - self.patch_dropout_off
-        self.model.patch_dropout = 0.0 if late else self._patch_dropout
+        off = self.progress >= 1 - self.patch_dropout_off
+        self.model.patch_dropout = 0.0 if off else self._patch_dropout
         if self.freezing is not None and (lowest := self.freezing.update(self.progress)) is not None:
             log.info("from step %d on learns %s", self.trainer.global_step, self.freezing.layer_name(lowest))
 
@@ -143,12 +143,12 @@ class TrainingModule(L.LightningModule):
             logits, loss = self.halves.forward(self._loss, images, targets)
         else:
             logits, loss = self._loss(images, targets)
-        self._count(logits.detach(), targets, loss.detach())
+        self._add_sums(logits.detach(), targets, loss.detach())
         accumulate = self.trainer.accumulate_grad_batches
-        return loss if accumulate == 1 else loss * (accumulate / self._window(batch_idx, accumulate))
+        return loss if accumulate == 1 else loss * (accumulate / self._accumulation_size(batch_idx, accumulate))
 
     def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and the mean loss of a batch."""
+        """Compute the logits (B, K) and the mean loss of a batch."""
         if self.distillation is not None:
             return self.distillation(self.model, images, targets)
         logits = self.model(images)
@@ -160,8 +160,8 @@ class TrainingModule(L.LightningModule):
         else:
             self.halves.backward(loss, self.model)
 
-    def _window(self, batch_idx: int, accumulate: int) -> int:
-        """How many batches the step of this batch is the mean of; Lightning divides by `accumulate` in any case."""
+    def _accumulation_size(self, batch_idx: int, accumulate: int) -> int:
+        """Return the number of batches in this optimiser step; Lightning always divides by `accumulate`."""
         start = batch_idx - batch_idx % accumulate
         end = min(start + accumulate, int(self.trainer.num_training_batches))
         return end - max(start, self._first_batch or 0)
@@ -169,18 +169,18 @@ class TrainingModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._first_batch = 0
 
-    def _count(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+    def _add_sums(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         n = len(logits)
         self.sums += torch.stack([loss.float() * n, top[:, 0].sum(), top.sum(), self.one * n])
-        unseen = torch.where(torch.isfinite(loss), self.first_bad_step, self.trainer.global_step)
-        self.first_bad_step = torch.where(self.first_bad_step < 0, unseen, self.first_bad_step)
+        bad_step = torch.where(torch.isfinite(loss), self.first_bad_step, self.trainer.global_step)
+        self.first_bad_step = torch.where(self.first_bad_step < 0, bad_step, self.first_bad_step)
 
-    def take_sums(self) -> dict[str, float]:
-        """Mean loss, top-1 and top-5 of the augmented training images since the last call, and how many they were.
+    def read_sums(self) -> dict[str, float]:
+        """Read and reset the mean loss, top-1 and top-5 of the training images since the last call, and their count.
 
-        Waits for the device.  Raises `TrainingFailed` when a loss was not finite.
+        Waits for the device.  Raises `TrainingFailed` if a loss was not finite.
         """
         self.check_finite()
         loss, top1, top5, count = self.sums.tolist()
@@ -202,15 +202,15 @@ class TrainingModule(L.LightningModule):
         with torch.enable_grad():
             super().optimizer_step(*args, **kwargs)
         if self.ema is not None and self.ema_decay is not None:
-            # short averages at first, so that the start does not linger (as TensorFlow's moving averages do it)
+            # a lower decay at first, so that the initial weights fade out (as in TensorFlow's moving averages)
             step = self.trainer.global_step
             decay = min(self.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     # validation
 
-    def evaluated(self) -> Iterator[tuple[str, VisionTransformer]]:
-        """What validation measures: the model that is kept is "val", the raw weights beside an average "val_raw"."""
+    def eval_models(self) -> Iterator[tuple[str, VisionTransformer]]:
+        """Yield the models to validate by name: "val", and with a moving average also the raw weights, "val_raw"."""
         yield "val", self.eval_model
         if self.ema is not None:
             yield "val_raw", self.model
@@ -219,24 +219,24 @@ class TrainingModule(L.LightningModule):
         self.check_finite()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Measure a batch; returns the kept model's logits of the valid images (V, K), for whoever shows examples."""
+        """Validate a batch; return the logits (V, K) of `eval_model` for the valid images, for callbacks."""
         preprocessing = self.description.preprocessing
         images = normalise(batch.images, preprocessing.mean, preprocessing.std)
         labels = batch.labels[batch.valid]
-        for name, model in self.evaluated():
+        for name, model in self.eval_models():
             logits = model(images)[batch.valid].float()
             metrics = self.val_metrics[name]
             metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))  # type: ignore[index]
             for key in ("top1", "top5", "confusion"):
                 metrics[key].update(logits, labels)  # type: ignore[index]
             if model is self.eval_model:
-                kept = logits
-        return kept
+                eval_logits = logits
+        return eval_logits
 
     def on_validation_epoch_end(self) -> None:
         for name, metrics in self.val_metrics.items():
             for key in ("loss", "top1", "top5"):
-                # computed over all processes already
+                # already computed over all processes
                 self.log(f"{name}/{key}", metrics[key].compute(), sync_dist=False)  # type: ignore[index]
         self.confusion = self.val_metrics["val"]["confusion"].compute()  # type: ignore[index]
         for metrics in self.val_metrics.values():
@@ -246,11 +246,11 @@ class TrainingModule(L.LightningModule):
     # checkpoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let a resumed run step its weights as it is configured now, from where they and their moments are."""
-        saved, now = checkpoint["optimizer_states"][0]["param_groups"], self.configure_optimizers().param_groups
-        for group, typed in zip(saved, now, strict=True):
-            group.update({key: typed[key] for key in ("weight_decay", "betas", "momentum") if key in typed})
-            group["initial_lr"] = typed["lr"]  # its peak, which the schedule scales
+        """Replace the optimiser settings in the checkpoint by those of the current configuration."""
+        saved, current = checkpoint["optimizer_states"][0]["param_groups"], self.configure_optimizers().param_groups
+        for group, configured in zip(saved, current, strict=True):
+            group.update({key: configured[key] for key in ("weight_decay", "betas", "momentum") if key in configured})
+            group["initial_lr"] = configured["lr"]  # the peak, which the schedule scales
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_finite()
@@ -266,13 +266,13 @@ class TrainingModule(L.LightningModule):
             checkpoint["vit"]["lora"] = self.lora_scale
 
 
-def _limit(limit: int | float, batches: int) -> int | float:
-    """At least one batch, however small the share; Lightning refuses such a share."""
+def _limit_batches(limit: int | float, batches: int) -> int | float:
+    """Raise a fraction that gives less than one batch to one batch; Lightning refuses such a fraction."""
     return 1 if isinstance(limit, float) and limit * batches < 1 else limit
 
 
-def _validation_metrics(classes: int) -> nn.ModuleDict:
-    # torchmetrics' multi-class metrics start at two classes; one output is always right, but still has a loss
+def _make_validation_metrics(classes: int) -> nn.ModuleDict:
+    # torchmetrics needs at least two classes; a single output is always right, but has a loss
     k = max(2, classes)
     accuracy = {
         f"top{n}": MulticlassAccuracy(k, top_k=min(n, classes), average="micro", validate_args=False) for n in (1, 5)

@@ -1,13 +1,12 @@
-"""What TensorBoard shows of a run, written straight into the run folder.
+"""Write the TensorBoard events of a run into the run folder.
 
 Notable:
-- numbers come from readings that are taken anyway (`TrainMetrics`, validation), and the gradient's norm is computed
-  only at steps that are logged;
-- examples are picked from the predictions that validation makes, so no image goes through the model twice;
-- pictures are drawn at most every half minute, and never more often than one per cent of the time allows; what the
-  last validation showed is always drawn at the end.
+- the numbers come from `TrainMetrics` and validation; the gradient's norm is computed only at logged steps;
+- examples are chosen from the predictions of validation, so no image goes through the model twice;
+- pictures are drawn at most every 30 seconds and in at most one per cent of the time; those of the last validation are
+  always drawn at the end.
 
-One process writes: curves of training loss, validation examples and data waiting are the first process's.
+Only the first process writes, so training loss, examples and waiting time are its own.
 """
 
 from __future__ import annotations
@@ -40,19 +39,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("vit")
 
 _DRAW_EVERY = 30.0  # seconds
-_DRAW_SHARE = 0.01  # of the time, at most, for drawing
-_FLUSH_EVERY = 5.0  # seconds that a curve may lag behind
-_CLASS_CURVES = 32  # with more classes than this, only the picture of accuracies by class
+_DRAW_FRACTION = 0.01  # of the training time, at most
+_FLUSH_EVERY = 5.0  # seconds
+_CLASS_CURVES = 32  # with more classes, there is no curve for each
 
 
 class Monitor(L.Callback):
     """Write the run's TensorBoard events.
 
     Args:
-        config: the run's; `logging.every` and `logging.images` say how much.
+        config: configuration of the run; `logging.every` and `logging.images` set how much is written.
         folder: the run folder.
-        class_names: by label.
-        train_metrics: has the training figures; it goes before this in the trainer's callbacks.
+        class_names: class names by label.
+        train_metrics: the training metrics; it stands before this in the trainer's callbacks.
 
     Tags: `train/{loss,top1,top5}`, `val/...` and, under a moving average, `val_raw/...`; `lr/<group>`, `grad_norm`,
     `speed/{images_per_second,data_wait_share}`, `progress`; `val_class/<class>`; pictures `train_images`,
@@ -64,13 +63,13 @@ class Monitor(L.Callback):
     def __init__(self, config: Config, folder: Path, class_names: Sequence[str], train_metrics: TrainMetrics) -> None:
         self.config, self.train_metrics = config, train_metrics
         self.class_names = list(class_names)
-        self._tags = pictures.tags(self.class_names)
+        self._tags = pictures.make_tags(self.class_names)
         self.events = EventFile(folder)
         self._every = max(1, config.logging.every)
         self._examples = Examples(config.logging.images)
         self._grad_norm: Tensor | None = None
-        self._logged = -1
-        self._pending: tuple[int, np.ndarray] | None = None  # step and confusion of a validation not drawn yet
+        self._logged_step = -1
+        self._pending: tuple[int, np.ndarray] | None = None  # step and confusion matrix not drawn yet
         self._next_draw = self._next_train_images = -math.inf
 
     # training
@@ -85,22 +84,22 @@ class Monitor(L.Callback):
         self.events.flush()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        # every process takes part: sharded gradients have their norm only together
+        # on every process, because the norm of sharded gradients needs all of them
         if (trainer.global_step + 1) % self._every == 0:
             self._grad_norm = gradient_norm(trainer, optimizer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
             return
-        self._write_reading(trainer, pl_module)
+        self._write_metrics(trainer, pl_module)
         if self.config.logging.images and time.monotonic() >= self._next_train_images:
             began = time.monotonic()
             self._draw_train_images(trainer, pl_module, batch)
-            self._next_train_images = _next(began)
+            self._next_train_images = _next_drawing_time(began)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            self._write_reading(trainer, pl_module)
+            self._write_metrics(trainer, pl_module)
             self._draw(pl_module)
             self.events.flush()
 
@@ -108,35 +107,35 @@ class Monitor(L.Callback):
         try:
             self.events.close()
         except VitError as error:
-            if str(error) != str(exception):  # the disk was full before, and that is what ends training
+            if str(error) != str(exception):  # not again the full disk that ended training
                 log.warning("%s", error)
 
-    def _write_reading(self, trainer: L.Trainer, module: Any) -> None:
-        reading = self.train_metrics.logged
-        if reading is None or reading.step == self._logged:
+    def _write_metrics(self, trainer: L.Trainer, module: Any) -> None:
+        metrics = self.train_metrics.logged
+        if metrics is None or metrics.step == self._logged_step:
             return
-        self._logged = reading.step
-        values = {"train/loss": reading.loss, "train/top1": reading.top1, "train/top5": reading.top5}
+        self._logged_step = metrics.step
+        values = {"train/loss": metrics.loss, "train/top1": metrics.top1, "train/top5": metrics.top5}
         for i, group in enumerate(trainer.optimizers[0].param_groups):
             values[f"lr/{group.get('name', i)}"] = group["lr"]
         if self._grad_norm is not None:
             values["grad_norm"] = float(self._grad_norm)
             self._grad_norm = None
-        values["speed/images_per_second"] = reading.images_per_second
-        values["speed/data_wait_share"] = reading.wait_share
+        values["speed/images_per_second"] = metrics.images_per_second
+        values["speed/data_wait_share"] = metrics.wait_fraction
         values["progress"] = module.progress
-        self.events.scalars(values, reading.step)
+        self.events.scalars(values, metrics.step)
         self.events.flush(every=_FLUSH_EVERY)
 
     def _draw_train_images(self, trainer: L.Trainer, module: Any, batch: Any) -> None:
-        """The batch's first images as the model saw them: augmentation is a function of the image and the epoch."""
+        """Draw the first augmented images of the batch; augmentation depends only on the image and the epoch."""
         n = min(len(batch.images), self.config.logging.images + self.config.logging.images % 2)  # pairs mix
         images, targets = module.augment(
             batch.images[:n], batch.labels[:n], batch.index[:n], trainer.current_epoch, module.progress
         )
-        pixels = _pixels(images, module.description.preprocessing)
+        pixels = _to_images(images, module.description.preprocessing)
         captions = [pictures.target_caption(target, self.class_names) for target in targets.cpu()]
-        self.events.image("train_images", pictures.grid(pixels, captions), trainer.global_step)
+        self.events.image("train_images", pictures.draw_grid(pixels, captions), trainer.global_step)
 
     # validation
 
@@ -167,45 +166,45 @@ class Monitor(L.Callback):
         self.events.flush()
 
     def _draw(self, module: Any) -> None:
-        """Pictures of the latest validation, unless they are there already."""
+        """Draw the pictures of the latest validation, once."""
         if self._pending is None:
             return
         began = time.monotonic()
         (step, counts), self._pending = self._pending, None
-        self.events.image("confusion", pictures.confusion(counts, self.class_names), step)
-        self.events.image("class_accuracy", pictures.accuracy_bars(counts, self.class_names), step)
+        self.events.image("confusion", pictures.draw_confusion(counts, self.class_names), step)
+        self.events.image("class_accuracy", pictures.draw_accuracy_bars(counts, self.class_names), step)
         for name, rows in (("right", self._examples.right()), ("wrong", self._examples.wrong())):
             if rows:
                 pixels = [pictures.to_rgb(row.image) for row in rows]
                 captions = [pictures.example_caption(row, self.class_names) for row in rows]
-                self.events.image(f"examples/{name}", pictures.grid(pixels, captions, good=name == "right"), step)
-        self._next_draw = _next(began)
+                self.events.image(f"examples/{name}", pictures.draw_grid(pixels, captions, good=name == "right"), step)
+        self._next_draw = _next_drawing_time(began)
 
     # the end
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write the hyperparameters with the final metrics, and close.
 
-        Numbers in `metrics`, nested or not, become `final/<path>`; anything else in it is passed over.
+        Numbers in `metrics`, nested or not, become `final/<path>`; other values are ignored.
         """
-        write_outcome(self.events, self.config, metrics, max(0, self._logged))
+        write_hyperparameters(self.events, self.config, metrics, max(0, self._logged_step))
         self.events.close()
 
 
-def write_outcome(events: EventFile, config: Config, metrics: Mapping[str, Any], step: int) -> None:
-    """The run's row of the HParams tab: its configuration, and the numbers in `metrics` as `final/<path>`."""
-    parameters = {key: value for key, value in _flat(config.to_dict(), ".").items() if value is not None}
+def write_hyperparameters(events: EventFile, config: Config, metrics: Mapping[str, Any], step: int) -> None:
+    """Write the run's row of the HParams tab: the configuration, and the numbers in `metrics` as `final/<path>`."""
+    parameters = {key: value for key, value in _flatten(config.to_dict(), ".").items() if value is not None}
     parameters = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in parameters.items()}
     figures = {
         f"final/{key}": float(value)
-        for key, value in _flat(metrics, "/").items()
+        for key, value in _flatten(metrics, "/").items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
     events.hyperparameters(parameters, figures, step)
 
 
 def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Euclidean norm of the gradient, before clipping, left on its device."""
+    """Compute the Euclidean norm of the gradient before clipping; the result stays on the device."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of the gradients
@@ -214,25 +213,25 @@ def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tenso
     return norm
 
 
-def _next(began: float) -> float:
-    """When to draw again, given when this drawing began."""
+def _next_drawing_time(began: float) -> float:
+    """Return the earliest time for the next drawing, from the start of this one."""
     now = time.monotonic()
-    return now + max(_DRAW_EVERY, (now - began) / _DRAW_SHARE)
+    return now + max(_DRAW_EVERY, (now - began) / _DRAW_FRACTION)
 
 
-def _pixels(images: Tensor, preprocessing: Preprocessing) -> list[Any]:
-    """Normalised (B, C, H, W) back to what `pictures.grid` takes."""
+def _to_images(images: Tensor, preprocessing: Preprocessing) -> list[Any]:
+    """Convert normalised images (B, C, H, W) to the images of `pictures.draw_grid`."""
     mean = torch.tensor(preprocessing.mean, device=images.device)[:, None, None]
     std = torch.tensor(preprocessing.std, device=images.device)[:, None, None]
     pixels = ((images.float() * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
     return [pictures.to_rgb(image) for image in pixels.cpu()]
 
 
-def _flat(values: Mapping[str, Any], joint: str, prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, joint, f"{prefix}{key}{joint}")
+            flat |= _flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -1,9 +1,9 @@
-"""Optimisers: AdamW, Muon on the block matrices with AdamW on the rest, and SGD.
+"""Build optimisers: AdamW, Muon on the block matrices with AdamW on the rest, and SGD.
 
 Notable:
 
 - decay is applied to matrices only: never to norms, biases, tokens, position embeddings or LayerScale;
-- layer-wise decay and the head's own factor are baked into each group's learning rate, so every schedule applies them;
+- layer-wise decay and the factor of the head are part of each group's learning rate, so every schedule applies them;
 - `Muon` steps all matrices of one shape as one batch, and in float32 on CPUs, where bfloat16 is emulated and slow.
 """
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from vit.errors import VitError, did_you_mean
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Quintic with a steep slope at 0, from Jordan et al. 2024, "Muon": https://kellerjordan.github.io/posts/muon/."""
+"""Coefficients of the quintic of Jordan et al. 2024, "Muon": https://kellerjordan.github.io/posts/muon/."""
 
 
 def orthogonalise(g_KMN: Tensor, steps: int = 5) -> Tensor:
-    """Bring every singular value of each of K matrices near 1, keeping the singular vectors: (K, M, N) -> (K, M, N).
+    """Orthogonalise each of K matrices approximately: (K, M, N) -> (K, M, N).
 
-    Newton-Schulz iteration X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X.  The values end between about 0.7 and 1.2, which
-    serves as well as exact ones do (Jordan et al. 2024).  In bfloat16 on GPUs, in float32 elsewhere.
+    Newton-Schulz iteration X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X.  The singular values end between about 0.7 and 1.2,
+    which works as well as exactly 1 (Jordan et al. 2024).  In bfloat16 on GPUs, in float32 elsewhere.
     """
     a, b, c = NEWTON_SCHULZ
     x = g_KMN.to(torch.bfloat16 if g_KMN.is_cuda else torch.float32)
@@ -41,7 +41,7 @@ def orthogonalise(g_KMN: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is orthogonalised, for matrices inside the blocks; AdamW for every other group.
+    """Optimise matrices inside the blocks by orthogonalised momentum, every other group by AdamW.
 
     A group with `muon=True` holds 2-D parameters and takes `lr`, `momentum`, `weight_decay`; its step is
     `lr * sqrt(max(1, rows / columns)) * orthogonalise(nesterov momentum)` (Jordan et al. 2024).  Query, key and value
@@ -109,40 +109,40 @@ class Muon(torch.optim.Optimizer):
         second = [self.state[p]["exp_avg_sq"] for p in params]
         counts = [self.state[p]["step"] for p in params]
         torch._foreach_add_(counts, 1)
-        times = [int(count) for count in counts]  # kept on the CPU: reading them does not wait for the device
+        steps = [int(count) for count in counts]  # they are on the CPU, so reading them does not wait for the device
         (beta1, beta2), lr = group["betas"], group["lr"]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
         denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in times])
+        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in steps])
         torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, [-lr / (1 - beta1**t) for t in times])
+        torch._foreach_addcdiv_(params, first, denominator, [-lr / (1 - beta1**t) for t in steps])
 
 
 NO_DECAY = ("cls_token", "dist_token", "reg_token", "pos_embed", "latent", "gamma")
-HEADS = ("head.", "head_dist.")
+HEAD_PREFIXES = ("head.", "head_dist.")
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Depth of a parameter for layer-wise decay: 0 embedding, 1 .. depth the blocks, depth + 1 the head.
+def layer_index(name: str, depth: int) -> int:
+    """Return a parameter's layer for layer-wise decay: 0 the embedding, 1 .. depth the blocks, depth + 1 the head.
 
-    As Bao et al. 2022 (BEiT) and Clark et al. 2020 (ELECTRA) count.
+    As in Bao et al. 2022 (BEiT) and Clark et al. 2020 (ELECTRA).
     """
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
-    return depth + 1 if name.startswith(("norm.", "fc_norm.", "attn_pool.", *HEADS)) else 0
+    return depth + 1 if name.startswith(("norm.", "fc_norm.", "attn_pool.", *HEAD_PREFIXES)) else 0
 
 
-def parameter_groups(model: nn.Module, *, kind: str, lr: float, matrix_lr: float, weight_decay: float,
+def build_parameter_groups(model: nn.Module, *, kind: str, lr: float, matrix_lr: float, weight_decay: float,
                      layer_decay: float, head_lr: float = 1.0) -> list[dict[str, Any]]:  # fmt: skip
     """Sort a `VisionTransformer`'s trainable parameters into optimiser groups.
 
-    Parameters of one group share decay, layer and kind of step; with `layer_decay` < 1 the group's learning rate is
-    `lr * layer_decay ** (layers above it)`, and the classifier's is `lr * head_lr`.  With `kind="muon"`, 2-D weights
-    inside blocks form `muon` groups at `matrix_lr`, LoRA's apart: they are too thin to be orthogonalised.  Each group
-    has a readable `name`.
+    Parameters of one group have the same decay, layer and kind of step.  With `layer_decay` < 1 the group's learning
+    rate is `lr * layer_decay ** (layers above it)`; that of the classifier is `lr * head_lr`.  With `kind="muon"`, 2-D
+    weights inside blocks form `muon` groups at `matrix_lr`, except LoRA's, which are too thin to orthogonalise.  Each
+    group has a readable `name`.
     """
     names = [name for name, _ in model.named_parameters()]
     depth = max((int(name.split(".")[1]) for name in names if name.startswith("blocks.")), default=-1) + 1
@@ -155,11 +155,11 @@ def parameter_groups(model: nn.Module, *, kind: str, lr: float, matrix_lr: float
             kind == "muon" and decays and parameter.ndim == 2 and name.startswith("blocks.") and ".lora_" not in name
         )
         parts = 3 if matrix and ".qkv." in name else 1
-        scale = layer_decay ** (depth + 1 - layer_of(name, depth))
+        scale = layer_decay ** (depth + 1 - layer_index(name, depth))
         label = ("matrices_qkv" if parts == 3 else "matrices") if matrix else "decay" if decays else "no_decay"
         if layer_decay != 1:
-            label += f"_layer{layer_of(name, depth):02d}"
-        if head_lr != 1 and name.startswith(HEADS):
+            label += f"_layer{layer_index(name, depth):02d}"
+        if head_lr != 1 and name.startswith(HEAD_PREFIXES):
             label += "_head"
             scale *= head_lr
         group = groups.setdefault(
@@ -184,13 +184,12 @@ def build_optimizer(
     layer_decay: float = 1.0,
     head_lr: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """Make the optimiser `name` = "muon", "adamw" or "sgd" for a `VisionTransformer`.
+    """Build the optimiser `name` = "muon", "adamw" or "sgd" for a `VisionTransformer`.
 
-    `lr` is the learning rate of AdamW or SGD, `matrix_lr` that of Muon's matrices, `head_lr` a factor on the
-    classifier's; `weight_decay` is torch's, which is multiplied by the learning rate.  Raises `VitError` for another
-    name.
+    `lr` is the learning rate of AdamW or SGD, `matrix_lr` that of Muon's matrices, `head_lr` a factor for the
+    classifier.  As in torch, `weight_decay` is multiplied by the learning rate.  Raises `VitError` for another name.
     """
-    groups = parameter_groups(
+    groups = build_parameter_groups(
         model,
         kind=name,
         lr=lr,

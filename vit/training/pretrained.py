@@ -24,7 +24,7 @@ import numpy as np
 
 from vit import options
 from vit.errors import VitError
-from vit.training.sections import NO_ARGUMENTS, ModelConfig
+from vit.training.sections import SOURCE_KEYS, ModelConfig
 
 if TYPE_CHECKING:
     from vit.data.dataset import ImageData, Split
@@ -35,17 +35,17 @@ log = logging.getLogger("vit")
 
 EXAMPLES = "a name of timm's such as vit_small_patch16_224.augreg_in1k, a run folder or a bundle"
 
-PREPARED = ("image_size", "channels", "patch_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+DATA_KEYS = ("image_size", "channels", "patch_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Keys of `data` that are as the weights have them where they are null."""
 
-WORKING_SIZE = 224
+MAX_DEFAULT_SIZE = 224
 """Pixels a side of the model's images, where `data.image_size` is null and the weights were made for more."""
 
-FOLLOWING = {"image_size": "image_size", "patch_size": "patch_size", "in_channels": "channels"}
+FOLLOWED_KEYS = {"image_size": "image_size", "patch_size": "patch_size", "in_channels": "channels"}
 """Keys of `model` that follow one of `data`."""
 
 
-def left_open(values: Mapping[str, Any]) -> bool:
+def has_open_keys(values: Mapping[str, Any]) -> bool:
     """Whether the values of a configuration leave anything to pretrained weights.
 
     Raises `VitError` when they do and there is no `model.name`.
@@ -53,26 +53,26 @@ def left_open(values: Mapping[str, Any]) -> bool:
     model, data = values.get("model"), values.get("data")
     if not isinstance(model, Mapping) or not isinstance(data, Mapping):
         return False
-    blank = [key for key in _blanks() if key in model and model[key] is None]
+    blank = [key for key in _open_keys() if key in model and model[key] is None]
     if model.get("name") is None:
         if "size" in blank and "depth" in blank and "mlp" in blank:
             raise VitError(f"model.name: whose weights to start from has to be said: {EXAMPLES}")
         return False
-    return "mlp" in blank or any(data.get(key, "") is None for key in PREPARED if key not in ("mean", "std"))
+    return "mlp" in blank or any(data.get(key, "") is None for key in DATA_KEYS if key not in ("mean", "std"))
 
 
-def placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
+def fill_placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with something possible where they leave a blank, so that the others can be checked."""
     rules = {key.name: key for key in options.list_keys(ModelConfig)}
-    model = {key: _possible(rules[key]) if value is None and key in rules else value
+    model = {key: _placeholder(rules[key]) if value is None and key in rules else value
              for key, value in values["model"].items()}  # fmt: skip
     data = dict(values["data"])
-    for key, stand_in in zip(PREPARED, (0, 0, 0, None, None, "bicubic", 1.0, "center"), strict=True):
+    for key, stand_in in zip(DATA_KEYS, (0, 0, 0, None, None, "bicubic", 1.0, "center"), strict=True):
         data[key] = stand_in if data.get(key) is None or key in ("mean", "std") else data[key]
     return {**values, "model": model, "data": data}
 
 
-def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a configuration with its blanks filled in as the weights of `model.name` have it.
 
     Raises `VitError` when there are no such weights, or something contradicts them.
@@ -80,15 +80,15 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     model, data = dict(values["model"]), dict(values["data"])
     name = str(model["name"])
     if model.get("size") is not None:
-        raise VitError(another_model(name, model["size"]))
+        raise VitError(size_conflict_message(name, model["size"]))
     from vit.pretrained.create import MAY_DIFFER
 
-    whole, a, preprocessing = _look(name, model["revision"])
+    whole, a, preprocessing = _read_weights_info(name, model["revision"])
     model["name"] = whole
     if model["pool"] not in (None, a["pool"]):
         a["final_norm"] = None  # where the pooling suggests
-    for key in _blanks():
-        if key in FOLLOWING or key == "size" or key not in model:
+    for key in _open_keys():
+        if key in FOLLOWED_KEYS or key == "size" or key not in model:
             continue
         if model[key] is None:
             model[key] = a[key]
@@ -99,30 +99,30 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
                 "choose other weights"
             )
     patch = next((each for each in (model["patch_size"], data["patch_size"]) if each), a["patch_size"])
-    sizes = working_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
-    theirs = {**preprocessing, "patch_size": _one(a["patch_size"]), "image_size": _one(sizes)}
-    for key in PREPARED:
+    sizes = default_image_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
+    theirs = {**preprocessing, "patch_size": _collapse_square(a["patch_size"]), "image_size": _collapse_square(sizes)}
+    for key in DATA_KEYS:
         if key in ("mean", "std") and data["channels"] is not None and data["channels"] != preprocessing["channels"]:
             theirs[key] = [sum(theirs[key]) / len(theirs[key])] * data["channels"]
-    for key in PREPARED:
+    for key in DATA_KEYS:
         if data[key] is None:
             data[key] = theirs[key]
-    for key, followed in FOLLOWING.items():
+    for key, followed in FOLLOWED_KEYS.items():
         if model[key] is None:
             model[key] = data[followed]
-    _check_size(name, model)
+    _check_image_size(name, model)
     return {**values, "model": model, "data": data}
 
 
-def working_size(own: Sequence[int], patch: Sequence[int]) -> list[int]:
+def default_image_size(own: Sequence[int], patch: Sequence[int]) -> list[int]:
     """Height and width to fine-tune at: the weights' own, or `WORKING_SIZE` in whole patches where that is less."""
     return [
-        side if side <= WORKING_SIZE else max(pixels, WORKING_SIZE // pixels * pixels)
+        side if side <= MAX_DEFAULT_SIZE else max(pixels, MAX_DEFAULT_SIZE // pixels * pixels)
         for side, pixels in zip(own, patch, strict=True)
     ]
 
 
-def another_model(name: str, size: str) -> str:
+def size_conflict_message(name: str, size: str) -> str:
     """The line for weights and a size of a model beside each other."""
     return (
         f"model.name={name}: its weights are of their own size, and model.size={size} is another model: "
@@ -163,11 +163,13 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
             f"model.pool=attention: new to the weights of {m.name}, and with lora.rank={config.lora.rank} it would not "
             "learn: leave out one of the two"
         )
-    log.info("%s\n%s", loaded.report.table(), resolution(loaded.architecture, loaded.own_size, data.splits["train"]))
+    log.info(
+        "%s\n%s", loaded.report.table(), describe_resolution(loaded.architecture, loaded.own_size, data.splits["train"])
+    )
     return loaded.model.train()  # Lightning leaves a module in the mode that it comes in
 
 
-def resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Split) -> str:
+def describe_resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Split) -> str:
     """A line on the size of the model's images: tokens and operations, and what another size would cost.
 
     The other size is the weights' `own`; where they agree, that of the images, if it is smaller.
@@ -189,16 +191,16 @@ def resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Spl
         if tokens(other) >= tokens((height, width)):
             return line
     times = flops({**architecture, "image_size": other}) / here
-    typed = str(_one(other)).replace(" ", "")
+    typed = str(_collapse_square(other)).replace(" ", "")
     return f"{line}; data.image_size={typed}, {whose}: {tokens(other):,} patches, {times:.2g} times the cost"
 
 
-def _blanks() -> list[str]:
+def _open_keys() -> list[str]:
     """Keys of `model` that may be left to the weights."""
-    return [key.name for key in options.list_keys(ModelConfig) if key.name not in NO_ARGUMENTS]
+    return [key.name for key in options.list_keys(ModelConfig) if key.name not in SOURCE_KEYS]
 
 
-def _possible(key: options.Key) -> Any:
+def _placeholder(key: options.Key) -> Any:
     if type(None) in get_args(key.type):
         return None
     if key.rule.choices:
@@ -206,7 +208,7 @@ def _possible(key: options.Key) -> Any:
     return False if key.type is bool else 1 if key.rule.ge is None else int(key.rule.ge)
 
 
-def _look(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def _read_weights_info(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Name, architecture and preprocessing of somebody's weights, as plain types.
 
     A name of timm's without a tag gets that of the weights it means now, which another timm may choose otherwise.
@@ -224,13 +226,13 @@ def _look(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[st
     return known.name + "".join(name.partition("@")[1:]) if known.trusted else name, architecture, plain
 
 
-def _one(pair: Any) -> Any:
+def _collapse_square(pair: Any) -> Any:
     """A square as one number."""
     sides: Sequence[Any] = list(pair)
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
-def _check_size(name: str, model: Mapping[str, Any]) -> None:
+def _check_image_size(name: str, model: Mapping[str, Any]) -> None:
     """Images that do not divide into the weights' patches: say which sizes do."""
     if model["crop_to_patches"]:
         return

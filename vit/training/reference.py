@@ -1,6 +1,6 @@
-"""The table of all keys in `docs/configuration.md`: `python -m vit.training.reference` writes it anew.
+"""Write the table of all keys in `docs/configuration.md`: `python -m vit.training.reference`.
 
-Types, limits and help come from the dataclasses, defaults from `conf/train.yaml` as it composes.  A test compares.
+Types, limits and help come from the dataclasses, defaults from the composed `conf/train.yaml`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DOCUMENT = CONF.parent / "docs" / "configuration.md"
 START, END = "<!-- keys: written by python -m vit.training.reference -->", "<!-- end of keys -->"
 
 
-def table() -> str:
-    """Markdown: a section with its keys for each part of `Config`, and one for the keys that stand alone."""
+def format_table() -> str:
+    """Format all keys as Markdown: a section for each part of `Config`, and one for top-level keys."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composed = hydra.compose("train")
     defaults = OmegaConf.to_container(composed, resolve=False)
@@ -29,28 +29,28 @@ def table() -> str:
     for key in options.list_keys(Config):
         section = key.name.rpartition(".")[0]
         takes = options.describe_type(key.type, key.rule)
-        row = f"| `{key.name}` | {_default(defaults, key.name)} | {takes} | {key.rule.help} |"
+        row = f"| `{key.name}` | {_format_default(defaults, key.name)} | {takes} | {key.rule.help} |"
         parts.setdefault(section, []).append(row)
-    about = {name: _summary(kind) for name, kind in options.list_sections(Config).items()}
-    about[""] = "What stands alone."
+    summaries = {name: _summary(kind) for name, kind in options.list_sections(Config).items()}
+    summaries[""] = "What stands alone."
     lines = []
     for section, rows in parts.items():
-        lines += [f"### {section or 'On their own'}", "", about[section], ""]
+        lines += [f"### {section or 'On their own'}", "", summaries[section], ""]
         lines += ["| key | default | takes | what it is |", "| --- | --- | --- | --- |", *rows, ""]
     return "\n".join(lines)
 
 
-def document(text: str) -> str:
-    """`text` with its table of keys brought up to date."""
+def update_document(text: str) -> str:
+    """Replace the table of keys in `text` by the current one."""
     before, rest = text.split(START)
-    return f"{before}{START}\n\n{table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{START}\n\n{format_table()}\n{END}{rest.split(END)[1]}"
 
 
 def _summary(kind: type) -> str:
     return (kind.__doc__ or "").strip().splitlines()[0]
 
 
-def _default(defaults: Any, name: str) -> str:
+def _format_default(defaults: Any, name: str) -> str:
     value = defaults
     for part in name.split("."):
         value = value[part]
@@ -59,7 +59,7 @@ def _default(defaults: Any, name: str) -> str:
 
 def main(path: Path = DOCUMENT) -> int:
     """Write the table into the document."""
-    write_text(path, document(path.read_text(encoding="utf-8")))
+    write_text(path, update_document(path.read_text(encoding="utf-8")))
     return 0
 
 

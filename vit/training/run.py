@@ -66,8 +66,8 @@ from vit.training.linear_probe import Probe, write_checkpoint
 from vit.training.lora import count_parameters
 from vit.training.metrics import Throughput, TrainMetrics
 from vit.training.module import TrainingModule
-from vit.training.monitor import Monitor, write_outcome
-from vit.training.optim import HEADS
+from vit.training.monitor import Monitor, write_hyperparameters
+from vit.training.optim import HEAD_PREFIXES
 from vit.training.pretrained import fetch_weights
 from vit.training.progress import Progress
 from vit.training.resume import Saved, check_fits, read
@@ -116,7 +116,7 @@ def _train(
         data = open_data(config.data, given=given)
         preprocessing = preprocessing_for(config.data, data)
     else:
-        config, data = _reopen(config, overrides, saved, given)
+        config, data = _reopen_data(config, overrides, saved, given)
         preprocessing = saved.description.preprocessing
     config = resolve_auto(config, data, overrides)
     config.augment.check(len(data.class_names))
@@ -139,7 +139,7 @@ def _train(
         training=describe_training(config, overrides),
     )
     if config.method == "linear_probe":
-        return _probe(config, data, model, description, early, call) if leader else None
+        return _fit_probe(config, data, model, description, early, call) if leader else None
     store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
     if saved is not None:
@@ -166,7 +166,9 @@ def _train(
             raise
 
 
-def _reopen(config: Config, overrides: list[str], saved: Saved, given: Gathered | None) -> tuple[Config, ImageData]:
+def _reopen_data(
+    config: Config, overrides: list[str], saved: Saved, given: Gathered | None
+) -> tuple[Config, ImageData]:
     """The data of the run that goes on: where it was unless another place is typed, in the splits it had."""
     source = saved.description.data
     if (
@@ -184,7 +186,7 @@ def _reopen(config: Config, overrides: list[str], saved: Saved, given: Gathered 
     return config, open_data(config.data, saved.description.class_names, saved.splits, given)
 
 
-def _probe(
+def _fit_probe(
     config: Config,
     data: ImageData,
     model: VisionTransformer,
@@ -206,14 +208,16 @@ def _probe(
             write_checkpoint(folder / "checkpoints" / f"{name}.ckpt", model, description)
         best, validates = folder / "checkpoints" / "best.ckpt", len(data.splits["val"]) > 0
         metrics = {
-            **finish(config, data, best, folder / "model", probe.device, probe.logits),
+            **evaluate_and_export(config, data, best, folder / "model", probe.device, probe.logits),
             "knn": knn_metrics,
             "penalty": penalty,
             "chosen_on_validation": ["the penalty", "the number of neighbours", "the temperature"] * validates,
             "train_seconds": round(seconds, 3),
             "images_per_second": round(probe.images_per_second, 1),
             "parameters": count_parameters(model),
-            "trained_parameters": sum(p.numel() for name, p in model.named_parameters() if name.startswith(HEADS)),
+            "trained_parameters": sum(
+                p.numel() for name, p in model.named_parameters() if name.startswith(HEAD_PREFIXES)
+            ),
             "bad_files": len(data.bad_files),
             "passed_over": data.passed_over,
             "seed": config.seed,
@@ -221,7 +225,7 @@ def _probe(
         }
         write_json(folder / "metrics.json", metrics)
         if events is not None:
-            write_outcome(events, config, metrics, 0)
+            write_hyperparameters(events, config, metrics, 0)
             events.close()
         print_closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics)
@@ -269,7 +273,7 @@ def _fit_and_finish(
     if not trainer.is_global_zero:
         return None
 
-    if resume and throughput.images == throughput.earlier and interrupt.signal is None and is_finished(folder):
+    if resume and throughput.images == throughput.resumed_images and interrupt.signal is None and is_finished(folder):
         raise VitError(f"resume={config.resume}: that run was at its end; raise trainer.max_epochs or another limit")
     saved = [path for name in ("best", "last") if (path := folder / "checkpoints" / f"{name}.ckpt").is_file()]
     if not saved:
@@ -283,7 +287,7 @@ def _fit_and_finish(
         if monitor
         else [],
         "parameters": count_parameters(module.model),
-        "trained_parameters": module.trained,
+        "trained_parameters": module.num_trainable,
         **start.metrics(),
         "bad_files": len(data.bad_files),
         "passed_over": data.passed_over,
@@ -292,7 +296,7 @@ def _fit_and_finish(
     }
     figures: dict[str, Any] | None = None
     with contextlib.suppress(KeyboardInterrupt), interrupt.raising():
-        figures = finish(config, data, saved[0], folder / "model", trainer.strategy.root_device)
+        figures = evaluate_and_export(config, data, saved[0], folder / "model", trainer.strategy.root_device)
     if figures is None:
         description = load_checkpoint(saved[0])[1]
         figures = {"interrupted": True, "val": description.metrics.get("val", {})}
@@ -304,7 +308,7 @@ def _fit_and_finish(
     return RunResult(folder, metrics, 130 if metrics.get("interrupted") else 0)
 
 
-def finish(
+def evaluate_and_export(
     config: Config,
     data: ImageData,
     checkpoint: Path,

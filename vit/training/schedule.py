@@ -19,11 +19,11 @@ from vit.errors import VitError, did_you_mean
 if TYPE_CHECKING:
     from vit.training.module import TrainingModule
 
-NAMES = ("cosine", "linear", "wsd", "constant")
+SCHEDULES = ("cosine", "linear", "wsd", "constant")
 _CLOCK_EVERY = 20  # batches between readings of the first process's clock
 
 
-def factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float = 0.0, final: float = 0.0) -> float:
+def lr_factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float = 0.0, final: float = 0.0) -> float:
     """The learning rate at `progress`, as a share of its peak.
 
     Every schedule rises linearly over the first `warmup` of training.  Then "cosine" falls along half a cosine to
@@ -43,10 +43,10 @@ def factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float =
         return final + (1 - final) * min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
     if name == "constant":
         return 1.0
-    raise VitError(f"schedule.name: no schedule {name!r}; {did_you_mean(name, NAMES)}")
+    raise VitError(f"schedule.name: no schedule {name!r}; {did_you_mean(name, SCHEDULES)}")
 
 
-def stop(trainer: L.Trainer) -> None:
+def stop_after_step(trainer: L.Trainer) -> None:
     """End training after this step, with a last validation (whenever the next was due) and so a checkpoint."""
     trainer.should_stop = True
     trainer.check_val_every_n_epoch = 1
@@ -75,7 +75,11 @@ class Schedule(L.Callback):
         self.validation_seconds = 0.0
         self._start = self._validation_start = 0.0
         self._batches = 0
-        self._sync: tuple[int, float, float] = (-1, 0.0, 0.0)  # batches, share and share a batch, at the last reading
+        self._clock_reading: tuple[int, float, float] = (
+            -1,
+            0.0,
+            0.0,
+        )  # batches, share and share a batch, at the last reading
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent": self.spent(), "before_steps": self.before_steps}
@@ -102,15 +106,15 @@ class Schedule(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         module: TrainingModule = pl_module
         module.progress = self.progress(trainer, batch_idx)
-        scale = factor(module.progress, **self.schedule)
+        scale = lr_factor(module.progress, **self.schedule)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = group["initial_lr"] * scale
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
-            stop(trainer)
-        if self.max_time is not None and self.time_share(trainer, batch_idx) >= 1:
-            stop(trainer)
+            stop_after_step(trainer)
+        if self.max_time is not None and self.time_fraction(trainer, batch_idx) >= 1:
+            stop_after_step(trainer)
         self._batches += 1
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -128,10 +132,10 @@ class Schedule(L.Callback):
         if self.max_steps:
             shares.append(trainer.global_step / self.max_steps)
         if self.max_time is not None:
-            shares.append(self.time_share(trainer, batch_idx))
+            shares.append(self.time_fraction(trainer, batch_idx))
         return min(1.0, max(shares))
 
-    def time_share(self, trainer: L.Trainer, batch_idx: int) -> float:
+    def time_fraction(self, trainer: L.Trainer, batch_idx: int) -> float:
         """The share of `max_time` that is spent, the same on every process.
 
         Several processes read the first one's clock now and then, often at first, and after each validation; between,
@@ -142,10 +146,10 @@ class Schedule(L.Callback):
         now = (self.spent() - self.before_steps) / limit if limit > 0 else 1.0
         if trainer.world_size == 1:
             return now
-        last, share, pace = self._sync
+        last, share, pace = self._clock_reading
         if n != last and (batch_idx == 0 or n < _CLOCK_EVERY or n % _CLOCK_EVERY == 0):
             here = (self.spent() - max(self.spent_before, self.before_steps)) / max(limit, 1e-9)
             clock = torch.tensor([now, here / max(1, n)], device=trainer.strategy.root_device)
             share, pace = trainer.strategy.broadcast(clock, 0).tolist()
-            last, self._sync = n, (n, share, pace)
+            last, self._clock_reading = n, (n, share, pace)
         return share + (n - last) * pace

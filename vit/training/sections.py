@@ -12,7 +12,7 @@ from typing import Any
 from vit.errors import VitError
 from vit.options import setting
 
-NO_ARGUMENTS = ("name", "weights", "revision", "head", "compile")
+SOURCE_KEYS = ("name", "weights", "revision", "head", "compile")
 """Keys of `model` that say where the model comes from, not what it is."""
 
 SIZES = ("nano", "tiny", "small", "base", "large", "huge")
@@ -105,7 +105,7 @@ class ModelConfig:
 
     def arguments(self, num_classes: int) -> dict[str, Any]:
         """Keyword arguments of `VisionTransformer`."""
-        given = {key: value for key, value in vars(self).items() if key not in NO_ARGUMENTS}
+        given = {key: value for key, value in vars(self).items() if key not in SOURCE_KEYS}
         if self.size is None:
             del given["size"]
         return given | {"num_classes": num_classes}
@@ -173,7 +173,7 @@ class TrainerConfig:
     @property
     def max_seconds(self) -> float | None:
         """`max_time` in seconds."""
-        return seconds(self.max_time, "trainer.max_time")
+        return parse_seconds(self.max_time, "trainer.max_time")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class DistillConfig:
     temperature: float = setting("softens its probabilities and the student's, for soft", gt=0)
 
 
-def seconds(value: float | str | None, key: str) -> float | None:
+def parse_seconds(value: float | str | None, key: str) -> float | None:
     """Seconds of a number or of "[[HH:]MM:]SS"; `key` is named in the `VitError` for anything else."""
     if value is None or isinstance(value, int | float):
         return value

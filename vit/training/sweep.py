@@ -26,12 +26,12 @@ from typing import Any
 
 from vit.files import CannotWrite, atomic_write
 
-_RESULT = "VIT_JOB_RESULT"  # where a job's process leaves its result
+_RESULT_VARIABLE = "VIT_JOB_RESULT"  # where a job's process leaves its result
 
 
 def write_job_result(result: Any, error: str | None = None) -> None:
     """Leave a job's result, or the line of its error, where the sweep looks for it; nothing outside a sweep."""
-    place = os.environ.get(_RESULT)
+    place = os.environ.get(_RESULT_VARIABLE)
     if place is None or "VIT_RUN_FOLDER" in os.environ:  # one of the processes that a job has started
         return
     metrics, folder = getattr(result, "metrics", None), getattr(result, "folder", None)
@@ -56,8 +56,8 @@ class Sweep:
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, program: Sequence[str]) -> None:
-        self.flags = _flags(args)
-        self.folder = _claim(folder)
+        self.flags = _job_flags(args)
+        self.folder = _make_sweep_folder(folder)
         self.program = program
 
     def run(self, overrides: Sequence[str], number: int, monitor: str | None = None) -> float | None:
@@ -70,7 +70,7 @@ class Sweep:
         with tempfile.TemporaryDirectory(prefix="vit-sweep-") as scratch:
             place = Path(scratch) / "result.json"
             command = [sys.executable, *self.program, *self.flags, *overrides]
-            status = _wait(command, {**os.environ, _RESULT: str(place)})
+            status = _run_process(command, {**os.environ, _RESULT_VARIABLE: str(place)})
             result: dict[str, Any] = {"metrics": {}, "folder": None, "error": None}
             if place.is_file():
                 result = json.loads(place.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ class Sweep:
             file.write(json.dumps(row, default=str) + "\n")
         if status in (130, -signal.SIGINT):
             raise KeyboardInterrupt
-        return metric(result["metrics"], monitor) if monitor else None
+        return read_metric(result["metrics"], monitor) if monitor else None
 
     def rows(self) -> list[dict[str, Any]]:
         """Every job so far, in order."""
@@ -97,18 +97,18 @@ class Sweep:
         """
         rows = self.rows()
         if not rows:
-            tidy(self.folder)
+            remove_empty_folder(self.folder)
             return 2
-        table = tabulate(rows)
+        table = build_table(rows)
         with atomic_write(self.folder / "results.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
-        print("\n" + align(table))
+        print("\n" + format_columns(table))
         failed = [row["status"] for row in rows if row["status"]]
         print(f"\n{len(rows) - len(failed)} of {len(rows)} jobs done; {self.folder / 'results.csv'}")
         return 0 if not failed else 2 if set(failed) == {2} else 1
 
 
-def _claim(folder: Path) -> Path:
+def _make_sweep_folder(folder: Path) -> Path:
     """Make `folder`, or the first of `folder_2`, `folder_3`, ... that has no table of another sweep."""
     for attempt in itertools.count(1):
         place = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
@@ -124,7 +124,7 @@ def _claim(folder: Path) -> Path:
     raise AssertionError("unreachable")
 
 
-def metric(metrics: Mapping[str, Any], name: str) -> float | None:
+def read_metric(metrics: Mapping[str, Any], name: str) -> float | None:
     """ "val/top1" of nested metrics."""
     value: Any = metrics
     for part in name.split("/"):
@@ -135,7 +135,7 @@ def metric(metrics: Mapping[str, Any], name: str) -> float | None:
 COLUMNS = ("test/top1", "test/loss", "val/top1", "train_seconds")
 
 
-def tabulate(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def build_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A header and a row a job: its number, what is swept, the figures, the run folder or what became of it.
 
     Where only the seed differs between jobs, a row with their mean and standard deviation follows.
@@ -143,19 +143,19 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     settings = [dict(text.lstrip("+~").partition("=")[::2] for text in row["overrides"]) for row in rows]
     names = list(dict.fromkeys(name for setting in settings for name in setting))
     swept = [name for name in names if len({setting.get(name) for setting in settings}) > 1]
-    columns = [name for name in COLUMNS if any(metric(row["metrics"], name) is not None for row in rows)]
+    columns = [name for name in COLUMNS if any(read_metric(row["metrics"], name) is not None for row in rows)]
     table = [["job", *swept, *columns, "run"]]
     for row, setting in zip(rows, settings, strict=True):
-        figures = [_figure(metric(row["metrics"], name), name) for name in columns]
+        figures = [_format_cell(read_metric(row["metrics"], name), name) for name in columns]
         failure = f"failed: {row['error'] or 'status ' + str(row['status'])}" if row["status"] else ""
         outcome = " ".join(text for text in (row["folder"], failure) if text)
         table.append([str(row["job"]), *(setting.get(name, "") for name in swept), *figures, outcome])
     if "seed" in swept:
-        table += _over_seeds(rows, settings, swept, columns)
+        table += _seed_means(rows, settings, swept, columns)
     return table
 
 
-def _over_seeds(
+def _seed_means(
     rows: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, str]], swept: list[str], columns: list[str]
 ) -> list[list[str]]:
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
@@ -165,9 +165,9 @@ def _over_seeds(
     for values, members in groups.items():
         cells = []
         for name in columns:
-            found = [value for row in members if (value := metric(row["metrics"], name)) is not None]
+            found = [value for row in members if (value := read_metric(row["metrics"], name)) is not None]
             spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and name != "train_seconds" else ""
-            cells.append(_figure(statistics.fmean(found), name) + spread if found else "")
+            cells.append(_format_cell(statistics.fmean(found), name) + spread if found else "")
         rest = iter(values)
         shown = [f"all {len(members)}" if name == "seed" else next(rest) for name in swept]
         if len(members) > 1 and any(cells):
@@ -175,20 +175,20 @@ def _over_seeds(
     return lines
 
 
-def _figure(value: float | None, name: str) -> str:
+def _format_cell(value: float | None, name: str) -> str:
     if value is None:
         return ""
     return f"{value:.0f}" if name == "train_seconds" else f"{value:.4f}"
 
 
-def align(table: Sequence[Sequence[str]]) -> str:
+def format_columns(table: Sequence[Sequence[str]]) -> str:
     """The rows as text in columns."""
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
-def tidy(folder: Path) -> None:
+def remove_empty_folder(folder: Path) -> None:
     """Remove the folder of a sweep that ended before its first job, and parents that are empty then."""
     for name in ("multirun.yaml", "results.jsonl"):
         (folder / name).unlink(missing_ok=True)
@@ -199,7 +199,7 @@ def tidy(folder: Path) -> None:
             return
 
 
-def _flags(args: argparse.Namespace) -> list[str]:
+def _job_flags(args: argparse.Namespace) -> list[str]:
     """The arguments of a job's process beside its overrides: where configuration is looked for."""
     flags = []
     for name in ("config_path", "config_name", "config_dir"):
@@ -209,7 +209,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
     return flags
 
 
-def _wait(command: Sequence[str], env: Mapping[str, str]) -> int:
+def _run_process(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a command to its end and return its status.
 
     Ctrl-C reaches both it and this process; it is given the time to end in its own way.

@@ -22,11 +22,11 @@ from vit.data.loaders import Batch, TrainLoader
 
 log = logging.getLogger("vit")
 
-LOWEST, HIGHEST = 1e-3, 30.0
+MIN_FACTOR, MAX_FACTOR = 1e-3, 30.0
 """The range of factors that are tried, from far too small to where most recipes fail."""
 
 
-def learning_rate_factor(
+def find_learning_rate_factor(
     model: nn.Module,
     optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     batches: Iterator[tuple[Tensor, Tensor]],
@@ -41,7 +41,7 @@ def learning_rate_factor(
     trial = copy.deepcopy(model).train()
     optim = optimizer(trial)
     peaks = [group["lr"] for group in optim.param_groups]
-    factors = [LOWEST * (HIGHEST / LOWEST) ** (step / (steps - 1)) for step in range(steps)]
+    factors = [MIN_FACTOR * (MAX_FACTOR / MIN_FACTOR) ** (step / (steps - 1)) for step in range(steps)]
     losses: list[float] = []
     smooth = 0.0
     for step, factor in enumerate(factors):
@@ -58,10 +58,10 @@ def learning_rate_factor(
         if not math.isfinite(value) or losses[-1] > 3 * min(losses):
             losses = losses[: max(0, step - 2)]
             break
-    return steepest(factors[: len(losses)], losses)
+    return steepest_factor(factors[: len(losses)], losses)
 
 
-def steepest(factors: list[float], losses: list[float]) -> float:
+def steepest_factor(factors: list[float], losses: list[float]) -> float:
     """The factor where the losses fall fastest over a step of log(factor); 1 when they never fall."""
     if len(losses) < 5:
         return 1.0
@@ -74,7 +74,7 @@ def steepest(factors: list[float], losses: list[float]) -> float:
     return factors[best + 2] if slopes[best] < 0 else 1.0
 
 
-def busy_batch_size(step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3) -> int:
+def find_batch_size(step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3) -> int:
     """The batch size beyond which doubling brings less than `gain` in images a second, or does not fit in memory.
 
     `step(n)` trains on a batch of n images and waits for the device.  `most` is the number of training images.
@@ -129,7 +129,7 @@ def tune(
         optim.step()
         float(loss.detach())
 
-    size = busy_batch_size(step, max(2, batch_size // 4), images)
+    size = find_batch_size(step, max(2, batch_size // 4), images)
     loader = make_loader(size)
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,6 +138,6 @@ def tune(
             for batch in loader:
                 yield prepare(batch)
 
-    factor = learning_rate_factor(copy.deepcopy(model).to(device), optimizer, endless())
+    factor = find_learning_rate_factor(copy.deepcopy(model).to(device), optimizer, endless())
     log.info("tune: data.batch_size=%d, learning rates x %.3g", size, factor)
     return size, factor
