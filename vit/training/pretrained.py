@@ -1,15 +1,15 @@
-"""Starting from somebody's weights: `model=pretrained model.name=...`.
+"""Start from pretrained weights: `model=pretrained model.name=...`.
 
-One rule: what the configuration leaves open (null) is as the weights have it; what it says is as it says.
+One rule: keys that are null in the configuration get the values of the weights; other keys keep their values.
 
-- `conf/model/pretrained.yaml` leaves the architecture open, and how images are prepared: it wins over the data set's
-  own size and statistics.  What is typed, or written in an experiment, wins over it.
-- An architecture cannot be told otherwise than the weights have it; the size of images and patches, channels, the
-  pooling and a distillation token can, and weights are resampled, or start afresh, where they have to.
-- One thing is not as the weights have it: images are at most `WORKING_SIZE` pixels a side, since cost grows with the
-  number of tokens and many weights come for 384 or 518 pixels.
-- The blanks are filled in before anything else is done, so a run's `config.yaml`, its checkpoints and its bundle say
-  what was used, and a resumed run asks for no weights again.
+- `conf/model/pretrained.yaml` leaves the architecture and the preprocessing open, in place of the data set's size and
+  statistics.  Overrides and experiments take precedence over it.
+- The architecture must be that of the weights.  Image size, patch size, channels, pooling and distillation token may
+  differ; weights are then resampled or newly initialised where necessary.
+- Images have at most `MAX_DEFAULT_SIZE` pixels a side by default, since cost grows with the number of tokens and many
+  weights are for 384 or 518 pixels.
+- The open keys are filled in first, so `config.yaml`, checkpoints and bundle hold the values, and a resumed run does
+  not need the weights.
 
 torch and timm are imported by the functions.
 """
@@ -36,33 +36,34 @@ log = logging.getLogger("vit")
 EXAMPLES = "a name of timm's such as vit_small_patch16_224.augreg_in1k, a run folder or a bundle"
 
 DATA_KEYS = ("image_size", "channels", "patch_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""Keys of `data` that are as the weights have them where they are null."""
+"""Keys of `data` that get the value of the weights if they are null."""
 
 MAX_DEFAULT_SIZE = 224
-"""Pixels a side of the model's images, where `data.image_size` is null and the weights were made for more."""
+"""Largest default of `data.image_size`, in pixels a side, if the weights are for larger images."""
 
 FOLLOWED_KEYS = {"image_size": "image_size", "patch_size": "patch_size", "in_channels": "channels"}
-"""Keys of `model` that follow one of `data`."""
+"""Keys of `model` that follow a key of `data`."""
 
 
 def has_open_keys(values: Mapping[str, Any]) -> bool:
-    """Whether the values of a configuration leave anything to pretrained weights.
+    """Return whether a configuration has keys that pretrained weights must fill in.
 
-    Raises `VitError` when they do and there is no `model.name`.
+    Raises:
+        VitError: it has, but there is no `model.name`.
     """
     model, data = values.get("model"), values.get("data")
     if not isinstance(model, Mapping) or not isinstance(data, Mapping):
         return False
-    blank = [key for key in _open_keys() if key in model and model[key] is None]
+    open_keys = [key for key in _open_keys() if key in model and model[key] is None]
     if model.get("name") is None:
-        if "size" in blank and "depth" in blank and "mlp" in blank:
+        if "size" in open_keys and "depth" in open_keys and "mlp" in open_keys:
             raise VitError(f"model.name: whose weights to start from has to be said: {EXAMPLES}")
         return False
-    return "mlp" in blank or any(data.get(key, "") is None for key in DATA_KEYS if key not in ("mean", "std"))
+    return "mlp" in open_keys or any(data.get(key, "") is None for key in DATA_KEYS if key not in ("mean", "std"))
 
 
 def fill_placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with something possible where they leave a blank, so that the others can be checked."""
+    """Fill open keys with valid placeholders, so that the other keys can be checked."""
     rules = {key.name: key for key in options.list_keys(ModelConfig)}
     model = {key: _placeholder(rules[key]) if value is None and key in rules else value
              for key, value in values["model"].items()}  # fmt: skip
@@ -73,9 +74,10 @@ def fill_placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a configuration with its blanks filled in as the weights of `model.name` have it.
+    """Fill the open keys of a configuration with the values of the weights of `model.name`.
 
-    Raises `VitError` when there are no such weights, or something contradicts them.
+    Raises:
+        VitError: there are no such weights, or a key contradicts them.
     """
     model, data = dict(values["model"]), dict(values["data"])
     name = str(model["name"])
@@ -83,10 +85,10 @@ def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
         raise VitError(size_conflict_message(name, model["size"]))
     from vit.pretrained.create import MAY_DIFFER
 
-    whole, a, preprocessing = _read_weights_info(name, model["revision"])
-    model["name"] = whole
+    full_name, a, preprocessing = _read_weights_info(name, model["revision"])
+    model["name"] = full_name
     if model["pool"] not in (None, a["pool"]):
-        a["final_norm"] = None  # where the pooling suggests
+        a["final_norm"] = None  # as the pooling suggests
     for key in _open_keys():
         if key in FOLLOWED_KEYS or key == "size" or key not in model:
             continue
@@ -98,7 +100,7 @@ def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"{options.format_value(a[key])}, and their architecture stays as it is: leave model.{key} out, or "
                 "choose other weights"
             )
-    patch = next((each for each in (model["patch_size"], data["patch_size"]) if each), a["patch_size"])
+    patch = next((size for size in (model["patch_size"], data["patch_size"]) if size), a["patch_size"])
     sizes = default_image_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
     theirs = {**preprocessing, "patch_size": _collapse_square(a["patch_size"]), "image_size": _collapse_square(sizes)}
     for key in DATA_KEYS:
@@ -114,16 +116,16 @@ def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": model, "data": data}
 
 
-def default_image_size(own: Sequence[int], patch: Sequence[int]) -> list[int]:
-    """Height and width to fine-tune at: the weights' own, or `WORKING_SIZE` in whole patches where that is less."""
+def default_image_size(image_size: Sequence[int], patch: Sequence[int]) -> list[int]:
+    """Return the height and width for fine-tuning: the weights' size, at most `MAX_DEFAULT_SIZE` in whole patches."""
     return [
         side if side <= MAX_DEFAULT_SIZE else max(pixels, MAX_DEFAULT_SIZE // pixels * pixels)
-        for side, pixels in zip(own, patch, strict=True)
+        for side, pixels in zip(image_size, patch, strict=True)
     ]
 
 
 def size_conflict_message(name: str, size: str) -> str:
-    """The line for weights and a size of a model beside each other."""
+    """Return the message for a configuration with both `model.name` and `model.size`."""
     return (
         f"model.name={name}: its weights are of their own size, and model.size={size} is another model: "
         f"write model=pretrained model.name={name}, without a size"
@@ -131,7 +133,7 @@ def size_conflict_message(name: str, size: str) -> str:
 
 
 def fetch_weights(config: Config) -> None:
-    """Have the weights of `model.name` on this machine.  Raises `VitError` when they cannot be had."""
+    """Download the weights of `model.name` if necessary.  Raises `VitError` if that fails."""
     from vit.pretrained.locations import local
     from vit.pretrained.sources import place_of
 
@@ -139,11 +141,13 @@ def fetch_weights(config: Config) -> None:
 
 
 def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
-    """The model of `config` with the weights of `model.name`, and a head for the classes of `data`; logs the report.
+    """Load the model of `config` with the weights of `model.name` and a head for the classes of `data`; log a report.
 
-    The head is the weights' own where `model.head` allows it and its classes are the data's, in any order; else a new
-    one.  Raises `VitError` when the weights do not fit, `model.head=keep` and the classes are others, or with LoRA
-    something else than the head would start afresh.
+    The pretrained head is kept if `model.head` allows it and its classes are those of the data, in any order.
+
+    Raises:
+        VitError: the weights do not fit; `model.head=keep` with other classes; or, with LoRA, a part other than the
+            head would be newly initialised.
     """
     from vit.pretrained.create import MAY_DIFFER, load_pretrained
 
@@ -166,13 +170,13 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
     log.info(
         "%s\n%s", loaded.report.table(), describe_resolution(loaded.architecture, loaded.own_size, data.splits["train"])
     )
-    return loaded.model.train()  # Lightning leaves a module in the mode that it comes in
+    return loaded.model.train()  # Lightning does not change the mode of a module
 
 
 def describe_resolution(architecture: Mapping[str, Any], own: tuple[int, int], split: Split) -> str:
-    """A line on the size of the model's images: tokens and operations, and what another size would cost.
+    """Describe the image size in a line: patches and FLOPs, and the cost of another size.
 
-    The other size is the weights' `own`; where they agree, that of the images, if it is smaller.
+    The other size is `own`, that of the weights; if it is the same, that of the images, if smaller.
     """
     from vit.model.cost import flops
 
@@ -181,22 +185,22 @@ def describe_resolution(architecture: Mapping[str, Any], own: tuple[int, int], s
     def tokens(sides: Sequence[int]) -> int:
         return (sides[0] // patch[0]) * (sides[1] // patch[1])
 
-    here = flops(architecture)
-    line = f"image size  {height} x {width}: {tokens((height, width)):,} patches, {here / 1e9:.3g} GFLOPs an image"
-    other, whose = list(own), "the weights' own"
+    cost = flops(architecture)
+    line = f"image size  {height} x {width}: {tokens((height, width)):,} patches, {cost / 1e9:.3g} GFLOPs an image"
+    other_size, about = list(own), "the weights' own"
     if (height, width) == tuple(own):
-        found = split.native_size or (np.median(split.sizes, axis=0) if split.sizes is not None else own)
-        other = [max(p, int(side) // p * p) for side, p in zip(found, patch, strict=True)]
-        whose = "about that of the images"
-        if tokens(other) >= tokens((height, width)):
+        native = split.native_size or (np.median(split.sizes, axis=0) if split.sizes is not None else own)
+        other_size = [max(p, int(side) // p * p) for side, p in zip(native, patch, strict=True)]
+        about = "about that of the images"
+        if tokens(other_size) >= tokens((height, width)):
             return line
-    times = flops({**architecture, "image_size": other}) / here
-    typed = str(_collapse_square(other)).replace(" ", "")
-    return f"{line}; data.image_size={typed}, {whose}: {tokens(other):,} patches, {times:.2g} times the cost"
+    ratio = flops({**architecture, "image_size": other_size}) / cost
+    size = str(_collapse_square(other_size)).replace(" ", "")
+    return f"{line}; data.image_size={size}, {about}: {tokens(other_size):,} patches, {ratio:.2g} times the cost"
 
 
 def _open_keys() -> list[str]:
-    """Keys of `model` that may be left to the weights."""
+    """List the keys of `model` that may be left to the weights."""
     return [key.name for key in options.list_keys(ModelConfig) if key.name not in SOURCE_KEYS]
 
 
@@ -209,31 +213,33 @@ def _placeholder(key: options.Key) -> Any:
 
 
 def _read_weights_info(name: str, revision: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Name, architecture and preprocessing of somebody's weights, as plain types.
+    """Read the name, architecture and preprocessing of pretrained weights, as plain types.
 
-    A name of timm's without a tag gets that of the weights it means now, which another timm may choose otherwise.
+    A timm name without a tag gets the tag of its current default weights, which another version of timm may change.
     """
     import torch
 
     from vit.model import VisionTransformer
     from vit.pretrained.create import look
 
-    known = look(name, revision)
-    with torch.device("meta"):  # an older model does not say what it could not have
-        architecture = VisionTransformer(**known.architecture).architecture
-    preprocessing = known.preprocessing.to_dict()
-    plain = {key: list(each) if isinstance(each, tuple) else each for key, each in preprocessing.items()}
-    return known.name + "".join(name.partition("@")[1:]) if known.trusted else name, architecture, plain
+    info = look(name, revision)
+    with torch.device("meta"):  # adds options that older models lack
+        architecture = VisionTransformer(**info.architecture).architecture
+    preprocessing = info.preprocessing.to_dict()
+    preprocessing_values = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in preprocessing.items()
+    }
+    return info.name + "".join(name.partition("@")[1:]) if info.trusted else name, architecture, preprocessing_values
 
 
 def _collapse_square(pair: Any) -> Any:
-    """A square as one number."""
+    """Return a square size as one number."""
     sides: Sequence[Any] = list(pair)
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
 def _check_image_size(name: str, model: Mapping[str, Any]) -> None:
-    """Images that do not divide into the weights' patches: say which sizes do."""
+    """Raise `VitError` if images do not divide into the weights' patches, and name sizes that do."""
     if model["crop_to_patches"]:
         return
     sizes, patches = ([value, value] if isinstance(value, int) else list(value)

@@ -1,10 +1,10 @@
-"""One training run, from a checked configuration to a run folder: what `python train.py` does.
+"""Run one training from a checked configuration to a run folder, as `python train.py` does.
 
-Read `train` for the order of things.  Notable:
+Notable:
 
 - nothing is written before the data is open and the model is built, so a mistake leaves no folder behind;
-- validation chooses the checkpoint and the temperature; the test split is touched once, by what was chosen;
-- everything a later command needs travels inside the checkpoints and the bundle.
+- validation chooses the checkpoint and the temperature; the chosen model is tested once on the test split;
+- the checkpoints and the bundle contain everything that later commands need.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ log = logging.getLogger("vit")
 
 @dataclass(frozen=True)
 class Call:
-    """A call from Python.
+    """A call of `vit.train`.
 
-    Attributes
+    Attributes:
         text: the call, for the log.
-        given: the images, where they come from Python.
+        given: the images, if they come from Python.
     """
 
     text: str
@@ -91,22 +91,28 @@ class Call:
 
 
 def train(config: Config, overrides: list[str], call: Call | None = None) -> RunResult | None:
-    """Train as `config` says and return what came of it; None in the helper processes of a distributed run.
+    """Train as `config` says and return the result; None in the other processes of a distributed run.
 
-    Raises `VitError` for anything a person can mend, before training starts where that is possible.
+    Raises:
+        VitError: a mistake of the user, reported before training starts if possible.
     """
     command = call.text if call else None
-    with logs.show_messages(command) as early, ranks.joined(config.trainer) as rank, same_threads(), workers_watched():
+    with (
+        logs.show_messages(command) as buffered,
+        ranks.joined(config.trainer) as rank,
+        same_threads(),
+        workers_watched(),
+    ):
         if rank:
-            log.setLevel(logging.ERROR)  # the first process says it for all
-        return _train(config, overrides, rank == 0, early, call)
+            log.setLevel(logging.ERROR)  # only the first process logs
+        return _train(config, overrides, rank == 0, buffered, call)
 
 
 def _train(
-    config: Config, overrides: list[str], leader: bool, early: MemoryHandler, call: Call | None
+    config: Config, overrides: list[str], is_leader: bool, buffered: MemoryHandler, call: Call | None
 ) -> RunResult | None:
     saved = read(config.resume) if config.resume else None
-    # before the data is looked through, which may take a while
+    # before the data is scanned, which may take a while
     if config.model.name is not None and saved is None:
         fetch_weights(config)
     if config.distill.teacher is not None:
@@ -125,7 +131,7 @@ def _train(
     L.seed_everything(config.seed, workers=False, verbose=False)
     model = build_model(config, data)
     start = Start()
-    if config.finetune.head == "probe" and saved is None and leader:
+    if config.finetune.head == "probe" and saved is None and is_leader:
         start.fit_head(config, model, data, preprocessing)
     if config.tune and saved is None:
         config = tune_config(config, data, model, preprocessing)
@@ -139,7 +145,7 @@ def _train(
         training=describe_training(config, overrides),
     )
     if config.method == "linear_probe":
-        return _fit_probe(config, data, model, description, early, call) if leader else None
+        return _fit_probe(config, data, model, description, buffered, call) if is_leader else None
     store_images(data.splits, preprocessing, config.data, config.augment)
     module = build_module(config, data, model, description)
     if saved is not None:
@@ -147,15 +153,15 @@ def _train(
         check_fits(saved, module.state_dict(), optimizer, data.class_names, t.epochs, t.patience)
 
     resume = None if saved is None else saved.path
-    saved = None  # as large as the model and its moments
-    folder = make_run_folder(config, resume) if leader else Path(os.environ.get(ranks.FOLDER, "."))
+    saved = None  # frees the weights and the optimiser state
+    folder = make_run_folder(config, resume) if is_leader else Path(os.environ.get(ranks.FOLDER, "."))
     last = folder / "checkpoints" / "last.ckpt"
-    interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=leader)
-    if not leader:
+    interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=is_leader)
+    if not is_leader:
         with interrupt, ranks.faults_in(folder / "train.log"):
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
     os.environ[ranks.FOLDER] = str(folder)
-    with logs.write_messages(folder / "train.log", early), interrupt:
+    with logs.write_messages(folder / "train.log", buffered), interrupt:
         try:
             write_run_description(folder, config, data)
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
@@ -169,7 +175,7 @@ def _train(
 def _reopen_data(
     config: Config, overrides: list[str], saved: Saved, given: Gathered | None
 ) -> tuple[Config, ImageData]:
-    """The data of the run that goes on: where it was unless another place is typed, in the splits it had."""
+    """Open the data of the resumed run with its splits, in the same folder unless `data.root` is overridden."""
     source = saved.description.data
     if (
         not any(text.lstrip("+").startswith("data.root=") for text in overrides)
@@ -180,7 +186,7 @@ def _reopen_data(
         log.warning("resume=%s: no %s beside it: its splits are cut anew", config.resume, FILE)
         data = open_data(config.data, given=given)
         names = saved.description.class_names
-        # a run from before names were composed may spell, and so sort, its classes otherwise
+        # older runs did not normalise class names, so these may be spelled and sorted differently
         same = sorted(normalize("NFC", name) for name in names) == sorted(data.class_names)
         return config, match_classes(data, names) if same else data
     return config, open_data(config.data, saved.description.class_names, saved.splits, given)
@@ -191,12 +197,12 @@ def _fit_probe(
     data: ImageData,
     model: VisionTransformer,
     description: Description,
-    early: MemoryHandler,
+    buffered: MemoryHandler,
     call: Call | None,
 ) -> RunResult:
-    """Fit a linear head to the features of `model`, and leave what any run leaves."""
+    """Fit a linear head to the features of `model`, and write the files of a run."""
     folder = make_run_folder(config, None)
-    with logs.write_messages(folder / "train.log", early):
+    with logs.write_messages(folder / "train.log", buffered):
         write_run_description(folder, config, data)
         events = EventFile(folder) if config.logging.tensorboard else None
         began = time.monotonic()
@@ -254,11 +260,14 @@ def _fit_and_finish(
     callbacks: list[L.Callback] = [schedule, throughput, train_metrics]
     if config.logging.progress:
         callbacks.append(Progress(schedule, train_metrics))
-    board = None
+    monitor_callback = None
     if config.logging.tensorboard:
-        board = Monitor(config, folder, data.class_names, train_metrics)
+        monitor_callback = Monitor(config, folder, data.class_names, train_metrics)
         preprocessing = module.description.preprocessing
-        callbacks += [board, AttentionLog(config.logging.attention, data, preprocessing, board.events)]
+        callbacks += [
+            monitor_callback,
+            AttentionLog(config.logging.attention, data, preprocessing, monitor_callback.events),
+        ]
     if config.finetune.head == "probe":
         callbacks.append(start)
     callbacks += [interrupt, checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience)]
@@ -268,7 +277,7 @@ def _fit_and_finish(
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except Stopped:
             log.info("stopped at step %d by %s", trainer.global_step, signal.Signals(interrupt.signal or 0).name)
-        except SystemExit:  # Lightning's way out where it is interrupted
+        except SystemExit:  # raised by Lightning when it is interrupted
             raise KeyboardInterrupt from None
     if not trainer.is_global_zero:
         return None
@@ -302,8 +311,8 @@ def _fit_and_finish(
         figures = {"interrupted": True, "val": description.metrics.get("val", {})}
     metrics = {**figures, **metrics}
     write_json(folder / "metrics.json", metrics)
-    if board is not None:
-        board.finish(metrics)
+    if monitor_callback is not None:
+        monitor_callback.finish(metrics)
     print_closing_lines(config, folder, metrics, len(data.class_names), commands=call is None)
     return RunResult(folder, metrics, 130 if metrics.get("interrupted") else 0)
 
@@ -314,31 +323,36 @@ def evaluate_and_export(
     checkpoint: Path,
     bundle: Path,
     device: torch.device,
-    known: Callable[[str], tuple[Tensor, Tensor]] | None = None,
+    compute_logits: Callable[[str], tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Calibrate the chosen checkpoint on validation data, test it once, and write the bundle.
 
-    `known` gives its logits and the labels of a split, where they need not be computed.  Returns the "test" and "val"
-    blocks of `metrics.json`, and the classes that have images in the last of them and were never predicted there.  The
-    checkpoint's own description gets the temperature and the figures too.
+    The temperature and the metrics are also written into the checkpoint's description.
+
+    Args:
+        compute_logits: returns the logits and the labels of a split; None: the model computes them.
+
+    Returns:
+        The "test" and "val" blocks of `metrics.json`, and the classes with images that were never predicted in the last
+        evaluated split.
     """
     weights, description = load_checkpoint(checkpoint)
     model = build(description, weights, checkpoint).to(device)
     blocks: dict[str, dict[str, Any]] = {}
-    never: list[str] = []
+    never_predicted: list[str] = []
     for name in ("val", "test"):
         split = data.splits[name]
         if not len(split):
             continue
-        if known is not None:
-            logits, labels = known(name)
+        if compute_logits is not None:
+            logits, labels = compute_logits(name)
         else:
             logits, labels = collect_logits(model, split, description.preprocessing, config.data, device=device)
         if name == "val":
             description.temperature = fit_temperature(logits, labels)
-        measured = evaluate_logits(logits, labels, data.class_names, description.temperature)
-        never = [row["class"] for row in measured["per_class"] if row["support"] and not row["predicted"]]
-        blocks[name] = scalars(measured)
+        metrics = evaluate_logits(logits, labels, data.class_names, description.temperature)
+        never_predicted = [row["class"] for row in metrics["per_class"] if row["support"] and not row["predicted"]]
+        blocks[name] = scalars(metrics)
     raw = description.metrics.get("val_raw")
     if raw:
         blocks["val"]["raw"] = raw
@@ -346,4 +360,4 @@ def evaluate_and_export(
     images = of_data(data, description.preprocessing).images
     write_bundle(bundle, model.cpu(), description, onnx=config.export.onnx, images=images)
     checkpoints.update_description(checkpoint, description)
-    return {"test": blocks.get("test", {}), **blocks, "never_predicted": never}
+    return {"test": blocks.get("test", {}), **blocks, "never_predicted": never_predicted}

@@ -1,8 +1,8 @@
-"""How far training is, and what follows from it: learning rates, patch dropout, mixing, the end.
+"""Compute the progress of training, set the learning rates, and end training.
 
-Notable: everything is a function of one number, progress in [0, 1], whichever budget sets it: epochs, steps or
-wall-clock time.  With several budgets the one that will be spent first counts.  So a schedule always reaches its end
-where training ends, also when that end is "in seven minutes".
+Notable: schedules are functions of one number, progress in [0, 1], whichever budget sets it: epochs, steps or time.
+With several budgets the one that is spent first counts.  So a schedule always ends where training ends, also with a
+time limit.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _CLOCK_EVERY = 20  # batches between readings of the first process's clock
 
 
 def lr_factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: float = 0.0, final: float = 0.0) -> float:
-    """The learning rate at `progress`, as a share of its peak.
+    """Return the learning rate at `progress`, as a fraction of its peak.
 
-    Every schedule rises linearly over the first `warmup` of training.  Then "cosine" falls along half a cosine to
-    `final` (Loshchilov & Hutter 2017), "linear" along a line, "wsd" stays and falls along a line in the last
-    `cooldown` of training (warmup-stable-decay; Zhai et al. 2022, Hu et al. 2024), and "constant" stays.
-    The warmup starts above 0, since a step of 0 would be wasted.  Raises `VitError` for another name.
+    Every schedule rises linearly over the fraction `warmup` of training.  Then "cosine" falls along half a cosine to
+    `final` (Loshchilov & Hutter 2017), "linear" falls linearly, "wsd" stays and falls linearly over the last fraction
+    `cooldown` of training (warmup-stable-decay; Zhai et al. 2022, Hu et al. 2024), and "constant" stays.  The warmup
+    starts above 0, since a step of 0 would be wasted.  Raises `VitError` for another name.
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
@@ -47,17 +47,17 @@ def lr_factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: floa
 
 
 def stop_after_step(trainer: L.Trainer) -> None:
-    """End training after this step, with a last validation (whenever the next was due) and so a checkpoint."""
+    """End training after this step, with a last validation and a checkpoint."""
     trainer.should_stop = True
     trainer.check_val_every_n_epoch = 1
 
 
 class Schedule(L.Callback):
-    """Set each step's learning rates and end training when a budget is spent.
+    """Set the learning rates of each step and end training when a budget is spent.
 
-    Sets `module.progress` before every step.  `trainer.max_time` includes validation and the `spent` seconds that went
-    into the start (features, the head fitted to them), and leaves time for one last validation; progress counts from
-    the first step.  In a distributed run the clock is the first process's.
+    Sets `module.progress` before every step.  `trainer.max_time` includes validation and the `spent` seconds before the
+    first step (features and the linear probe), and leaves time for one last validation.  Progress counts from the first
+    step.  A distributed run uses the clock of the first process.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Schedule(L.Callback):
             -1,
             0.0,
             0.0,
-        )  # batches, share and share a batch, at the last reading
+        )  # batches, fraction and fraction per batch, at the last reading
 
     def state_dict(self) -> dict[str, Any]:
         return {"spent": self.spent(), "before_steps": self.before_steps}
@@ -89,7 +89,7 @@ class Schedule(L.Callback):
         self.before_steps = float(state_dict.get("before_steps", 0.0))
 
     def spent(self) -> float:
-        """Seconds of training so far, earlier parts of a resumed run included."""
+        """Return the seconds of training so far, including those before a resume."""
         return self.spent_before + (time.monotonic() - self._start if self._start else 0.0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -101,7 +101,7 @@ class Schedule(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.max_epochs and trainer.current_epoch + 1 >= self.max_epochs:
-            trainer.check_val_every_n_epoch = 1  # the last epoch is validated, whenever the next was due
+            trainer.check_val_every_n_epoch = 1  # the last epoch is always validated
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         module: TrainingModule = pl_module
@@ -124,32 +124,32 @@ class Schedule(L.Callback):
         self.validation_seconds = time.monotonic() - self._validation_start
 
     def progress(self, trainer: L.Trainer, batch_idx: int) -> float:
-        """How much of training is over when this batch starts, in [0, 1]."""
-        shares = [0.0]
+        """Return the progress of training when this batch starts, in [0, 1]."""
+        fractions = [0.0]
         if self.max_epochs:
             batches = trainer.num_training_batches
-            shares.append((trainer.current_epoch + batch_idx / max(1, int(batches))) / self.max_epochs)
+            fractions.append((trainer.current_epoch + batch_idx / max(1, int(batches))) / self.max_epochs)
         if self.max_steps:
-            shares.append(trainer.global_step / self.max_steps)
+            fractions.append(trainer.global_step / self.max_steps)
         if self.max_time is not None:
-            shares.append(self.time_fraction(trainer, batch_idx))
-        return min(1.0, max(shares))
+            fractions.append(self.time_fraction(trainer, batch_idx))
+        return min(1.0, max(fractions))
 
     def time_fraction(self, trainer: L.Trainer, batch_idx: int) -> float:
-        """The share of `max_time` that is spent, the same on every process.
+        """Return the fraction of `max_time` that is spent, the same on every process.
 
-        Several processes read the first one's clock now and then, often at first, and after each validation; between,
-        they count on at its pace.
+        Several processes read the first one's clock now and then, often at first, and after each validation.  In
+        between they extrapolate.
         """
         assert self.max_time is not None
         limit, n = self.max_time - self.validation_seconds - self.before_steps, self._batches
         now = (self.spent() - self.before_steps) / limit if limit > 0 else 1.0
         if trainer.world_size == 1:
             return now
-        last, share, pace = self._clock_reading
+        last, fraction, per_batch = self._clock_reading
         if n != last and (batch_idx == 0 or n < _CLOCK_EVERY or n % _CLOCK_EVERY == 0):
-            here = (self.spent() - max(self.spent_before, self.before_steps)) / max(limit, 1e-9)
-            clock = torch.tensor([now, here / max(1, n)], device=trainer.strategy.root_device)
-            share, pace = trainer.strategy.broadcast(clock, 0).tolist()
-            last, self._clock_reading = n, (n, share, pace)
-        return share + (n - last) * pace
+            since_start = (self.spent() - max(self.spent_before, self.before_steps)) / max(limit, 1e-9)
+            clock = torch.tensor([now, since_start / max(1, n)], device=trainer.strategy.root_device)
+            fraction, per_batch = trainer.strategy.broadcast(clock, 0).tolist()
+            last, self._clock_reading = n, (n, fraction, per_batch)
+        return fraction + (n - last) * per_batch

@@ -1,12 +1,12 @@
-"""Where a fine-tuned run starts: from a linear probe's head (`finetune.head=probe`), and never below it.
+"""Start fine-tuning from the head of a linear probe (`finetune.head=probe`).
 
-Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": a head that fits
-the features first (LP), then all layers (FT), as a random head's gradients would spoil the features.
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution": fit the head to
+the features first (LP), then train all layers (FT), because the gradients of a random head distort the features.
 
 Notable:
-- the first process fits the head, the others get it from that one;
-- the start is validated as every epoch is, so `best.ckpt` is the start where training never beats it;
-- all of it counts in `trainer.max_time`.
+- the first process fits the head and broadcasts it;
+- the start is validated like every epoch, so `best.ckpt` is the start if training never improves on it;
+- the time counts in `trainer.max_time`.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ log = logging.getLogger("vit")
 class Start(L.Callback):
     """Fit the head of a pretrained model to its features, and validate the result before the first step.
 
-    Attributes
-        seconds: that fitting took, features included.
-        penalty: of the logistic regression; None where the weights' own head was kept.
-        val: figures of the start on validation images, top1 and loss.
-        kept: whether no later validation was better, so that `best.ckpt` is the start.
+    Attributes:
+        seconds: time of fitting, including the features.
+        penalty: penalty of the logistic regression; None if the pretrained head was kept.
+        val: validation metrics of the start, top1 and loss.
+        is_best: whether no later validation was better, so that `best.ckpt` is the start.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.penalty: float | None = None
         self.val: dict[str, float] = {}
-        self.kept = False
+        self.is_best = False
 
-    def fit_head(self, config: Config, model: VisionTransformer, data: ImageData, how: Preprocessing) -> None:
-        """Give `model` the head of a linear probe on training images, in place; one that knows something stays.
+    def fit_head(self, config: Config, model: VisionTransformer, data: ImageData, preprocessing: Preprocessing) -> None:
+        """Set the head of `model` to a linear probe on training images; a head that is not zero stays.
 
-        Raises `VitError` for an image that cannot be read.
+        Raises:
+            VitError: an image cannot be read.
         """
         if model.head.weight.any():  # type: ignore[operator]  # a new head is zero
             log.info("finetune.head=probe: the head that came with the weights knows these classes, and stays")
             return
         began = time.monotonic()
-        self.penalty = Probe(config, model, data, how, ("train", "val")).fit_head(None)
+        self.penalty = Probe(config, model, data, preprocessing, ("train", "val")).fit_head(None)
         self.seconds = time.monotonic() - began
         chosen = "chosen on validation images" if len(data.splits["val"]) else "no validation data to choose it on"
         log.info("the head starts from a linear probe: penalty %g (%s), %.0f s", self.penalty, chosen, self.seconds)
@@ -65,9 +66,9 @@ class Start(L.Callback):
         self.seconds, self.penalty, self.val = (state_dict[key] for key in ("seconds", "penalty", "val"))
 
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` says of the start."""
+        """Return the entries of `metrics.json` about the start."""
         penalty = {} if self.penalty is None else {"penalty": self.penalty}
-        return {**penalty, "start": {"val": self.val, "kept": self.kept}} if self.val else penalty
+        return {**penalty, "start": {"val": self.val, "kept": self.is_best}} if self.val else penalty
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if trainer.world_size > 1:
@@ -78,7 +79,7 @@ class Start(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step or not trainer.val_dataloaders:
             return
-        trainer.validating = True  # as Lightning's own loop does between epochs
+        trainer.validating = True  # as in Lightning's loop between epochs
         trainer.fit_loop.epoch_loop.val_loop.run()
         trainer.training = True
         self.val = {key: float(trainer.callback_metrics[f"val/{key}"]) for key in ("top1", "loss")}
@@ -87,7 +88,7 @@ class Start(L.Callback):
                 callback.before_steps = callback.spent()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        best = next(each.best for each in trainer.checkpoint_callbacks if isinstance(each, Checkpoints))
-        self.kept = bool(self.val) and best == {f"val/{key}": value for key, value in self.val.items()}
-        if self.kept:
+        best = next(callback.best for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints))
+        self.is_best = bool(self.val) and best == {f"val/{key}": value for key, value in self.val.items()}
+        if self.is_best:
             log.warning("training did not get better than its start on validation images: best.ckpt is the start")

@@ -1,10 +1,10 @@
-"""`--multirun`: every job in a process of its own, and one table at the end.
+"""Run `--multirun`: each job in a process of its own, and one table at the end.
 
 Notable:
-- A job's process has no -m in its arguments, so Lightning can start the other processes of a distributed job from
-  them; and no job inherits another's memory, threads or fault.
-- A job that fails says so in one line and the others still run; the sweep then ends with that job's status.
-- Each result is a line of `results.jsonl` in the sweep's folder as soon as it is there, from whichever process.
+- A job's process has no -m in its arguments, so Lightning can start the other processes of a distributed job with them.
+  No job inherits memory, threads or errors of another.
+- A job that fails reports it in one line and the others still run; the sweep then ends with that job's status.
+- Each result is appended at once as a line of `results.jsonl` in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ from typing import Any
 
 from vit.files import CannotWrite, atomic_write
 
-_RESULT_VARIABLE = "VIT_JOB_RESULT"  # where a job's process leaves its result
+_RESULT_VARIABLE = "VIT_JOB_RESULT"  # path of the file for the job's result
 
 
 def write_job_result(result: Any, error: str | None = None) -> None:
-    """Leave a job's result, or the line of its error, where the sweep looks for it; nothing outside a sweep."""
-    place = os.environ.get(_RESULT_VARIABLE)
-    if place is None or "VIT_RUN_FOLDER" in os.environ:  # one of the processes that a job has started
+    """Write a job's result, or the message of its error, for the sweep; do nothing outside a sweep."""
+    path = os.environ.get(_RESULT_VARIABLE)
+    if path is None or "VIT_RUN_FOLDER" in os.environ:  # a process that the job has started
         return
     metrics, folder = getattr(result, "metrics", None), getattr(result, "folder", None)
-    found = {"metrics": metrics or {}, "folder": folder and str(folder), "error": error}
-    Path(place).write_text(json.dumps(found, default=str), encoding="utf-8")
+    record = {"metrics": metrics or {}, "folder": folder and str(folder), "error": error}
+    Path(path).write_text(json.dumps(record, default=str), encoding="utf-8")
 
 
 def is_multirun(args: argparse.Namespace) -> bool:
-    """Whether the command line asks for several jobs."""
+    """Return whether the command line asks for several jobs."""
     return bool(args.multirun) or any(text.replace(" ", "") == "hydra.mode=MULTIRUN" for text in args.overrides)
 
 
 class Sweep:
-    """The jobs of one `--multirun`.
+    """Run the jobs of one `--multirun`.
 
-    Arguments
+    Args:
         args: Hydra's parsed arguments.
-        folder: where the results of the sweep go; with a number behind it where another sweep has its own there.
-        program: what Python runs for a job, such as a script or ("-m", "vit", "train").
+        folder: folder of the results; a number is appended if it holds another sweep.
+        program: the program of a job for Python, such as a script or ("-m", "vit", "train").
 
-    Raises `CannotWrite`.
+    Raises:
+        CannotWrite: the folder cannot be made.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, program: Sequence[str]) -> None:
@@ -61,19 +62,19 @@ class Sweep:
         self.program = program
 
     def run(self, overrides: Sequence[str], number: int, monitor: str | None = None) -> float | None:
-        """Run the job of these overrides in its own process; returns its `monitor` metric for a search to go by.
+        """Run the job of these overrides in its own process; return its `monitor` metric for a search.
 
-        Never raises for a job that fails: its process has said why, and the table shows it.
+        A job that fails raises nothing: its process has printed the reason, and the table shows it.
         """
         print(f"job {number}: {' '.join(overrides)}", file=sys.stderr, flush=True)
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="vit-sweep-") as scratch:
-            place = Path(scratch) / "result.json"
+            result_file = Path(scratch) / "result.json"
             command = [sys.executable, *self.program, *self.flags, *overrides]
-            status = _run_process(command, {**os.environ, _RESULT_VARIABLE: str(place)})
+            status = _run_process(command, {**os.environ, _RESULT_VARIABLE: str(result_file)})
             result: dict[str, Any] = {"metrics": {}, "folder": None, "error": None}
-            if place.is_file():
-                result = json.loads(place.read_text(encoding="utf-8"))
+            if result_file.is_file():
+                result = json.loads(result_file.read_text(encoding="utf-8"))
         row = {"job": number, "overrides": list(overrides), "status": status,
                "seconds": round(time.monotonic() - start, 1), **result}  # fmt: skip
         with open(self.folder / "results.jsonl", "a", encoding="utf-8") as file:
@@ -83,17 +84,17 @@ class Sweep:
         return read_metric(result["metrics"], monitor) if monitor else None
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every job so far, in order."""
+        """Return the results of all jobs so far, in order."""
         file = self.folder / "results.jsonl"
-        if not file.is_file():  # tidied away
+        if not file.is_file():  # removed
             return []
         lines = file.read_text(encoding="utf-8").splitlines()
         return sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
 
     def finish(self) -> int:
-        """Print the table and write it as `results.csv`; returns the exit status of the sweep.
+        """Print the table, write it as `results.csv`, and return the exit status of the sweep.
 
-        That is 0, 2 when jobs failed for mistakes in what was asked (or there were none), 1 when one failed otherwise.
+        That is 0; 2 if jobs failed only by mistakes of the user, or there were no jobs; 1 if one failed otherwise.
         """
         rows = self.rows()
         if not rows:
@@ -111,21 +112,21 @@ class Sweep:
 def _make_sweep_folder(folder: Path) -> Path:
     """Make `folder`, or the first of `folder_2`, `folder_3`, ... that has no table of another sweep."""
     for attempt in itertools.count(1):
-        place = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
+        candidate = folder if attempt == 1 else folder.with_name(f"{folder.name}_{attempt}")
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            (place / "results.jsonl").touch(exist_ok=False)
-            return place
+            candidate.mkdir(parents=True, exist_ok=True)
+            (candidate / "results.jsonl").touch(exist_ok=False)
+            return candidate
         except FileExistsError:
-            if not place.is_dir():
-                raise CannotWrite(f"cannot write the results of the sweep: {place} is not a folder") from None
+            if not candidate.is_dir():
+                raise CannotWrite(f"cannot write the results of the sweep: {candidate} is not a folder") from None
         except OSError as error:
-            raise CannotWrite.of(place, error) from error
+            raise CannotWrite.of(candidate, error) from error
     raise AssertionError("unreachable")
 
 
 def read_metric(metrics: Mapping[str, Any], name: str) -> float | None:
-    """ "val/top1" of nested metrics."""
+    """Return an entry of nested metrics, such as "val/top1", or None."""
     value: Any = metrics
     for part in name.split("/"):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -136,9 +137,9 @@ COLUMNS = ("test/top1", "test/loss", "val/top1", "train_seconds")
 
 
 def build_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A header and a row a job: its number, what is swept, the figures, the run folder or what became of it.
+    """Build a table with a header and a row per job: number, swept settings, metrics, run folder or failure.
 
-    Where only the seed differs between jobs, a row with their mean and standard deviation follows.
+    Jobs that differ only in the seed get another row with their mean and standard deviation.
     """
     settings = [dict(text.lstrip("+~").partition("=")[::2] for text in row["overrides"]) for row in rows]
     names = list(dict.fromkeys(name for setting in settings for name in setting))
@@ -146,10 +147,10 @@ def build_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     columns = [name for name in COLUMNS if any(read_metric(row["metrics"], name) is not None for row in rows)]
     table = [["job", *swept, *columns, "run"]]
     for row, setting in zip(rows, settings, strict=True):
-        figures = [_format_cell(read_metric(row["metrics"], name), name) for name in columns]
+        cells = [_format_cell(read_metric(row["metrics"], name), name) for name in columns]
         failure = f"failed: {row['error'] or 'status ' + str(row['status'])}" if row["status"] else ""
         outcome = " ".join(text for text in (row["folder"], failure) if text)
-        table.append([str(row["job"]), *(setting.get(name, "") for name in swept), *figures, outcome])
+        table.append([str(row["job"]), *(setting.get(name, "") for name in swept), *cells, outcome])
     if "seed" in swept:
         table += _seed_means(rows, settings, swept, columns)
     return table
@@ -165,9 +166,9 @@ def _seed_means(
     for values, members in groups.items():
         cells = []
         for name in columns:
-            found = [value for row in members if (value := read_metric(row["metrics"], name)) is not None]
-            spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 and name != "train_seconds" else ""
-            cells.append(_format_cell(statistics.fmean(found), name) + spread if found else "")
+            numbers = [value for row in members if (value := read_metric(row["metrics"], name)) is not None]
+            spread = f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 and name != "train_seconds" else ""
+            cells.append(_format_cell(statistics.fmean(numbers), name) + spread if numbers else "")
         rest = iter(values)
         shown = [f"all {len(members)}" if name == "seed" else next(rest) for name in swept]
         if len(members) > 1 and any(cells):
@@ -182,25 +183,25 @@ def _format_cell(value: float | None, name: str) -> str:
 
 
 def format_columns(table: Sequence[Sequence[str]]) -> str:
-    """The rows as text in columns."""
+    """Format the rows as text in aligned columns."""
     widths = [max(len(row[k]) for row in table) for k in range(len(table[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
     return "\n".join("  ".join(row).rstrip() for row in padded)
 
 
 def remove_empty_folder(folder: Path) -> None:
-    """Remove the folder of a sweep that ended before its first job, and parents that are empty then."""
+    """Remove the folder of a sweep without jobs, and parents that are empty then."""
     for name in ("multirun.yaml", "results.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for place in (folder, folder.parent, folder.parent.parent):
+    for directory in (folder, folder.parent, folder.parent.parent):
         try:
-            place.rmdir()
+            directory.rmdir()
         except OSError:
             return
 
 
 def _job_flags(args: argparse.Namespace) -> list[str]:
-    """The arguments of a job's process beside its overrides: where configuration is looked for."""
+    """Return the arguments of a job's process beside its overrides: where the configuration is."""
     flags = []
     for name in ("config_path", "config_name", "config_dir"):
         value = getattr(args, name)
@@ -212,7 +213,7 @@ def _job_flags(args: argparse.Namespace) -> list[str]:
 def _run_process(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a command to its end and return its status.
 
-    Ctrl-C reaches both it and this process; it is given the time to end in its own way.
+    Ctrl-C reaches both processes; this one waits until the command has ended cleanly.
     """
     process = subprocess.Popen(command, env=dict(env))
     while True:

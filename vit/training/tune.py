@@ -1,7 +1,7 @@
-"""`tune=true`: find a batch size that the device is busy with and a learning rate that learns, before training.
+"""Find a batch size and a learning rate before training (`tune=true`).
 
 Notable: one factor scales all learning rates of the optimiser, so the ratio between Muon's and AdamW's stays as
-configured.  The model and the optimiser that are tried are copies; training starts from the untouched weights.
+configured.  The trials use copies of the model; training starts from the original weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vit.data.loaders import Batch, TrainLoader
 log = logging.getLogger("vit")
 
 MIN_FACTOR, MAX_FACTOR = 1e-3, 30.0
-"""The range of factors that are tried, from far too small to where most recipes fail."""
+"""The range of factors to try, from far too small to too large for most recipes."""
 
 
 def find_learning_rate_factor(
@@ -32,11 +32,11 @@ def find_learning_rate_factor(
     batches: Iterator[tuple[Tensor, Tensor]],
     steps: int = 100,
 ) -> float:
-    """The factor on all learning rates at which the loss falls fastest (Smith 2017, "Cyclical Learning Rates").
+    """Find the factor on all learning rates at which the loss falls fastest (Smith 2017, "Cyclical Learning Rates").
 
-    Trains a copy for `steps` steps while the factor grows exponentially from `LOWEST` to `HIGHEST`, smooths the losses
-    over the logarithm of the factor, and takes the steepest descent before the loss turns up for good.  Returns 1 when
-    no descent was seen.  `batches` yields images and targets.
+    Trains a copy for `steps` steps while the factor grows exponentially from `MIN_FACTOR` to `MAX_FACTOR`, smooths the
+    losses, and takes the steepest descent before the loss rises for good.  Returns 1 if the loss never falls.
+    `batches` yields images and targets.
     """
     trial = copy.deepcopy(model).train()
     optim = optimizer(trial)
@@ -62,7 +62,7 @@ def find_learning_rate_factor(
 
 
 def steepest_factor(factors: list[float], losses: list[float]) -> float:
-    """The factor where the losses fall fastest over a step of log(factor); 1 when they never fall."""
+    """Return the factor where the loss falls fastest per step of log(factor); 1 if it never falls."""
     if len(losses) < 5:
         return 1.0
     lowest = min(range(len(losses)), key=losses.__getitem__)
@@ -74,13 +74,13 @@ def steepest_factor(factors: list[float], losses: list[float]) -> float:
     return factors[best + 2] if slopes[best] < 0 else 1.0
 
 
-def find_batch_size(step: Callable[[int], None], start: int, most: int, gain: float = 1.1, repeats: int = 3) -> int:
-    """The batch size beyond which doubling brings less than `gain` in images a second, or does not fit in memory.
+def find_batch_size(step: Callable[[int], None], start: int, max_size: int, gain: float = 1.1, repeats: int = 3) -> int:
+    """Double the batch size until images per second grow by less than the factor `gain`, or memory is full.
 
-    `step(n)` trains on a batch of n images and waits for the device.  `most` is the number of training images.
+    `step(n)` trains on a batch of n images and waits for the device.  `max_size` is the number of training images.
     """
-    best, best_pace = min(start, most), 0.0
-    for size in itertools.takewhile(lambda n: n <= most, (start * 2**i for i in itertools.count())):
+    best, best_speed = min(start, max_size), 0.0
+    for size in itertools.takewhile(lambda n: n <= max_size, (start * 2**i for i in itertools.count())):
         try:
             step(size)
             seconds = []
@@ -93,11 +93,11 @@ def find_batch_size(step: Callable[[int], None], start: int, most: int, gain: fl
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             break
-        pace = size / statistics.median(seconds)
-        log.info("batch size %d: %.0f images/s", size, pace)
-        if pace < best_pace * gain:
+        speed = size / statistics.median(seconds)
+        log.info("batch size %d: %.0f images/s", size, speed)
+        if speed < best_speed * gain:
             break
-        best, best_pace = size, pace
+        best, best_speed = size, speed
     return best
 
 
@@ -113,10 +113,10 @@ def tune(
 ) -> tuple[int, float]:
     """Find the batch size, then, at that size, the factor on the learning rates.
 
-    Arguments
-        make_loader: the training loader for a batch size, on `device`.
-        prepare: images and targets of a batch, augmented.
-        images: how many there are to train on.
+    Args:
+        make_loader: makes the training loader for a batch size, on `device`.
+        prepare: returns the augmented images and targets of a batch.
+        images: number of training images.
     """
     trial = copy.deepcopy(model).to(device).train()
     optim = optimizer(trial)
