@@ -73,8 +73,8 @@ def test_the_subcommand_is_the_script(command, tmp_path, monkeypatch):
     """Both call one function with what was typed, options included; its status is the command's."""
     seen = []
 
-    def launch(task, name, schema, argv=None, *, first):
-        seen.append((task, name, argv, first("MODEL", ["MODEL"])))
+    def launch(task, name, schema, argv=None, *, expand_first):
+        seen.append((task, name, argv, expand_first("MODEL", ["MODEL"])))
         return 130
 
     module = "app" if command == "train" else "eval_app"

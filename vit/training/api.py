@@ -109,19 +109,23 @@ def train(data: Any = None, *overrides: Overrides) -> Run:
     Raises:
         VitError: a mistake of the caller, with the message of the command.
     """
-    typed = _format_overrides(overrides)
-    given, chosen = _parse_data(data, typed)
-    call = ", ".join(["data" if given else repr(data), *map(repr, typed)])
-    values = _compose("train", Config, chosen, typed, given)
-    # a resumed run has data settings of its own; `chosen` are those of a new run
-    passed = typed if given is not None and values.get("resume") else [*chosen, *typed]
+    override_texts = _format_overrides(overrides)
+    gathered, data_overrides = _parse_data(data, override_texts)
+    call = ", ".join(["data" if gathered else repr(data), *map(repr, override_texts)])
+    values = _compose("train", Config, data_overrides, override_texts, gathered)
+    # a resumed run has data settings of its own; `data_overrides` are those of a new run
+    passed_overrides = (
+        override_texts if gathered is not None and values.get("resume") else [*data_overrides, *override_texts]
+    )
     from vit.training.run import Call
 
     with _hold_run_lock(), _restore_process_state():
         result = _with_explained_errors(
             Config,
-            passed,
-            lambda: start_training(_require_one_process(values), passed, Call(f"vit.train({call})", given)),
+            passed_overrides,
+            lambda: start_training(
+                _require_one_process(values), passed_overrides, Call(f"vit.train({call})", gathered)
+            ),
         )
     return Run(result.folder.absolute(), result.metrics)
 
@@ -138,14 +142,14 @@ def evaluate(model: Model, *overrides: Overrides, data: Any = None) -> dict[str,
     Raises:
         VitError: a mistake of the caller.
     """
-    typed = _format_overrides(overrides)
-    given, chosen = _parse_data(data, typed)
-    if given is not None:
-        chosen = []
-    typed = [f"checkpoint={quote_for_hydra(os.fspath(model))}", *typed]
-    values = _compose("eval", EvalConfig, chosen, typed, None)
+    override_texts = _format_overrides(overrides)
+    gathered, data_overrides = _parse_data(data, override_texts)
+    if gathered is not None:
+        data_overrides = []
+    override_texts = [f"checkpoint={quote_for_hydra(os.fspath(model))}", *override_texts]
+    values = _compose("eval", EvalConfig, data_overrides, override_texts, None)
     with _hold_run_lock(), _restore_process_state():
-        return _with_explained_errors(EvalConfig, typed, lambda: start_evaluation(values, given))
+        return _with_explained_errors(EvalConfig, override_texts, lambda: start_evaluation(values, gathered))
 
 
 def _format_overrides(overrides: tuple[Overrides, ...]) -> list[str]:
@@ -187,7 +191,7 @@ def _format_hydra_value(key: str, value: Any) -> str:
     raise VitError(f"{key}: expected text, a number, true or false, None or a list, got {type(value).__name__}")
 
 
-def _parse_data(data: Any, typed: list[str]) -> tuple[Gathered | None, list[str]]:
+def _parse_data(data: Any, overrides: list[str]) -> tuple[Gathered | None, list[str]]:
     """Return the images, if `data` holds images from Python, and the overrides that choose the data set."""
     if data is None:
         return None, []
@@ -198,44 +202,48 @@ def _parse_data(data: Any, typed: list[str]) -> tuple[Gathered | None, list[str]
         if not data or ("=" in data and not os.path.exists(os.path.expanduser(data))):
             raise VitError(f"{data!r} is no data: the first argument is {EXPECTED}; None: what the overrides say")
         return None, expand_data_argument(data, groups)
-    keys = dict(text.lstrip("+").split("=", 1) for text in typed if "=" in text)
+    keys = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
     columns = {key: keys.get(f"data.{key}") for key in ("image_column", "label_column")}
     return gather(data, **columns), [f"data={NAME}"]
 
 
-def _compose(name: str, schema: type, chosen: list[str], typed: list[str], given: Gathered | None) -> dict[str, Any]:
+def _compose(
+    name: str, schema: type, data_overrides: list[str], overrides: list[str], gathered: Gathered | None
+) -> dict[str, Any]:
     """Compose the values of `conf/<name>.yaml` and the overrides, as the command line does."""
     version_base, callers_hydra = VersionBase.instance().getbase(), GlobalHydra.instance().hydra
 
     def compose() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             searchpath = []
-            if given is not None:  # as a file of conf/data, so that experiments and overrides take precedence
+            if gathered is not None:  # as a file of conf/data, so that experiments and overrides take precedence
                 (Path(folder) / "data").mkdir()
-                (Path(folder) / "data" / f"{NAME}.yaml").write_text(yaml.safe_dump(given.settings()), encoding="utf-8")
+                (Path(folder) / "data" / f"{NAME}.yaml").write_text(
+                    yaml.safe_dump(gathered.settings()), encoding="utf-8"
+                )
                 searchpath = [f"hydra.searchpath=[{quote_for_hydra(f'file://{folder}')}]"]
             GlobalHydra.instance().clear()
             with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-                return resolve_config(hydra.compose(name, [*searchpath, *chosen, *typed]))
+                return resolve_config(hydra.compose(name, [*searchpath, *data_overrides, *overrides]))
 
     with _hold_run_lock():
         try:
-            return _with_explained_errors(schema, [*chosen, *typed], compose, composing=True)
+            return _with_explained_errors(schema, [*data_overrides, *overrides], compose, composing=True)
         finally:
             VersionBase.instance().version_base = version_base
             GlobalHydra.instance().hydra = callers_hydra
 
 
 def _with_explained_errors(
-    schema: type, typed: list[str], work: Callable[[], ReturnType], *, composing: bool = False
+    schema: type, overrides: list[str], function: Callable[[], ReturnType], *, composing: bool = False
 ) -> ReturnType:
-    """Call `work`; convert errors that the user can correct to a `VitError` with the message of the command."""
+    """Call `function`; convert errors that the user can correct to a `VitError` with the message of the command."""
     try:
-        return work()
+        return function()
     except VitError:
         raise
     except Exception as error:
-        line = explain_error(error, ConfigNames(schema, CONF, typed), composing=composing)
+        line = explain_error(error, ConfigNames(schema, CONF, overrides), composing=composing)
         if line is None:
             raise
         raise VitError(one_line(line)) from None

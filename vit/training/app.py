@@ -47,7 +47,7 @@ FirstArgument = Callable[[str, Sequence[str]], list[str]]
 
 def train_main(argv: Sequence[str] | None = None) -> int:
     """Run `python train.py`, or `vit train` if `argv` is given; return the exit status."""
-    return launch(start_training, "train", Config, argv, first=expand_data_argument)
+    return launch(start_training, "train", Config, argv, expand_first=expand_data_argument)
 
 
 def start_training(values: dict[str, Any], overrides: list[str], call: Call | None = None) -> Any:
@@ -72,7 +72,7 @@ def launch(
     schema: type,
     argv: Sequence[str] | None = None,
     *,
-    first: FirstArgument | None = None,
+    expand_first: FirstArgument | None = None,
 ) -> int:
     """Compose `conf/<config_name>.yaml` with the overrides in `argv` and give the resolved values to `task`.
 
@@ -82,7 +82,7 @@ def launch(
         config_name: a file in `conf`, and the name of the command.
         schema: the dataclass whose keys are suggested for a mistyped key.
         argv: the arguments; None: those of this process, whose script also runs the jobs of a sweep.
-        first: expands a first argument without "=", given the choices of the group `data`.
+        expand_first: expands a first argument without "=", given the choices of the group `data`.
 
     Returns:
         The exit status: 0; 2 for a mistake of the user; 1 for a bug; 130 when interrupted.
@@ -100,8 +100,8 @@ def launch(
                 args = _parse_arguments(arguments)
                 flags = _select_flags(arguments, args.overrides)
                 names.folders = [Path(folder) for folder in (args.config_path or CONF, args.config_dir) if folder]
-                if first is not None:
-                    args.overrides[:1] = _expand_first(args.overrides[:1], first, names)
+                if expand_first is not None:
+                    args.overrides[:1] = _expand_first(args.overrides[:1], expand_first, names)
                 if sweep.is_multirun(args):
                     program = [os.path.abspath(sys.argv[0])] if argv is None else ["-m", "vit", config_name]
                     jobs = sweep.Sweep(args, _sweep_folder(args, config_name), program)
@@ -237,21 +237,21 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _expand_first(overrides: Sequence[str], first: FirstArgument, names: ConfigNames) -> list[str]:
+def _expand_first(overrides: Sequence[str], expand: FirstArgument, names: ConfigNames) -> list[str]:
     """Replace the first override by what it stands for, if it has no key."""
     if not overrides or overrides[0].startswith("~") or "=" in overrides[0]:
         return list(overrides)
     if overrides[0] in names.all:
         raise VitError(f"{overrides[0]!r}: has no value; write {overrides[0]}=VALUE")
-    return first(overrides[0], names.groups.get("data", []))
+    return expand(overrides[0], names.groups.get("data", []))
 
 
 def _select_flags(arguments: list[str], overrides: list[str]) -> list[str]:
     """Return the arguments that are no overrides; argparse accepts overrides only on one side of -m."""
-    rest, flags = list(overrides), []
+    remaining, flags = list(overrides), []
     for text in arguments:
-        if rest and text == rest[0]:
-            rest.pop(0)
+        if remaining and text == remaining[0]:
+            remaining.pop(0)
         else:
             flags.append(text)
     return flags

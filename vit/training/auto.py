@@ -112,12 +112,12 @@ def _read_augment(name: str) -> dict[str, Any]:
 
 def _user_settings(augment: AugmentConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the keys that the user set: as overrides, or in an experiment to other values than `augment=none`."""
-    typed = {text.lstrip("+").partition("=")[0] for text in overrides}
+    typed_keys = {text.lstrip("+").partition("=")[0] for text in overrides}
     default = AugmentConfig(**_read_augment("none"))
     return {
         key: value
         for key, value in vars(augment).items()
-        if key != "name" and (f"augment.{key}" in typed or value != getattr(default, key))
+        if key != "name" and (f"augment.{key}" in typed_keys or value != getattr(default, key))
     }
 
 

@@ -178,8 +178,8 @@ def _check_weights(config: Config) -> None:
               if getattr(finetune, key)]  # fmt: skip
     probed = ["finetune.head=probe"] if finetune.head == "probe" else []
     if m.name is None and (frozen or probed or lora.rank is not None):
-        first = [*frozen, *probed, f"lora.rank={lora.rank}"][0]
-        raise VitError(f"{first}: only weights that have learned something are worth keeping: use model=pretrained")
+        reason = [*frozen, *probed, f"lora.rank={lora.rank}"][0]
+        raise VitError(f"{reason}: only weights that have learned something are worth keeping: use model=pretrained")
     if frozen and lora.rank is not None:
         raise VitError(
             f"{frozen[0]}: with lora.rank={lora.rank} all matrices are frozen anyway: leave out one of the two"

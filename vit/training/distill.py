@@ -65,17 +65,17 @@ class Teacher:
 
     def convert_images(self, images_BCHW: Tensor) -> Tensor:
         """Convert the student's images to the teacher's channels, size, mean and deviation."""
-        ours, theirs = self._ours, self._theirs
-        if dataclasses.replace(theirs, interpolation=ours.interpolation, crop_pct=ours.crop_pct,
-                               crop_mode=ours.crop_mode) == ours:  # fmt: skip
+        source, target = self._ours, self._theirs
+        if dataclasses.replace(target, interpolation=source.interpolation, crop_pct=source.crop_pct,
+                               crop_mode=source.crop_mode) == source:  # fmt: skip
             return images_BCHW
-        x = images_BCHW.float() * _channel_tensor(ours.std, images_BCHW) + _channel_tensor(ours.mean, images_BCHW)
-        if theirs.channels < ours.channels:
+        x = images_BCHW.float() * _channel_tensor(source.std, images_BCHW) + _channel_tensor(source.mean, images_BCHW)
+        if target.channels < source.channels:
             x = (x * _channel_tensor(_LUMA, x)).sum(dim=1, keepdim=True)
-        x = x.expand(-1, theirs.channels, -1, -1)
-        if theirs.image_size != ours.image_size:
-            x = F.interpolate(x, size=theirs.image_size, mode="bicubic", antialias=True, align_corners=False)
-        return (x - _channel_tensor(theirs.mean, x)) / _channel_tensor(theirs.std, x)
+        x = x.expand(-1, target.channels, -1, -1)
+        if target.image_size != source.image_size:
+            x = F.interpolate(x, size=target.image_size, mode="bicubic", antialias=True, align_corners=False)
+        return (x - _channel_tensor(target.mean, x)) / _channel_tensor(target.std, x)
 
 
 def check_teacher(source: str) -> None:
@@ -123,8 +123,8 @@ def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, kind: str, tempera
     if kind == "hard":
         return F.cross_entropy(student_BK, teacher_BK.argmax(dim=1))
     student, teacher = ((x.float() if x.dtype != torch.float64 else x) for x in (student_BK, teacher_BK))
-    ours, theirs = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    student_log_probs, teacher_log_probs = (F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
 
 
 def forward_both_heads(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,21 +133,23 @@ def forward_both_heads(model: VisionTransformer, images_BCHW: Tensor) -> tuple[T
     return model.both_heads(model.fc_norm(model.pool_tokens(model.norm(x_BND), sizes_BN)))
 
 
-def _match_classes(source: str, theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+def _match_classes(source: str, teacher_classes: Sequence[str], data_classes: Sequence[str]) -> Tensor:
     """Return the index of the teacher's output for each class of the data."""
-    if list(theirs) == list(ours):
-        return torch.arange(len(ours))
-    if missing := [name for name in ours if name not in set(theirs)]:
+    if list(teacher_classes) == list(data_classes):
+        return torch.arange(len(data_classes))
+    if missing := [name for name in data_classes if name not in set(teacher_classes)]:
         raise VitError(
             f"distill.teacher={source}: does not know {listing(missing)}; a teacher has to know every class of the "
-            f"data, by name, and this one knows {listing(list(theirs), 5)}"
+            f"data, by name, and this one knows {listing(list(teacher_classes), 5)}"
         )
-    if duplicates := [name for name in dict.fromkeys(ours) if theirs.count(name) > 1 or ours.count(name) > 1]:
+    if duplicates := [
+        name for name in dict.fromkeys(data_classes) if teacher_classes.count(name) > 1 or data_classes.count(name) > 1
+    ]:
         raise VitError(
             f"distill.teacher={source}: has several classes called {listing(duplicates)}, and names match them"
         )
-    index = {name: k for k, name in enumerate(theirs)}
-    return torch.tensor([index[name] for name in ours])
+    index = {name: k for k, name in enumerate(teacher_classes)}
+    return torch.tensor([index[name] for name in data_classes])
 
 
 def _channel_tensor(values: Sequence[float], like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def eval_main(argv: Sequence[str] | None = None) -> int:
     """Run `python eval.py`, or `vit eval` if `argv` is given; return the exit status."""
-    return launch(_evaluate, "eval", EvalConfig, argv, first=expand_model_argument)
+    return launch(_evaluate, "eval", EvalConfig, argv, expand_first=expand_model_argument)
 
 
 def _evaluate(values: dict[str, Any], overrides: list[str]) -> None:

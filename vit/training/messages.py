@@ -102,8 +102,8 @@ def explain_error(error: BaseException, names: ConfigNames, *, composing: bool =
 
 def _composition_failure(error: BaseException, names: ConfigNames) -> str:
     """Return the message for an error inside Hydra that does not help the user."""
-    typed = [text for text in names.arguments if "=" in text and not text.startswith("-")]
-    suspects = [text for text in typed if re.search(r"[@$\[{]", text)] or typed
+    overrides = [text for text in names.arguments if "=" in text and not text.startswith("-")]
+    suspects = [text for text in overrides if re.search(r"[@$\[{]", text)] or overrides
     return (
         f"{' '.join(suspects) or 'the configuration'}: Hydra cannot compose this ({type(error).__name__}); write "
         "group=name, such as data=cifar10, or key=value, such as seed=1"
@@ -202,17 +202,17 @@ def _unknown_key(name: str, value: str, names: ConfigNames) -> str:
 
 def _invalid_value(error: OmegaConfBaseException, names: ConfigNames) -> str:
     key = error.full_key or ""
-    first = _join_lines(str(error).split("full_key:")[0])
+    message = _join_lines(str(error).split("full_key:")[0])
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: needs a value: {key}=..."
     if isinstance(error, InterpolationKeyError):
-        inner = re.search(r"Interpolation key '([^']+)'", first)
+        inner = re.search(r"Interpolation key '([^']+)'", message)
         if inner:
             return f"{key}: refers to ${{...}} {options.unknown_key_message(inner.group(1), names.keys)}"
-        return f"{key}: {first}"
+        return f"{key}: {message}"
     if isinstance(error, InterpolationResolutionError):
-        return f"{key}: {first}"
-    return f"{key}: {first}" if key else first
+        return f"{key}: {message}"
+    return f"{key}: {message}" if key else message
 
 
 def _invalid_yaml(error: yaml.YAMLError) -> str:

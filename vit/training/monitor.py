@@ -93,9 +93,9 @@ class Monitor(L.Callback):
             return
         self._write_metrics(trainer, pl_module)
         if self.config.logging.images and time.monotonic() >= self._next_train_images:
-            began = time.monotonic()
+            start = time.monotonic()
             self._draw_train_images(trainer, pl_module, batch)
-            self._next_train_images = _next_drawing_time(began)
+            self._next_train_images = _next_drawing_time(start)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
@@ -152,8 +152,8 @@ class Monitor(L.Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         step = trainer.global_step
-        figures = trainer.callback_metrics.items()
-        values = {key: float(value) for key, value in figures if key.startswith(("val/", "val_raw/"))}
+        metrics = trainer.callback_metrics.items()
+        values = {key: float(value) for key, value in metrics if key.startswith(("val/", "val_raw/"))}
         k = len(self.class_names)
         confusion = pl_module.confusion[:k, :k].cpu().numpy()
         if k <= _CLASS_CURVES:
@@ -169,7 +169,7 @@ class Monitor(L.Callback):
         """Draw the pictures of the latest validation, once."""
         if self._pending is None:
             return
-        began = time.monotonic()
+        start = time.monotonic()
         (step, counts), self._pending = self._pending, None
         self.events.image("confusion", pictures.draw_confusion(counts, self.class_names), step)
         self.events.image("class_accuracy", pictures.draw_accuracy_bars(counts, self.class_names), step)
@@ -178,7 +178,7 @@ class Monitor(L.Callback):
                 pixels = [pictures.to_rgb(row.image) for row in rows]
                 captions = [pictures.example_caption(row, self.class_names) for row in rows]
                 self.events.image(f"examples/{name}", pictures.draw_grid(pixels, captions, good=name == "right"), step)
-        self._next_draw = _next_drawing_time(began)
+        self._next_draw = _next_drawing_time(start)
 
     # the end
 
@@ -195,12 +195,12 @@ def write_hyperparameters(events: EventFile, config: Config, metrics: Mapping[st
     """Write the run's row of the HParams tab: the configuration, and the numbers in `metrics` as `final/<path>`."""
     parameters = {key: value for key, value in _flatten(config.to_dict(), ".").items() if value is not None}
     parameters = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in parameters.items()}
-    figures = {
+    final_metrics = {
         f"final/{key}": float(value)
         for key, value in _flatten(metrics, "/").items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
-    events.hyperparameters(parameters, figures, step)
+    events.hyperparameters(parameters, final_metrics, step)
 
 
 def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -213,10 +213,10 @@ def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tenso
     return norm
 
 
-def _next_drawing_time(began: float) -> float:
+def _next_drawing_time(start: float) -> float:
     """Return the earliest time for the next drawing, from the start of this one."""
     now = time.monotonic()
-    return now + max(_DRAW_EVERY, (now - began) / _DRAW_FRACTION)
+    return now + max(_DRAW_EVERY, (now - start) / _DRAW_FRACTION)
 
 
 def _to_images(images: Tensor, preprocessing: Preprocessing) -> list[Any]:

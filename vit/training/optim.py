@@ -105,20 +105,20 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=torch.zeros(()))
-        first = [self.state[p]["exp_avg"] for p in params]
-        second = [self.state[p]["exp_avg_sq"] for p in params]
+        exp_avgs = [self.state[p]["exp_avg"] for p in params]
+        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
         counts = [self.state[p]["step"] for p in params]
         torch._foreach_add_(counts, 1)
         steps = [int(count) for count in counts]  # they are on the CPU, so reading them does not wait for the device
         (beta1, beta2), lr = group["betas"], group["lr"]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        denominator = torch._foreach_sqrt(second)
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_div_(denominator, [math.sqrt(1 - beta2**t) for t in steps])
         torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(params, first, denominator, [-lr / (1 - beta1**t) for t in steps])
+        torch._foreach_addcdiv_(params, exp_avgs, denominator, [-lr / (1 - beta1**t) for t in steps])
 
 
 NO_DECAY = ("cls_token", "dist_token", "reg_token", "pos_embed", "latent", "gamma")

@@ -102,13 +102,17 @@ def fill_from_weights(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     patch = next((size for size in (model["patch_size"], data["patch_size"]) if size), a["patch_size"])
     sizes = default_image_size(preprocessing["image_size"], [patch, patch] if isinstance(patch, int) else patch)
-    theirs = {**preprocessing, "patch_size": _collapse_square(a["patch_size"]), "image_size": _collapse_square(sizes)}
+    from_weights = {
+        **preprocessing,
+        "patch_size": _collapse_square(a["patch_size"]),
+        "image_size": _collapse_square(sizes),
+    }
     for key in DATA_KEYS:
         if key in ("mean", "std") and data["channels"] is not None and data["channels"] != preprocessing["channels"]:
-            theirs[key] = [sum(theirs[key]) / len(theirs[key])] * data["channels"]
+            from_weights[key] = [sum(from_weights[key]) / len(from_weights[key])] * data["channels"]
     for key in DATA_KEYS:
         if data[key] is None:
-            data[key] = theirs[key]
+            data[key] = from_weights[key]
     for key, followed in FOLLOWED_KEYS.items():
         if model[key] is None:
             model[key] = data[followed]
@@ -152,15 +156,15 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
     from vit.pretrained.create import MAY_DIFFER, load_pretrained
 
     m = config.model
-    given = {key: value for key, value in m.arguments(len(data.class_names)).items() if key in MAY_DIFFER}
-    del given["num_classes"]
+    arguments = {key: value for key, value in m.arguments(len(data.class_names)).items() if key in MAY_DIFFER}
+    del arguments["num_classes"]
     loaded = load_pretrained(
         str(m.name),
         weights=m.weights,
         class_names=data.class_names,
         head=None if m.head == "auto" else m.head,
         revision=m.revision,
-        **given,
+        **arguments,
     )
     if config.lora.rank is not None and any(name.startswith("attn_pool.") for name in loaded.report.missing):
         raise VitError(

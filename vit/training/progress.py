@@ -81,8 +81,8 @@ class Progress(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
-        figures = trainer.callback_metrics
-        self.val = {key: float(figures[f"val/{key}"]) for key in ("top1", "loss") if f"val/{key}" in figures}
+        metrics = trainer.callback_metrics
+        self.val = {key: float(metrics[f"val/{key}"]) for key in ("top1", "loss") if f"val/{key}" in metrics}
         if self.val.get("top1", -math.inf) > self.best:
             self.best, self._best_epoch, self._unreported = self.val["top1"], trainer.current_epoch + 1, True
         if self._unreported and time.monotonic() - self._reported_at >= _IMPROVEMENT_EVERY:
@@ -199,7 +199,7 @@ class _NotebookLine:
     def show(self, position: str, progress: float, metrics: list[str]) -> None:
         from IPython.display import Pretty, display
 
-        line = Pretty("  ".join([position, f"{progress:.0%}", *(figure for figure in metrics if figure)]))
+        line = Pretty("  ".join([position, f"{progress:.0%}", *(text for text in metrics if text)]))
         if self._display is None:
             self._display = display(line, display_id=True)
         else:

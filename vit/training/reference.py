@@ -42,8 +42,8 @@ def format_table() -> str:
 
 def update_document(text: str) -> str:
     """Replace the table of keys in `text` by the current one."""
-    before, rest = text.split(START)
-    return f"{before}{START}\n\n{format_table()}\n{END}{rest.split(END)[1]}"
+    before, after = text.split(START)
+    return f"{before}{START}\n\n{format_table()}\n{END}{after.split(END)[1]}"
 
 
 def _summary(kind: type) -> str:

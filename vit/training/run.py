@@ -83,11 +83,11 @@ class Call:
 
     Attributes:
         text: the call, for the log.
-        given: the images, if they come from Python.
+        images: the images, if they come from Python.
     """
 
     text: str
-    given: Gathered | None = None
+    images: Gathered | None = None
 
 
 def train(config: Config, overrides: list[str], call: Call | None = None) -> RunResult | None:
@@ -117,7 +117,7 @@ def _train(
         fetch_weights(config)
     if config.distill.teacher is not None:
         check_teacher(config.distill.teacher)
-    given = call.given if call else None
+    given = call.images if call else None
     if saved is None:
         data = open_data(config.data, given=given)
         preprocessing = preprocessing_for(config.data, data)

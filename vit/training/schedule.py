@@ -34,11 +34,11 @@ def lr_factor(progress: float, *, name: str, warmup: float = 0.0, cooldown: floa
     progress = min(max(progress, 0.0), 1.0)
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    rest = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    decay_progress = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
     if name == "cosine":
-        return final + (1 - final) * (1 + math.cos(math.pi * rest)) / 2
+        return final + (1 - final) * (1 + math.cos(math.pi * decay_progress)) / 2
     if name == "linear":
-        return final + (1 - final) * (1 - rest)
+        return final + (1 - final) * (1 - decay_progress)
     if name == "wsd":
         return final + (1 - final) * min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
     if name == "constant":

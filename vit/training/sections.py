@@ -1,6 +1,6 @@
-"""The parts of a training run's configuration: what each key is for and what it takes.
+"""Declare the sections of a training run's configuration: the help text and the allowed values of each key.
 
-`vit.training.config.Config` is made of them; their defaults are in `conf/`.
+`vit.training.config.Config` contains them; their defaults are in `conf/`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vit.errors import VitError
 from vit.options import setting
 
 SOURCE_KEYS = ("name", "weights", "revision", "head", "compile")
-"""Keys of `model` that say where the model comes from, not what it is."""
+"""Keys of `model` that are not arguments of the architecture."""
 
 SIZES = ("nano", "tiny", "small", "base", "large", "huge")
 
@@ -104,16 +104,16 @@ class ModelConfig:
     compile: bool = setting("torch.compile: slow to start, faster after")
 
     def arguments(self, num_classes: int) -> dict[str, Any]:
-        """Keyword arguments of `VisionTransformer`."""
-        given = {key: value for key, value in vars(self).items() if key not in SOURCE_KEYS}
+        """Return the keyword arguments of `VisionTransformer`."""
+        keywords = {key: value for key, value in vars(self).items() if key not in SOURCE_KEYS}
         if self.size is None:
-            del given["size"]
-        return given | {"num_classes": num_classes}
+            del keywords["size"]
+        return keywords | {"num_classes": num_classes}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How gradients become steps."""
+    """The optimiser."""
 
     name: str = setting("muon steps block matrices, AdamW the rest", choices=("muon", "adamw", "sgd"))
     lr: float = setting("peak learning rate (muon: of what is no block matrix)", gt=0)
@@ -129,7 +129,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over training, as a share of its peak."""
+    """The learning rate schedule, as a fraction of the peak."""
 
     name: str = setting("the shape", choices=("cosine", "linear", "wsd", "constant"))
     warmup: float = setting("share of training in which it rises", ge=0, le=1)
@@ -139,7 +139,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long, on what, and how exactly."""
+    """The length of training, the hardware and the precision."""
 
     name: str = setting("of the file in conf/trainer")
     accelerator: str = setting("the hardware", choices=("auto", "cpu", "gpu", "mps"))
@@ -166,7 +166,7 @@ class TrainerConfig:
 
     @property
     def epochs(self) -> int | None:
-        """`max_epochs` as a number; "auto" is resolved before training asks (`vit.training.auto`)."""
+        """`max_epochs` as a number; `vit.training.auto` has resolved "auto" before."""
         assert not isinstance(self.max_epochs, str)
         return self.max_epochs
 
@@ -186,14 +186,14 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """A moving average of the weights, kept beside them."""
+    """An exponential moving average of the weights."""
 
     decay: float | None = setting("of the average, such as 0.999; null: off", gt=0, lt=1)
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is shown and written while training runs."""
+    """What is displayed and logged during training."""
 
     tensorboard: bool = setting("write TensorBoard event files")
     every: int = setting("steps between scalars", ge=1)
@@ -204,14 +204,14 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is written when training is over."""
+    """The files written at the end of training."""
 
     onnx: bool = setting("model.onnx in the bundle: classification without torch")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where results go: `<root>/<name>/<date>_<time>/`."""
+    """The run folder: `<root>/<name>/<date>_<time>/`."""
 
     root: str = setting("folder of all runs", path=True)
     name: str = setting("of the folder under root; follows data.name")
@@ -219,7 +219,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a pretrained model's new head starts, which of its layers learn, and from when."""
+    """Fine-tuning: the start of the new head, and which layers are trained from when."""
 
     head: str = setting(
         "how a new head starts: at zero, or as the linear probe fitted to the model's features (LP-FT, Kumar et al. "
@@ -238,7 +238,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Thin changes to the matrices of a pretrained model in place of the matrices (Hu et al. 2022); needs peft."""
+    """LoRA: low-rank updates of a pretrained model's matrices (Hu et al. 2022); needs peft."""
 
     rank: int | None = setting("of the changes, such as 8; null: the matrices themselves learn", ge=1)
     alpha: float | None = setting("changes are scaled by alpha / rank; null: twice the rank", gt=0)
@@ -250,13 +250,13 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """What a change B A is multiplied by."""
+        """The factor of an update B A."""
         return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A trained model to learn from, beside the labels."""
+    """Distillation: learn from a trained model, beside the labels."""
 
     teacher: str | None = setting("any MODEL that knows the data's classes; null: no teacher", path=True)
     kind: str = setting(
@@ -268,7 +268,7 @@ class DistillConfig:
 
 
 def parse_seconds(value: float | str | None, key: str) -> float | None:
-    """Seconds of a number or of "[[HH:]MM:]SS"; `key` is named in the `VitError` for anything else."""
+    """Convert a number or "[[HH:]MM:]SS" to seconds; the `VitError` for other values names `key`."""
     if value is None or isinstance(value, int | float):
         return value
     if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", value):

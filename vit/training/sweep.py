@@ -169,10 +169,10 @@ def _seed_means(
             numbers = [value for row in members if (value := read_metric(row["metrics"], name)) is not None]
             spread = f" ± {statistics.stdev(numbers):.4f}" if len(numbers) > 1 and name != "train_seconds" else ""
             cells.append(_format_cell(statistics.fmean(numbers), name) + spread if numbers else "")
-        rest = iter(values)
-        shown = [f"all {len(members)}" if name == "seed" else next(rest) for name in swept]
+        remaining = iter(values)
+        labels = [f"all {len(members)}" if name == "seed" else next(remaining) for name in swept]
         if len(members) > 1 and any(cells):
-            lines.append(["mean", *shown, *cells, ""])
+            lines.append(["mean", *labels, *cells, ""])
     return lines
 
 

@@ -85,9 +85,9 @@ def find_batch_size(step: Callable[[int], None], start: int, max_size: int, gain
             step(size)
             seconds = []
             for _ in range(repeats):
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 step(size)
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - start_time)
         except torch.OutOfMemoryError:
             log.info("batch size %d: does not fit in memory", size)
             if torch.cuda.is_available():
