@@ -22,7 +22,7 @@ import sys, time
 from dataclasses import dataclass, field
 from vit.errors import VitError
 from vit.training.app import launch
-from vit.training.config import Config, load
+from vit.training.config import Config, load_config
 
 @dataclass
 class Result:
@@ -31,7 +31,7 @@ class Result:
     status: int = 0
 
 def task(values, overrides):
-    config = load(values)
+    config = load_config(values)
     if config.seed == 13:
         raise VitError("seed=13 brings bad luck")
     if config.seed == 14:
