@@ -42,12 +42,12 @@ def backbone(model: Any) -> dict[str, np.ndarray]:
     state = {name.removeprefix(FRONT): array for name, array in arrays.items() if name.startswith(FRONT)}
     positions = {}
     for node in model.graph.node:
-        place = node.name.strip("/").replace("/", ".")
+        location = node.name.strip("/").replace("/", ".")
         constants = [arrays[name] for name in node.input if name.startswith("onnx::") and name in arrays]
-        if not constants or not place.startswith(FRONT):
+        if not constants or not location.startswith(FRONT):
             continue
         if node.op_type == "MatMul":
-            state[f"{place.removeprefix(FRONT).removesuffix('.MatMul')}.weight"] = constants[0].T
+            state[f"{location.removeprefix(FRONT).removesuffix('.MatMul')}.weight"] = constants[0].T
         elif node.op_type in ("Concat", "Reshape"):  # the class token's position, and the patches'
             positions[node.op_type] = constants[0]
     state["embeddings.position_embeddings"] = np.concatenate([positions["Concat"], positions["Reshape"]], axis=1)
@@ -59,12 +59,12 @@ def write_folder(folder: Path, state: dict[str, np.ndarray]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from vit.pretrained.huggingface import in_timms_names
-    from vit.pretrained.registry import entry
+    from vit.pretrained.huggingface import to_timm_names
+    from vit.pretrained.registry import read_entry
 
-    found = entry(NAME)
+    found = read_entry(NAME)
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-    renamed, _ = in_timms_names(tensors, found.architecture, str(folder))
+    renamed, _ = to_timm_names(tensors, found.architecture, str(folder))
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, folder / "model.safetensors")
     config = {"architecture": NAME, "num_classes": 0, "pretrained_cfg": found.pretrained_cfg}

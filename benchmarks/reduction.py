@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(given: Any, folder: Path) -> tuple[list[Row], list[list[str]], dict[str, Any]]:
-    from vit.evaluation.reduction import figures as figures_of
-    from vit.evaluation.reduction import scores
+    from vit.evaluation.reduction import compute_logits as scores
+    from vit.evaluation.reduction import compute_metrics as figures_of
 
     base = train(folder, "base", [*MODEL, *time_of(given.minutes)], given.set)
     further = [f"model.name={base}", *time_of(given.further)]

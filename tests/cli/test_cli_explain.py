@@ -462,7 +462,7 @@ def test_the_page_stays_small(small_bundle, photographs, tmp_path, monkeypatch):
     heads = load_torch(small_bundle, device="cpu")[0].blocks[0].attn.heads
     sizes = {}
     for name, pairs in {"heads": 12 * heads * each, "means": 12 * each, "some": 5 * each, "none": 1}.items():
-        monkeypatch.setattr(viewer, "_PAIRS", pairs)
+        monkeypatch.setattr(viewer, "_MAX_PAIR_BYTES", pairs)
         assert here("explain", small_bundle, *photographs, "--output", tmp_path / name, "--batch-size", 5) == 0
         run, data = records_of(tmp_path / name / "index.html"), data_of(tmp_path / name / "index.html")
         assert {record["per_head"] for record in data["pairs"].values()} <= {name == "heads"}
@@ -470,7 +470,7 @@ def test_the_page_stays_small(small_bundle, photographs, tmp_path, monkeypatch):
         assert run["pairs"] == ([] if name == "none" else [0])
         sizes[name] = (tmp_path / name / "index.html").stat().st_size
     assert sizes["heads"] > sizes["means"] > sizes["some"] > sizes["none"]
-    monkeypatch.setattr(viewer, "_LARGEST", 1)
+    monkeypatch.setattr(viewer, "_MAX_BYTES", 1)
     assert here("explain", small_bundle, *photographs, "--output", tmp_path / "full", "--batch-size", 2) == 0
     assert len(records_of(tmp_path / "full" / "index.html")["info"]["probes"]) == 2  # what it takes to find out
 

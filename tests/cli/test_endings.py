@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vit.cli import main
-from vit.cli.output import format_of
+from vit.cli.output import choose_format
 from vit.errors import VitError
 from vit.files import check_folder_name
 from vit.training.eval_app import eval_main
@@ -61,4 +61,4 @@ def test_a_folder_that_is_there_passes(tmp_path):
     ],
 )  # fmt: skip
 def test_endings_that_fit(path, wanted, written):
-    assert format_of(path, wanted) == written
+    assert choose_format(path, wanted) == written

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vit.cli.output import Csv, JsonLines, Table, formatter, open_output
+from vit.cli.output import Csv, JsonLines, Table, make_formatter, open_output
 from vit.errors import VitError
 from vit.inference.classifier import Result
 
@@ -69,7 +69,7 @@ def test_table_is_one_tame_line_a_row(path, label):
 
 def test_paths_that_are_text_stay_readable():
     for name in ("jsonl", "csv", "table"):
-        assert "größe/猫.jpg" in formatter(name, ["a"]).row(answer("größe/猫.jpg", "naïve"))
+        assert "größe/猫.jpg" in make_formatter(name, ["a"]).row(answer("größe/猫.jpg", "naïve"))
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):

@@ -14,7 +14,7 @@ import torch
 import vit.evaluation.reduction
 from vit.cli import main
 from vit.errors import VitError
-from vit.evaluation.reduction import Candidate, figures, scores, search
+from vit.evaluation.reduction import Candidate, compute_logits, compute_metrics, search
 from vit.evaluation.report import evaluate
 from vit.inference.bundle import read_bundle
 from vit.inference.loading import load, load_torch
@@ -65,11 +65,11 @@ def material(bundle: Path) -> SimpleNamespace:
 
 class TestSearch:
     def test_it_keeps_to_the_budget_and_takes_the_best(self, material):
-        told: list[Candidate] = []
-        found = search(material.model, material.images, material.labels, 0.6, trials=12, told=told.append)
-        assert told[0] is found.whole
-        assert told[1:] == found.candidates
-        assert found.whole.cost == 1
+        reported: list[Candidate] = []
+        found = search(material.model, material.images, material.labels, 0.6, trials=12, report=reported.append)
+        assert reported[0] is found.baseline
+        assert reported[1:] == found.candidates
+        assert found.baseline.cost == 1
         assert 6 < len(found.candidates) <= 18
         methods = {each.options["reduction"] for each in found.candidates}
         assert methods == {"keep", "merge"}
@@ -79,7 +79,7 @@ class TestSearch:
             assert not each.better_than(found.best)
         # named ones go up to the budget, as far as whole tokens let them
         assert max(each.cost for each in found.candidates[:6]) > 0.58
-        assert found.best.top1 > found.whole.top1 - 0.1
+        assert found.best.top1 > found.baseline.top1 - 0.1
 
     def test_figures_are_those_of_the_model(self, material):
         found = search(material.model, material.images, material.labels, 0.5, trials=0)
@@ -135,9 +135,9 @@ class TestSearch:
         assert not candidate(0.9, 0.1).better_than(candidate(0.9, 0.1))
 
     def test_scores_and_figures(self, material):
-        logits = scores(material.model, material.images[:21], batch_size=8)
+        logits = compute_logits(material.model, material.images[:21], batch_size=8)
         assert logits.shape == (21, 10)
-        top1, loss = figures(np.array([[2.0, 0.0], [0.0, 0.0]]), np.array([0, 1]))
+        top1, loss = compute_metrics(np.array([[2.0, 0.0], [0.0, 0.0]]), np.array([0, 1]))
         assert top1 == 0.5
         assert loss == pytest.approx((np.log(1 + np.exp(-2)) + np.log(2)) / 2)
 

@@ -119,7 +119,7 @@ def test_many_at_once_answer_as_one_does(small_bundle, onnx, photographs):
 def test_rows_come_with_their_pixels(onnx, torch_, photographs, tmp_path):
     for classifier in (onnx, torch_):
         (tmp_path / "empty.jpg").touch()
-        batches = list(classifier.answered([*photographs, tmp_path / "empty.jpg"]))
+        batches = list(classifier.classify_batches([*photographs, tmp_path / "empty.jpg"]))
         assert sum(len(rows) for rows, _ in batches) == 13
         for rows, results in batches:
             for (path, pixels), result in zip(rows, results, strict=True):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vit.errors import VitError
 from vit.inference.classifier import Flush, InvalidInput
-from vit.inference.sources import paths
+from vit.inference.sources import expand_sources
 
 TREE = [
     "b.jpg",
@@ -39,7 +39,7 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 
 def listed(*sources, **options) -> list:
-    return [item for item in paths(sources, **options) if not isinstance(item, Flush)]
+    return [item for item in expand_sources(sources, **options) if not isinstance(item, Flush)]
 
 
 def test_a_folder_gives_its_images_in_plain_order_of_full_paths(tree):
@@ -198,7 +198,7 @@ def test_a_folder_that_may_not_be_read_is_a_row(tree):
 
 def test_standard_input_is_a_stream_with_pauses():
     reader, writer = os.pipe()
-    stream = paths(["-"], stdin=reader)
+    stream = expand_sources(["-"], stdin=reader)
     os.write(writer, b"a.jpg\nb.jp")
     assert next(stream) == "a.jpg"
     assert isinstance(next(stream), Flush)

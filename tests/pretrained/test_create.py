@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 import vit
 from vit.errors import VitError
-from vit.pretrained.create import MAY_DIFFER, count_parameters, create_model, load_pretrained, look
+from vit.pretrained.create import MAY_DIFFER, count_parameters, create_model, load_pretrained, read_info
 
 NAMES = ["cat", "dog", "größe"]
 
@@ -145,4 +145,4 @@ def test_create_model_with_weights(three, images, tmp_path):
 
 
 def test_parameters_are_counted_without_building():
-    assert count_parameters(look("vit_gigantic_patch14_224").architecture) == 1_844_440_680
+    assert count_parameters(read_info("vit_gigantic_patch14_224").architecture) == 1_844_440_680

@@ -20,7 +20,7 @@ import torch
 
 from vit.errors import VitError
 from vit.pretrained.hub import fetch, split_revision
-from vit.pretrained.locations import WeightsLocation, local
+from vit.pretrained.locations import WeightsLocation, fetch_weights
 
 NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -170,15 +170,15 @@ def test_impossible_repositories(name):
 def test_a_file_by_its_address_is_kept_where_timm_keeps_it(hub, tmp_path, monkeypatch):
     """Weights that timm knows by an address only (I-JEPA's) go to torch's cache, and are there offline."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = WeightsLocation("url", f"{hub.url}/timm/{NAME}/resolve/main/model.safetensors")
-    path, label = local(place)
+    location = WeightsLocation("url", f"{hub.url}/timm/{NAME}/resolve/main/model.safetensors")
+    path, label = fetch_weights(location)
     assert path == tmp_path / "hub" / "checkpoints" / "model.safetensors"
     assert path.read_bytes() == (hub.folder / "model.safetensors").read_bytes()
-    assert label == place.where
+    assert label == location.address
     hub.requests.clear()
-    assert local(place)[0] == path
+    assert fetch_weights(location)[0] == path
     assert hub.requests == []
     for address in (f"{hub.url}/timm/{NAME}/resolve/main/none.pth", "http://127.0.0.1:9/none.pth"):
         with pytest.raises(VitError, match=r"none\.pth is not in .*/checkpoints, and http.* cannot be fetched"):
-            local(WeightsLocation("url", address))
+            fetch_weights(WeightsLocation("url", address))
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["model.safetensors"]

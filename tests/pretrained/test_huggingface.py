@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vit.errors import VitError
 from vit.pretrained.create import PretrainedModel, load_pretrained
-from vit.pretrained.huggingface import in_timms_names, unwrap
+from vit.pretrained.huggingface import to_timm_names, unwrap
 
 State = dict[str, Tensor]
 
@@ -160,7 +160,7 @@ def test_transformers_gated_mlp_in_one_matrix_or_two(timm_model):
         else:
             two[f"encoder.layer.0.mlp.down_proj.{kind}"] = value
     for given in (packed, two):
-        found, _ = in_timms_names({**front, **given}, a, "a file")
+        found, _ = to_timm_names({**front, **given}, a, "a file")
         assert all(torch.equal(found[key], value) for key, value in state.items())
 
 

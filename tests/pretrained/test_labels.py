@@ -8,7 +8,7 @@ from timm.data import ImageNetInfo
 
 from vit.data import imagenet
 from vit.errors import VitError
-from vit.pretrained.labels import class_names, imagenet_names
+from vit.pretrained.labels import imagenet_names, read_class_names
 
 
 @pytest.mark.parametrize(
@@ -37,30 +37,32 @@ def test_they_are_the_names_that_the_data_set_has():
     ],
 )
 def test_a_thousand_outputs_are_imagenet_where_the_tag_says_so(tag, named):
-    names = class_names({"num_classes": 1000, "tag": tag})
+    names = read_class_names({"num_classes": 1000, "tag": tag})
     assert (names is not None) == named
-    assert class_names({"num_classes": 512, "tag": tag}) is None
-    assert class_names({"num_classes": 0, "tag": tag}) is None
+    assert read_class_names({"num_classes": 512, "tag": tag}) is None
+    assert read_class_names({"num_classes": 0, "tag": tag}) is None
 
 
 def test_names_that_come_with_the_weights():
-    assert class_names({"num_classes": 2, "label_names": ["a", "b"], "tag": "in1k"}) == ["a", "b"]
-    assert class_names({"num_classes": 2, "label_names": ("n1", "n2"), "label_descriptions": {"n2": "two"}}) == [
+    assert read_class_names({"num_classes": 2, "label_names": ["a", "b"], "tag": "in1k"}) == ["a", "b"]
+    assert read_class_names({"num_classes": 2, "label_names": ("n1", "n2"), "label_descriptions": {"n2": "two"}}) == [
         "n1",
         "two",
     ]
-    assert class_names({"num_classes": 2, "label_names": {"0": "a", "1": "b"}}) == ["a", "b"]
-    assert class_names({"num_classes": 2, "label_names": {"0": "a", "7": "b"}}) is None  # with a gap, no name for each
-    assert class_names({"num_classes": 2, "label_names": [1, 2]}) is None
+    assert read_class_names({"num_classes": 2, "label_names": {"0": "a", "1": "b"}}) == ["a", "b"]
+    assert (
+        read_class_names({"num_classes": 2, "label_names": {"0": "a", "7": "b"}}) is None
+    )  # with a gap, no name for each
+    assert read_class_names({"num_classes": 2, "label_names": [1, 2]}) is None
     with pytest.raises(VitError, match="someone/model: 3 label_names for 2 outputs"):
-        class_names({"num_classes": 2, "label_names": ["a", "b", "c"]}, "someone/model")
+        read_class_names({"num_classes": 2, "label_names": ["a", "b", "c"]}, "someone/model")
 
 
 def test_every_plain_classifier_of_timms_has_names_and_no_embedding_has():
     checked = 0
     for name in timm.list_pretrained("vit_*") + timm.list_pretrained("deit*"):
         cfg = timm.get_pretrained_cfg(name).to_dict()
-        outputs, names = cfg["num_classes"], class_names(cfg, name)
+        outputs, names = cfg["num_classes"], read_class_names(cfg, name)
         if names is None:
             assert outputs in (0, 512, 640, 768, 1024, 1280, 115217), name  # CLIP's widths, and Bamboo
         else:

@@ -27,7 +27,7 @@ from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.pretrained.architecture import read_architecture
 from vit.pretrained.convert import from_timm, to_timm
-from vit.pretrained.registry import entry, names
+from vit.pretrained.registry import list_names, read_entry
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pretrained.md"
 TOLERANCE = 1e-4
@@ -62,7 +62,7 @@ def dinov3() -> list[str]:
 
 @functools.cache
 def architecture(name: str) -> dict[str, Any]:
-    return entry(name).architecture
+    return read_entry(name).architecture
 
 
 @functools.cache
@@ -125,13 +125,13 @@ def assert_same(theirs: Any, ours: VisionTransformer) -> None:
 
 
 def test_at_least_98_percent_of_the_names_are_built_and_the_others_listed_with_their_reason():
-    built = set(names())
+    built = set(list_names())
     missing = [name for name in plain() if name not in built]
     assert sorted(exceptions()) == sorted(missing)
     assert len(missing) <= 0.02 * len(plain())
     for name in missing:
         with pytest.raises(VitError, match=name) as error:
-            entry(name)
+            read_entry(name)
         assert exceptions()[name] in str(error.value)
     assert set(dinov3()) <= built
     text = DOCUMENT.read_text("utf-8")

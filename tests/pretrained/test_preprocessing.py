@@ -11,7 +11,7 @@ from timm.models import get_pretrained_cfg
 from vit.data.decode import decode
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
-from vit.pretrained.preprocessing import for_channels, from_timm_cfg
+from vit.pretrained.preprocessing import adapt_channels, from_timm_cfg
 
 NAMES = [
     "vit_small_patch16_224.augreg_in1k",  # statistics 0.5, crop 0.9
@@ -60,10 +60,10 @@ def test_what_timm_takes_where_nothing_is_said():
 
 def test_other_channels_get_the_mean_of_the_statistics():
     _, three = of("deit_tiny_patch16_224.fb_in1k")
-    grey = for_channels(three, 1)
+    grey = adapt_channels(three, 1)
     assert grey.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    assert for_channels(three, 5).std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
-    assert for_channels(three, 3) is three
+    assert adapt_channels(three, 5).std == pytest.approx([(0.229 + 0.224 + 0.225) / 3] * 5)
+    assert adapt_channels(three, 3) is three
     assert (grey.crop_pct, grey.image_size) == (three.crop_pct, three.image_size)
 
 

@@ -10,22 +10,22 @@ import torch
 
 from vit.errors import VitError
 from vit.model import VisionTransformer
-from vit.pretrained.registry import entry, is_name
+from vit.pretrained.registry import is_model_name, read_entry
 
 
 def test_a_name_gets_its_default_tag_and_timms_account_of_the_weights():
-    found = entry("vit_small_patch16_224")
+    found = read_entry("vit_small_patch16_224")
     cfg = timm.get_pretrained_cfg("vit_small_patch16_224")
     assert found.name == f"vit_small_patch16_224.{cfg.tag}"
     assert found.pretrained_cfg["hf_hub_id"] == cfg.hf_hub_id
     assert found.pretrained_cfg["mean"] == list(cfg.mean)
     assert json.loads(json.dumps(found.pretrained_cfg)) == found.pretrained_cfg
     assert json.loads(json.dumps(found.architecture)) == found.architecture
-    assert entry(f"timm/{found.name}") == found
+    assert read_entry(f"timm/{found.name}") == found
 
 
 def test_what_it_says_is_all_that_a_model_needs():
-    found = entry("vit_betwixt_patch16_reg4_gap_256").architecture
+    found = read_entry("vit_betwixt_patch16_reg4_gap_256").architecture
     with torch.device("meta"):
         model = VisionTransformer(**found)
     assert model.architecture == found
@@ -35,13 +35,13 @@ def test_what_it_says_is_all_that_a_model_needs():
 
 
 def test_a_tag_decides_the_classes_and_the_size():
-    assert entry("vit_small_patch16_224.augreg_in1k").architecture["num_classes"] == 1000
-    assert entry("vit_small_patch16_224.augreg_in21k").architecture["num_classes"] == 21843
-    assert entry("vit_small_patch16_224.dino").architecture["num_classes"] == 0
+    assert read_entry("vit_small_patch16_224.augreg_in1k").architecture["num_classes"] == 1000
+    assert read_entry("vit_small_patch16_224.augreg_in21k").architecture["num_classes"] == 21843
+    assert read_entry("vit_small_patch16_224.dino").architecture["num_classes"] == 0
 
 
 def test_a_name_that_timm_has_changed_is_the_new_one():
-    assert entry("vit_base_patch16_224_in21k").name == "vit_base_patch16_224.augreg_in21k"
+    assert read_entry("vit_base_patch16_224_in21k").name == "vit_base_patch16_224.augreg_in21k"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_name_that_timm_has_changed_is_the_new_one():
 )
 def test_a_name_that_does_not_work_is_refused_in_one_line_with_one_that_does(name, words):
     with pytest.raises(VitError) as error:
-        entry(name)
+        read_entry(name)
     message = str(error.value)
     assert words in message
     assert "\n" not in message
@@ -99,4 +99,4 @@ def test_a_name_that_does_not_work_is_refused_in_one_line_with_one_that_does(nam
     ],
 )
 def test_what_counts_as_a_name(text, so):
-    assert is_name(text) is so
+    assert is_model_name(text) is so

@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv
 from torch.nn import functional as F
 
 from vit.errors import VitError
-from vit.pretrained.resample import resample_channels, resample_patches, resample_positions, square
+from vit.pretrained.resample import resample_channels, resample_patches, resample_positions, square_grid
 
 SIDE = st.integers(1, 12)
 
@@ -68,7 +68,7 @@ def test_positions_without_a_grid_are_square_or_refused():
         resample_positions(drawn(1, 17, 2), (2, 2), prefix=1, old=(3, 3))
     with pytest.raises(VitError, match="not a square"):
         resample_positions(drawn(1, 1, 2), (2, 2), prefix=1)
-    assert [square(n) for n in (-1, 0, 1, 2, 4, 37 * 37)] == [None, None, (1, 1), None, (2, 2), (37, 37)]
+    assert [square_grid(n) for n in (-1, 0, 1, 2, 4, 37 * 37)] == [None, None, (1, 1), None, (2, 2), (37, 37)]
 
 
 def test_positions_of_equal_count_but_another_shape_are_resampled():

@@ -16,8 +16,8 @@ from timm.models import save_for_hf
 from vit.errors import VitError
 from vit.inference.bundle import read_bundle
 from vit.inference.loading import load_torch
-from vit.pretrained.create import load_pretrained, look
-from vit.pretrained.locations import whereabouts
+from vit.pretrained.create import load_pretrained, read_info
+from vit.pretrained.locations import format_location
 
 SIZES = {"embed_dim": 48, "num_heads": 3, "depth": 2, "img_size": 64}
 
@@ -80,16 +80,16 @@ def test_folders_without_one_file_of_weights(folder):
 def test_names_of_classes_come_with_the_weights(folder):
     names = [f"class {i}" for i in range(1000)]
     configure(folder, label_names=names)
-    assert look(folder).class_names == names
+    assert read_info(folder).class_names == names
     configure(folder, label_names={str(i): name for i, name in enumerate(names)})
-    assert look(folder).class_names == names
+    assert read_info(folder).class_names == names
     configure(folder, label_names=names, label_descriptions={"class 0": "the first"})
-    assert look(folder).class_names == ["the first", *names[1:]]
+    assert read_info(folder).class_names == ["the first", *names[1:]]
     configure(folder, label_names=names[:3], label_descriptions=None)
     refused(folder, "3 label_names for 1000 outputs")
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     configure(folder, label_names=None, pretrained_cfg={**cfg, "tag": "my_data"})
-    assert look(folder).class_names is None  # a thousand outputs alone do not make it ImageNet
+    assert read_info(folder).class_names is None  # a thousand outputs alone do not make it ImageNet
 
 
 def test_an_older_folder_is_not_nested(folder):
@@ -97,7 +97,7 @@ def test_an_older_folder_is_not_nested(folder):
     names = [f"class {i}" for i in range(1000)]
     old = {**config["pretrained_cfg"], "architecture": config["architecture"], "labels": names}
     (folder / "config.json").write_text(json.dumps({**old, "model_args": config["model_args"]}))
-    known = look(folder)
+    known = read_info(folder)
     assert known.class_names == names
     assert known.preprocessing.crop_pct == 0.9
     assert load_pretrained(folder).report.head == "kept"
@@ -234,7 +234,7 @@ def test_this_projects_own_models(small_bundle, tmp_path):
         assert loaded.preprocessing == read_bundle(small_bundle).preprocessing
         assert loaded.report.head == "kept"
     shutil.copytree(small_bundle, run / "model")
-    assert look(run).place.where == str(run / "model")
+    assert read_info(run).location.address == str(run / "model")
     refused(small_bundle, "only weights on the hub have revisions", revision="main")
 
 
@@ -252,7 +252,7 @@ def test_an_older_model_does_not_say_what_it_could_not_have(small_bundle, tmp_pa
     told = json.loads((folder / "config.json").read_text())["vit"]
     old = {key: value for key, value in told["architecture"].items() if key not in ("mlp", "activation", "final_norm")}
     configure(folder, vit={**told, "architecture": old})
-    assert look(folder).architecture == look(small_bundle).architecture
+    assert read_info(folder).architecture == read_info(small_bundle).architecture
     assert load_pretrained(folder, activation="gelu").report.head == "kept"
 
 
@@ -286,25 +286,25 @@ def test_sources_that_are_none(source, match):
 
 
 def test_architectures_without_weights_say_so():
-    known = look("vit_medium_patch16_gap_240")
-    assert known.place is None or known.place.kind == "hub"
-    bare = look("vit_base_patch32_plus_256")
-    assert bare.place is None
+    known = read_info("vit_medium_patch16_gap_240")
+    assert known.location is None or known.location.kind == "hub"
+    bare = read_info("vit_base_patch32_plus_256")
+    assert bare.location is None
     assert bare.class_names is None
-    assert whereabouts(bare.place) == "none: timm has the architecture only"
+    assert format_location(bare.location) == "none: timm has the architecture only"
     refused("vit_base_patch32_plus_256", "timm has no weights for vit_base_patch32_plus_256")
 
 
 def test_what_timm_says_of_a_name_needs_no_network():
-    known = look("vit_small_patch16_224")
+    known = read_info("vit_small_patch16_224")
     assert known.name == "vit_small_patch16_224.augreg_in21k_ft_in1k"
     assert known.license == "apache-2.0"
     assert len(known.class_names) == len(set(known.class_names)) == 1000
-    assert look("timm/vit_small_patch16_224.augreg_in1k@main").place.revision == "main"
-    assert len(look("vit_tiny_patch16_224.augreg_in21k").class_names) == 21843
-    assert look("vit_small_patch14_dinov2").class_names is None
-    assert look("vit_base_patch16_clip_224.openai").class_names is None  # 512 outputs that are no classes
-    assert "not in the cache" in whereabouts(look("vit_giant_patch14_dinov2").place)
+    assert read_info("timm/vit_small_patch16_224.augreg_in1k@main").location.revision == "main"
+    assert len(read_info("vit_tiny_patch16_224.augreg_in21k").class_names) == 21843
+    assert read_info("vit_small_patch14_dinov2").class_names is None
+    assert read_info("vit_base_patch16_clip_224.openai").class_names is None  # 512 outputs that are no classes
+    assert "not in the cache" in format_location(read_info("vit_giant_patch14_dinov2").location)
 
 
 def test_saved_by_timm_with_other_sizes(timm_model, small, tmp_path):

@@ -1,9 +1,9 @@
-"""The `vit` command: train, eval, classify, explain, export, push, info.
+"""Run the `vit` command: train, eval, classify, explain, export, push, info.
 
-Notable: it parses first and imports later, so `--help` and mistakes in the call answer at once, and `vit classify`
-on an ONNX file never imports torch.
+It parses first and imports later, so `--help` and errors in the call are printed at once, and `vit classify` on an
+ONNX file never imports torch.
 
-Exit status: 0 all went well; 1 some inputs could not be used; 2 the call itself was wrong; 130 interrupted.
+Exit status: 0 success; 1 some inputs could not be used; 2 the call itself was wrong; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vit.signals import interruptible
 
 
 def command() -> NoReturn:
-    """The process called `vit`: `main`, and then the end at once.
+    """Run `main` as the process `vit`, and exit at once.
 
-    Importing libraries makes much and little garbage, so it is looked for more rarely; and taking an interpreter with
-    NumPy and ONNX Runtime in it apart, object by object, takes a tenth of a second that nobody has any use for.
-    Training and evaluation, which have threads and cycles of tensors to look after, end as any program does.
+    Imports make many objects and little garbage, so the garbage collector runs more rarely.  The normal exit of an
+    interpreter with NumPy and ONNX Runtime frees every object, which takes a tenth of a second, so it is skipped.
+    Training and evaluation have threads and cycles of tensors and exit normally.
     """
     if sys.argv[1:] and sys.argv[1] in ("train", "eval"):
         sys.exit(main())
@@ -35,8 +35,8 @@ def command() -> NoReturn:
     gc.set_threshold(100_000, 50, 50)
     try:
         status = main()
-    except SystemExit as leaving:  # --help and --version
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except SystemExit as error:  # --help and --version
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -45,17 +45,17 @@ def command() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (the process's own by default) and return the exit status.
+    """Run the command line `argv` (by default that of the process) and return the exit status.
 
-    A mistake of the user's is one line on standard error; with VIT_TRACEBACK=1 in the environment, a traceback.
+    A user error prints one line on standard error, or a traceback with VIT_TRACEBACK=1 in the environment.
     """
     from vit.cli.parser import parse
 
-    # NumPy's OpenBLAS starts a thread for each processor when it is imported, which is half of NumPy's start-up, and no
-    # command multiplies matrices with NumPy
+    # on import, NumPy's OpenBLAS starts a thread for each processor, which is half of NumPy's start-up, and no command
+    # multiplies matrices with NumPy
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     wait_passively()
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks runs on its CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on its CPU
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale
     try:
@@ -67,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitError as error:
         if os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
             raise
-        # one line whatever file names it quotes, and no control character for the terminal to obey
+        # one line without control characters, whatever file names the message has
         print(f"vit: {printable(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         close_stdout()
         return 0
     except OSError as error:
-        # files say themselves that they cannot be written; an error of no file is standard output's
+        # an error of a file names the file; an error without a name is standard output's
         if error.filename is not None or os.environ.get("VIT_TRACEBACK", "0") not in ("", "0"):
             raise
         close_stdout()
@@ -86,5 +86,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def close_stdout() -> None:
-    """Leave nothing for the interpreter to flush into a closed pipe when it ends."""
+    """Replace standard output, so that the interpreter does not flush into a closed pipe at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

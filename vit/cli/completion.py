@@ -1,4 +1,4 @@
-"""What a shell offers at TAB, by argcomplete; `docs/install.md` says how a shell is told to ask."""
+"""Complete command lines at TAB with argcomplete; `docs/install.md` shows how to switch it on in a shell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FLAGS = ("--help", "--version", "--multirun", "--cfg", "--config-dir", "--config
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer a shell that asks what may come next, and leave the process."""
+    """Print the completions that a shell asks for, and exit the process."""
     import argcomplete
 
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
@@ -20,7 +20,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
 
 
 def _overrides(prefix: str, parsed_args: argparse.Namespace, **context: Any) -> list[str]:
-    """Groups, keys and their values that begin with `prefix`; none where it is for the shell to offer files."""
+    """List groups, keys and their values that may begin with `prefix`; an empty list lets the shell complete files."""
     from argcomplete.completers import FilesCompleter
 
     from vit import options
@@ -32,13 +32,13 @@ def _overrides(prefix: str, parsed_args: argparse.Namespace, **context: Any) -> 
     keys = {key.name: key for key in options.list_keys(Config if training else EvalConfig)}
     name, equals, value = prefix.partition("=")
     if not equals:
-        found = list(FLAGS) if prefix.startswith("-") else [f"{each}=" for each in sorted([*choices, *keys])]
-        return found + choices["data"] if training and not parsed_args.arguments else found
+        words = list(FLAGS) if prefix.startswith("-") else [f"{word}=" for word in sorted([*choices, *keys])]
+        return words + choices["data"] if training and not parsed_args.arguments else words
     if name in choices:
         return [f"{name}={choice}" for choice in choices[name]]
     if name not in keys:
         return []
-    takes = options.describe_type(keys[name].type, keys[name].rule)
-    words = [*keys[name].rule.choices, *(word for word in ("true", "false", "auto", "null") if word in takes.split())]
-    files = FilesCompleter()(value) if "text" in takes.split() else []
-    return [f"{name}={each}" for each in [*words, *files]]
+    kinds = options.describe_type(keys[name].type, keys[name].rule).split()
+    words = [*keys[name].rule.choices, *(word for word in ("true", "false", "auto", "null") if word in kinds)]
+    files = FilesCompleter()(value) if "text" in kinds else []
+    return [f"{name}={word}" for word in [*words, *files]]

@@ -1,4 +1,4 @@
-"""`vit export`: a model as one ONNX file, in float32 or in integers, as a `.pt2` program, or as a bundle folder."""
+"""Run `vit export`: write a model as an ONNX file in float32 or int8, as a `.pt2` program or as a bundle folder."""
 
 from __future__ import annotations
 
@@ -21,84 +21,84 @@ if TYPE_CHECKING:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns 0.
+    """Run the command; return 0.
 
-    Raises `VitError` when the model cannot be read, the output not be written, the options do not go together, or
-    there are no images to fit integers to.
+    Raises `VitError` when the model cannot be read, the output cannot be written, the options contradict each other, or
+    there are no images to calibrate int8 with.
     """
     output, ending = arguments.output, os.path.splitext(arguments.output)[1].lower()
     _check(arguments, ending)
     model, description = load_torch(arguments.model, device="cpu", reduction=arguments.reduction)
     images = Images(description, arguments.calibration, integers=arguments.int8)
-    given: dict[str, Any] = {"images": images.compared and images.compared.images}
+    options: dict[str, Any] = {"images": images.compared and images.compared.images}
     if arguments.with_rollout:
         from vit.explain.observer import Observer
 
-        given["observer"] = Observer
-    told: list[str] = []
+        options["observer"] = Observer
+    messages: list[str] = []
     difference: float | None
     if arguments.int8:
-        difference, told = _write_int8(output, model, description, images, given)
+        difference, messages = _write_int8(output, model, description, images, options)
     elif ending == ".onnx":
         from vit.inference.export import export_onnx
 
-        difference = export_onnx(output, model, description, **given)
+        difference = export_onnx(output, model, description, **options)
     elif ending == ".pt2":
         from vit.inference.program import export_program
 
-        difference = export_program(output, model, description, **given)
+        difference = export_program(output, model, description, **options)
     else:
-        difference = _write_bundle(output, model, description, given)
+        difference = _write_bundle(output, model, description, options)
     if difference is not None:
-        told.insert(0, f"compared with torch on {images}: they differ by {difference:.0e} at most")
+        messages.insert(0, f"compared with torch on {images}: they differ by {difference:.0e} at most")
     usable = "" if ending == ".pt2" else f"; try: vit classify {_quoted(output)} photo.jpg"
-    print(*told, f"wrote {printable(output)}{usable}", sep="\n")
+    print(*messages, f"wrote {printable(output)}{usable}", sep="\n")
     return 0
 
 
 def _write_bundle(
-    output: str, model: VisionTransformer, description: Description, given: dict[str, Any]
+    output: str, model: VisionTransformer, description: Description, options: dict[str, Any]
 ) -> float | None:
     from vit.inference.bundle import write_bundle
     from vit.inference.export import fits_onnx
 
     fits = fits_onnx(model)
-    difference = write_bundle(output, model, description, onnx=fits, **given)
+    difference = write_bundle(output, model, description, onnx=fits, **options)
     if not fits:
         print("vit: the model is too large for one ONNX file (2 GB); the bundle has none", file=sys.stderr)
     return difference
 
 
 def _write_int8(
-    output: str, model: VisionTransformer, description: Description, images: Images, given: dict[str, Any]
+    output: str, model: VisionTransformer, description: Description, images: Images, options: dict[str, Any]
 ) -> tuple[float, list[str]]:
-    """Returns by how much the file in float32 differs from torch, and what integers cost, in words."""
+    """Write an int8 file; return the difference of the float32 file from torch, and lines about the cost of int8."""
     from vit.inference.export import export_onnx
     from vit.inference.quantise import quantise
 
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "float32.onnx"
-        difference = export_onnx(whole, model, description, **given)
-        figures = quantise(output, whole, *images.integers)
-        before, after = os.path.getsize(whole), os.path.getsize(output)
-    told = [
+        float32_file = Path(folder) / "float32.onnx"
+        difference = export_onnx(float32_file, model, description, **options)
+        figures = quantise(output, float32_file, *images.integers)
+        before, after = os.path.getsize(float32_file), os.path.getsize(output)
+    messages = [
         f"fitted to {figures['calibration_images']} images ({figures['calibrated_on']}), "
         f"measured on {figures['images']} images ({figures['measured_on']})",
         f"the same class as in float32: {figures['agreement']:.1%}",
     ]
     if "top1" in figures:
-        told.append(f"top-1 accuracy: {figures['top1']:.1%}, in float32 {figures['top1_float32']:.1%}")
+        messages.append(f"top-1 accuracy: {figures['top1']:.1%}, in float32 {figures['top1_float32']:.1%}")
     if "rollout_overlap" in figures:
-        told.append(f"rollout shared with float32: {figures['rollout_overlap']:.1%}")
-    return difference, [*told, f"{after / 1e6:.1f} MB, in float32 {before / 1e6:.1f} MB"]
+        messages.append(f"rollout shared with float32: {figures['rollout_overlap']:.1%}")
+    return difference, [*messages, f"{after / 1e6:.1f} MB, in float32 {before / 1e6:.1f} MB"]
 
 
 class Images:
-    """What an export takes of real images.
+    """Loads the images of an export.
 
-    Attributes
-        compared: to compare with torch on; None where there are none, and noise has to do.
-        integers: to fit integers to, and to measure on; empty where not asked for.
+    Attributes:
+        compared: images for the comparison with torch; None if there are none, then noise is used.
+        integers: images to calibrate int8 with and images to measure it on; empty without int8.
     """
 
     def __init__(self, description: Description, sources: list[str] | None, *, integers: bool) -> None:
@@ -115,16 +115,16 @@ class Images:
         except VitError as error:
             if sources is not None:
                 raise
-            self._why = str(error)
+            self._reason = str(error)
 
     def __str__(self) -> str:
         if self.compared is None:
-            return f"noise, as there are no real images ({self._why})"
+            return f"noise, as there are no real images ({self._reason})"
         return f"{len(self.compared)} images ({self.compared.origin})"
 
 
 def _check(arguments: argparse.Namespace, ending: str) -> None:
-    """Raise `VitError` for what can be known to be wrong before anything is loaded."""
+    """Check the options before anything is loaded.  Raises `VitError`."""
     output = arguments.output
     if ending not in (".onnx", ".pt2"):
         check_folder_name(output, "export", ".onnx or .pt2")

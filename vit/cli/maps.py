@@ -1,4 +1,4 @@
-"""Where maps go: a folder of overlays, a file an image, and nothing in it that is not ours is touched."""
+"""Write maps into a folder, one overlay for each image, without replacing other files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LONGEST = 240  # bytes of a stem: with "-999.png" it is still a file name
 
 
 class Folder:
-    """The folder that maps are written to.  Made with its first file.
+    """Writes maps into a folder, which is created with the first file.
 
-    Raises `VitError` where there is something else of that name.
+    Raises `VitError` if the path exists and is not a folder.
     """
 
     def __init__(self, path: str) -> None:
@@ -35,56 +35,56 @@ class Folder:
             other = True
         if other:
             raise VitError(f"cannot write to {printable(path)}: it is not a folder")
-        self._taken: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._real = os.path.realpath(path)
 
-    def others(self, sources: Iterable[Item]) -> Iterator[Item]:
-        """`sources` without the overlays that lie in this folder from an earlier call."""
-        return (item for item in sources if not (isinstance(item, str) and self.owns(item)))
+    def without_overlays(self, sources: Iterable[Item]) -> Iterator[Item]:
+        """Skip overlays in this folder from an earlier call."""
+        return (item for item in sources if not (isinstance(item, str) and self.has_overlay(item)))
 
-    def owns(self, path: str) -> bool:
-        """Whether the file is an overlay in this folder."""
+    def has_overlay(self, path: str) -> bool:
+        """Check whether the file is an overlay in this folder."""
         from vit.explain.maps import is_overlay
 
         try:
-            here = os.path.realpath(os.path.dirname(path) or ".") == self._real
+            in_folder = os.path.realpath(os.path.dirname(path) or ".") == self._real
         except (OSError, ValueError):
             return False
-        return here and is_overlay(Path(path))
+        return in_folder and is_overlay(Path(path))
 
     def save(
         self, path: str, pixels: np.ndarray, mapped: Mapped, *, array: bool = False, label: str = "", method: str = ""
     ) -> Path:
-        """Write the overlay of an image and, with `array`, the map; returns where the overlay is.
+        """Write the overlay of an image and, with `array`, the map; return the path of the overlay.
 
-        Named after the image; of several of one name the second gets "-2", the third "-3".
-        Raises `VitError` when it cannot be written, or would replace a file that is not ours.
+        Files are named after the image; a second image of the same name gets "-2", a third "-3".
+        Raises `VitError` when a file cannot be written, or would replace one that vit did not write.
         """
         from vit.explain.maps import is_map, is_overlay, save_map, save_overlay
 
-        stem = self._free(path)
+        stem = self._unique_stem(path)
         overlay = self.path / f"{stem}.png"
-        save_overlay(self.own(overlay, is_overlay), pixels, mapped.values)
+        save_overlay(self.check_replaceable(overlay, is_overlay), pixels, mapped.values)
         if array:
-            save_map(self.own(self.path / f"{stem}.npz", is_map), mapped, label, method)
+            save_map(self.check_replaceable(self.path / f"{stem}.npz", is_map), mapped, label, method)
         return overlay
 
-    def own(self, path: Path, is_ours: Callable[[Path], bool]) -> Path:
-        """`path`, if nothing is there or what is there is ours.  Raises `VitError`."""
+    def check_replaceable(self, path: Path, is_ours: Callable[[Path], bool]) -> Path:
+        """Return `path` if it does not exist or vit wrote it; raise `VitError` otherwise."""
         if os.path.lexists(path) and not is_ours(path):
             raise VitError(
                 f"{printable(path)} is there already, and it is none of the files that vit writes: name another folder"
             )
         return path
 
-    def _free(self, path: str) -> str:
+    def _unique_stem(self, path: str) -> str:
         stem = os.path.splitext(os.path.basename(path))[0]
         stem = os.fsdecode(os.fsencode(stem)[:_LONGEST])
         # some file systems do not tell capitals from small letters
-        name, count = stem, self._taken.get(stem.casefold(), 0)
-        while name.casefold() in self._taken:
+        name, count = stem, self._counts.get(stem.casefold(), 0)
+        while name.casefold() in self._counts:
             count += 1
             name = f"{stem}-{count}"
-        self._taken[stem.casefold()] = max(count, 1)
-        self._taken.setdefault(name.casefold(), 1)
+        self._counts[stem.casefold()] = max(count, 1)
+        self._counts.setdefault(name.casefold(), 1)
         return name

@@ -1,7 +1,7 @@
-"""Results as lines: JSON, CSV, or a table to read; to standard output as they come, or to a file whole.
+"""Write results as lines of JSON, CSV or a table: to standard output one by one, or to a file atomically.
 
-Notable
-- Always UTF-8, whatever the locale.  A path that is not valid UTF-8 is written in JSON with escapes of its odd bytes
+Notes:
+- The encoding is UTF-8 in any locale.  A path that is not valid UTF-8 is written in JSON with its other bytes escaped
   (`\\udcff` for the byte 0xff; Python's `json.loads` and `os.fsencode` give the bytes back); CSV and table have
   `\\xff`, for reading.
 - A file name can hold line ends and terminal commands.  JSON escapes them; CSV quotes line ends and escapes other
@@ -27,12 +27,12 @@ from vit.inference.classifier import Result
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 _TEXT = ("", ".txt", ".log")
 
-# JSON leaves these as they are, but terminals or readers of lines may act on them
+# JSON does not escape these, but terminals or readers of lines may act on them
 _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 class Formatter(Protocol):
-    """Turns results into text; each text is whole lines."""
+    """Formats results as text; each text is whole lines."""
 
     def head(self) -> str: ...
 
@@ -40,7 +40,7 @@ class Formatter(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """Formats each result as one line of JSON."""
 
     def head(self) -> str:
         return ""
@@ -53,7 +53,7 @@ class JsonLines:
 
 
 class Csv:
-    """Columns path, label, index, probability, error."""
+    """Formats results as CSV with the columns path, label, index, probability, error."""
 
     columns = ("path", "label", "index", "probability", "error")
 
@@ -70,7 +70,7 @@ class Csv:
 
 
 class Table:
-    """Aligned text: likeliest class, its probability, the path, and the runners-up."""
+    """Formats results as aligned text: the top class, its probability, the path, and the next classes."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self._width = min(30, max([5, *(len(printable(name)) for name in class_names)]))
@@ -82,36 +82,36 @@ class Table:
         path = printable(result.path)
         if result.error is not None:
             return f"{'-':<{self._width}}  {'-':>7}  {path}  ERROR: {printable(result.error)}\n"
-        others = ", ".join(f"{printable(one['label'])} {one['probability']:.2%}" for one in result.top[1:])
+        others = ", ".join(f"{printable(entry['label'])} {entry['probability']:.2%}" for entry in result.top[1:])
         line = f"{printable(result.label):<{self._width}}  {result.probability:>7.2%}  {path}"
         return line + (f"  ({others})\n" if others else "\n")
 
 
-def format_of(path: str | None, wanted: str | None) -> str:
-    """The format of the results: `wanted`, else what the ending of `path` says, else a table.
+def choose_format(path: str | None, option: str | None) -> str:
+    """Choose the format of the results: `option`, else the format of the ending of `path`, else a table.
 
-    Raises `VitError` for an ending that says something else than what would be written.
+    Raises `VitError` for an ending of another format.
     """
     ending = os.path.splitext(path or "")[1].lower()
-    name = wanted or FORMATS.get(ending, "table")
-    endings = [each for each, form in FORMATS.items() if form == name]
+    name = option or FORMATS.get(ending, "table")
+    endings = [key for key, format_name in FORMATS.items() if format_name == name]
     if ending not in (*endings, *_TEXT):
-        asked = f"--format {wanted}" if wanted else "what --format table writes"
+        asked = f"--format {option}" if option else "what --format table writes"
         fits = f"{asked} goes into {', '.join([*endings, '.txt'])}; {', '.join(FORMATS)} say their format themselves"
         raise VitError(f"--output {printable(path)}: {ending} is no format of the results: {fits}")
     return name
 
 
-def formatter(name: str, class_names: Sequence[str]) -> Formatter:
-    """The formatter called `name`: "jsonl", "csv" or "table"."""
+def make_formatter(name: str, class_names: Sequence[str]) -> Formatter:
+    """Make the formatter of this name: "jsonl", "csv" or "table"."""
     return JsonLines() if name == "jsonl" else Csv() if name == "csv" else Table(class_names)
 
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[BinaryIO]:
-    """Where results go: standard output for None or "-"; else the file, which appears when all is written.
+    """Open the output: standard output for None or "-", else a file that appears when all is written.
 
-    Only a regular file can be replaced in one step; a device or pipe is written to as results come.
+    Only a regular file can be replaced atomically; a device or pipe gets each result at once.
     Raises `VitError` when the file cannot be written.
     """
     if path in (None, "-"):
@@ -133,7 +133,7 @@ def open_output(path: str | None) -> Iterator[BinaryIO]:
 
 
 def _csv_text(text: str) -> str:
-    # not a bare carriage return: readers take it for the end of a row, and the csv module does not quote it
+    # a bare carriage return is escaped: readers take it for the end of a row, and the csv module does not quote it
     return "".join(char if char in "\n\t" else printable(char) for char in text)
 
 

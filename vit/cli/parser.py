@@ -1,4 +1,4 @@
-"""The options of the `vit` command.  Imports nothing but argparse; each command is imported when it runs."""
+"""Define the options of the `vit` command.  Imports only argparse; each command is imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from vit.errors import VitError
 
 METHODS = ("rollout", "raw", "relevance", "gradient_rollout", "legrad", "random")
-"""Those of `vit.explain.methods`, which loads torch; a test compares."""
+"""Methods of `vit.explain.methods`, which imports torch; a test compares both."""
 
 MODEL = "run folder, .ckpt, bundle folder, exported .onnx file or name of timm's (vit_small_patch16_224.augreg_in1k)"
 SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
@@ -21,7 +21,7 @@ _PATHS = ("MODEL", "SOURCE", "BUNDLE", "FILE", "DIR", "OUT")
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, that knows the version, and for whose paths `~` is the home."""
+    """Parses arguments with errors of one line, `--version`, and `~` as the home folder in paths."""
 
     def __init__(self, **options: Any) -> None:
         from vit import __version__
@@ -40,19 +40,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.  The result's `run(arguments)` runs the command and returns its exit status.
+    """Parse the command line.  The result's `run(arguments)` runs the command and returns its exit status.
 
-    Raises `VitError` for a mistake; `--help` and `--version` print and leave by SystemExit(0).
+    Raises `VitError` for a wrong call; `--help` and `--version` print and raise SystemExit(0).
     """
-    parser = _parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may come next
+    parser = _make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions
         from vit.cli.completion import complete
 
         complete(parser)
     return parser.parse_args(argv)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vit", description="Train, evaluate and use a Vision Transformer.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _hydra(commands, "train", "train a model: vit train photos, vit train --help")
@@ -67,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hydra(commands: Any, name: str, help: str) -> None:
-    # nothing is an option here: what Hydra understands, --help and --multirun too, is left to it
+    # no options here: Hydra parses everything, --help and --multirun too
     command = commands.add_parser(name, help=help, add_help=False, prefix_chars="\0")
     command.add_argument("arguments", nargs="*")
-    command.set_defaults(run=_later("training"), command=name)
+    command.set_defaults(run=_lazy_run("training"), command=name)
 
 
 def _classify(commands: Any) -> None:
@@ -104,7 +104,7 @@ def _classify(commands: Any) -> None:
         help="auto takes the model's ONNX file on a CPU, where it has one; the answers are the same",
     )
     _recursive(command)
-    command.set_defaults(run=_later("classify"))
+    command.set_defaults(run=_lazy_run("classify"))
 
 
 def _explain(commands: Any) -> None:
@@ -141,7 +141,7 @@ def _explain(commands: Any) -> None:
     _reduction(command, "maps are of the image's own patches all the same")
     _device(command)
     _recursive(command)
-    command.set_defaults(run=_later("explain"))
+    command.set_defaults(run=_lazy_run("explain"))
 
 
 def _export(commands: Any) -> None:
@@ -170,7 +170,7 @@ def _export(commands: Any) -> None:
         + SOURCE,
     )
     _reduction(command, "the file computes so, and says so of itself")
-    command.set_defaults(run=_later("export"))
+    command.set_defaults(run=_lazy_run("export"))
 
 
 def _push(commands: Any) -> None:
@@ -188,7 +188,7 @@ def _push(commands: Any) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="send nothing: show the files, their sizes and the card; no network"
     )
-    command.set_defaults(run=_later("push"))
+    command.set_defaults(run=_lazy_run("push"))
 
 
 def _info(commands: Any) -> None:
@@ -199,7 +199,7 @@ def _info(commands: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
     command.add_argument("--format", choices=("table", "json"), default="table", help="table (default) or json")
-    command.set_defaults(run=_later("info"))
+    command.set_defaults(run=_lazy_run("info"))
 
 
 def _tune_reduction(commands: Any) -> None:
@@ -233,7 +233,7 @@ def _tune_reduction(commands: Any) -> None:
     )
     command.add_argument("--seed", type=_number, default=0, metavar="N", help="of the search (0)")
     _device(command)
-    command.set_defaults(run=_later("tune_reduction"))
+    command.set_defaults(run=_lazy_run("tune_reduction"))
 
 
 def _reduction(command: argparse.ArgumentParser, note: str) -> None:
@@ -265,9 +265,9 @@ def _path(text: str) -> str:
     return expand_path(text)
 
 
-def _count(text: str, least: int = 1) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least {least}, not {text!r}")
+def _count(text: str, minimum: int = 1) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= minimum):
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least {minimum}, not {text!r}")
     return int(text)
 
 
@@ -282,7 +282,7 @@ def _fraction(text: str) -> float:
 
 
 def _number(text: str) -> int:
-    return _count(text, least=0)
+    return _count(text, minimum=0)
 
 
 def _integer(text: str) -> int:
@@ -292,8 +292,8 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _later(name: str) -> Any:
-    """The `run` of `vit.cli.<name>`, imported when it is called."""
+def _lazy_run(name: str) -> Any:
+    """Make a function that imports `vit.cli.<name>` and calls its `run`."""
 
     def run(arguments: argparse.Namespace) -> int:
         return int(import_module(f"vit.cli.{name}").run(arguments))

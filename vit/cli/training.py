@@ -1,4 +1,4 @@
-"""`vit train` and `vit eval`: the same two functions as `train.py` and `eval.py`."""
+"""Run `vit train` and `vit eval` with the functions of `train.py` and `eval.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; returns its exit status.  It reports mistakes itself."""
+    """Run the command, which reports its errors itself; return its exit status."""
     if arguments.command == "train":
         from vit.training.app import train_main
 

@@ -1,8 +1,8 @@
-"""`index.html`: the viewer of TensorBoard's Attention tab with some images' attention, in one file.
+"""Write `index.html`: the viewer of TensorBoard's Attention tab with the attention of some images, in one file.
 
-Notable: the file stays one that a browser opens.  It takes up to a number of images and up to `_LARGEST` bytes of
-them, and `_PAIRS` bytes of attention from patch to patch: of every head where all images' fit, else of the heads'
-mean, for the first images that fit.
+The size of the file is limited so that a browser can open it: a number of images, `_MAX_BYTES` of data, and
+`_MAX_PAIR_BYTES` of attention between patches.  That attention is of every head if all images fit, else the mean of
+the heads, for the first images that fit.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
     from vit.explain.records import Observed
 
 NAME = "index.html"
-_LARGEST, _PAIRS = 48 << 20, 24 << 20
+_MAX_BYTES, _MAX_PAIR_BYTES = 48 << 20, 24 << 20
 _TITLE = "vit explain: "
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 
 
 class Viewer:
-    """Collects what the page shows; `write` makes the page.
+    """Collects images for the page; `write` writes it.
 
-    Arguments
-        mapper: of the model.
-        class_names, title: as they are shown.
-        most: images at most.
+    Args:
+        mapper: computes the maps of the model.
+        class_names: names of the classes on the page.
+        title: title of the page.
+        max_images: largest number of images.
     """
 
-    def __init__(self, mapper: Mapper, class_names: Sequence[str], title: str, most: int) -> None:
+    def __init__(self, mapper: Mapper, class_names: Sequence[str], title: str, max_images: int) -> None:
         self._mapper, self._class_names = mapper, [printable(name) for name in class_names]
-        self._title, self._most = printable(title), most
+        self._title, self._max_images = printable(title), max_images
         self._images: list[dict[str, Any]] = []
         self._steps: list[dict[str, Any]] = []
         self._probes: list[dict[str, Any]] = []
@@ -54,17 +55,17 @@ class Viewer:
 
     @property
     def left_out(self) -> int:
-        """How many images came when the page was full."""
+        """Get the number of images that did not fit."""
         return self._left_out
 
     def add(self, named: Sequence[tuple[str, np.ndarray]]) -> None:
-        """Images by their path, as the model sees them, uint8 (H, W, C); those that are too many are only counted."""
-        room = self._most - len(self) if self._bytes < _LARGEST else 0
-        taken, rest = named[:room], named[room:]
-        self._left_out += len(rest)
+        """Add images with their path, uint8 (H, W, C) after resizing; only count those that do not fit."""
+        room = self._max_images - len(self) if self._bytes < _MAX_BYTES else 0
+        added = named[:room]
+        self._left_out += len(named[room:])
         faithful = (self._mapper.method,)
         for (path, pixels), (observed, i) in zip(
-            taken, self._mapper.observations([pixels for _, pixels in taken], faithful=faithful), strict=True
+            added, self._mapper.observations([pixels for _, pixels in added], faithful=faithful), strict=True
         ):
             png = _png(self._mapper.seen(pixels))
             probe = pack_arrays({"v": 1, "step": 0, **observed.probes[i]})
@@ -75,13 +76,13 @@ class Viewer:
             self._add_pairs(observed, i)
 
     def add_problem(self, path: str, reason: str) -> None:
-        """An input that cannot be used."""
+        """Add an input that cannot be used."""
         self._unusable += 1
-        if len(self._problems) < _MOST_PROBLEMS:
+        if len(self._problems) < _MAX_PROBLEMS:
             self._problems.append(f"{printable(path)}: {reason}")
 
     def write(self, path: Path) -> None:
-        """Write the page, whole or not at all.  Raises `VitError`."""
+        """Write the page atomically.  Raises `VitError`."""
         from vit.dashboard.page import render_page
         from vit.explain.records import run_info
 
@@ -90,7 +91,7 @@ class Viewer:
         if mapper.target is not None:
             info["asked"] = mapper.target
         pairs = self._means if self._heads is None else self._heads
-        shown = {
+        record = {
             "run": run,
             "info": info,
             "steps": [{"v": 1, "step": 0, "probes": self._steps}],
@@ -99,7 +100,7 @@ class Viewer:
         }
         data = {
             "start": _start(mapper, info),
-            "runs": {"version": 1, "runs": [shown]},
+            "runs": {"version": 1, "runs": [record]},
             "probe": {f"{run}\n{i}": {"steps": [probe], "problems": []} for i, probe in enumerate(self._probes)},
             "pairs": {f"{run}\n{i}\n0": record for i, record in enumerate(pairs)},
         }
@@ -117,16 +118,16 @@ class Viewer:
     def _add_pairs(self, observed: Observed, i: int) -> None:
         layers, (_, heads, tokens, _) = len(observed.weights), observed.weights[0].shape
         all_means = len(self) * layers * tokens**2 * 4 // 3  # bytes in base64
-        if heads * all_means > _PAIRS:
+        if heads * all_means > _MAX_PAIR_BYTES:
             self._heads = None
         if self._heads is not None:
             self._heads.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
-        if all_means <= _PAIRS:
+        if all_means <= _MAX_PAIR_BYTES:
             self._means.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
 
 
 def is_page(path: Path) -> bool:
-    """Whether the file is a page that `Viewer` wrote."""
+    """Check whether `Viewer` wrote the file."""
     try:
         with open(path, "rb") as file:
             return f"<title>{_TITLE}".encode() in file.read(4096)
@@ -135,7 +136,7 @@ def is_page(path: Path) -> bool:
 
 
 def _start(mapper: Mapper, info: dict[str, Any]) -> str:
-    """What the page opens with, as its URL has it: what was asked for.  Layers count from 1 there."""
+    """Format the start view of the page as in its URL, with the requested options; layers count from 1 there."""
     parts = [f"method={mapper.method}"] if mapper.method in info["methods"] else []
     if mapper.target is not None:
         parts.append("target=true")

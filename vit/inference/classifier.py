@@ -231,20 +231,20 @@ class Classifier:
         return self._stream(inputs, int(top_k), batch_size)
 
     def _stream(self, inputs: Iterable[Any], top_k: int, batch_size: int | None) -> Iterator[Result]:
-        with contextlib.closing(self.answered(inputs, top_k, batch_size)) as batches:
+        with contextlib.closing(self.classify_batches(inputs, top_k, batch_size)) as batches:
             for _, results in batches:
                 yield from results
 
-    def answered(
+    def classify_batches(
         self, inputs: Iterable[Input | InvalidInput | Flush], top_k: int = 5, batch_size: int | None = None
     ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
-        """The inputs in batches, in their order, as `prepared` gives them, with their results."""
+        """The inputs in batches, in their order, as `prepare_batches` gives them, with their results."""
         if self._backend.threads:
-            yield from self._answered_by_threads(inputs, top_k, batch_size or self._batch_per_thread())
+            yield from self._classify_in_threads(inputs, top_k, batch_size or self._batch_per_thread())
             return
-        with contextlib.closing(self.prepared(inputs, batch_size or BATCH)) as batches:
+        with contextlib.closing(self.prepare_batches(inputs, batch_size or BATCH)) as batches:
             for rows in batches:
-                yield rows, self.answer(rows, top_k)
+                yield rows, self.classify_prepared(rows, top_k)
 
     def _batch_per_thread(self) -> int:
         """Images in a batch for one thread: some 400 patches keep a processor busy without leaving its caches."""
@@ -252,12 +252,12 @@ class Classifier:
         sides = zip(architecture["image_size"], architecture["patch_size"], strict=True)
         return min(BATCH, max(1, 400 // math.prod(max(1, image // patch) for image, patch in sides)))
 
-    def _answered_by_threads(
+    def _classify_in_threads(
         self, inputs: Iterable[Any], top_k: int, batch_size: int
     ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
         def work(items: list[Any]) -> tuple[list[Prepared], list[Result]]:
             rows = [(_path(item), self._prepare(item)) for item in items]
-            return rows, self.answer(rows, top_k)
+            return rows, self.classify_prepared(rows, top_k)
 
         threads = self._backend.threads
         waiting: deque[Future[tuple[list[Prepared], list[Result]]]] = deque()
@@ -280,7 +280,7 @@ class Classifier:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def prepared(
+    def prepare_batches(
         self, inputs: Iterable[Input | InvalidInput | Flush], batch_size: int = BATCH
     ) -> Generator[list[Prepared], None, None]:
         """The inputs in batches, in their order, decoded ahead by threads.
@@ -296,20 +296,20 @@ class Classifier:
             for item in inputs:
                 if isinstance(item, Flush):
                     while waiting:
-                        yield _taken(waiting, batch_size)
+                        yield _take_results(waiting, batch_size)
                     continue
                 waiting.append((_path(item), pool.submit(self._prepare, item)))
                 if len(waiting) >= size + batch_size:
-                    yield _taken(waiting, size)
+                    yield _take_results(waiting, size)
                     size = min(batch_size, 2 * size)
             while waiting:
-                yield _taken(waiting, size)
+                yield _take_results(waiting, size)
                 size = min(batch_size, 2 * size)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def answer(self, rows: Sequence[Prepared], top_k: int = 5) -> list[Result]:
-        """Classify what `prepared` gave.  Raises `VitError` when the model cannot be loaded, whatever the rows are."""
+    def classify_prepared(self, rows: Sequence[Prepared], top_k: int = 5) -> list[Result]:
+        """Classify rows of `prepare_batches`.  Raises `VitError` if the model cannot be loaded, even without images."""
         self.ready()
         images = [pixels for _, pixels in rows if not isinstance(pixels, str)]
         logits = iter(self.logits(self.description.preprocessing.normalise(np.stack(images))) if images else ())
@@ -353,7 +353,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _taken(waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: int) -> list[Prepared]:
+def _take_results(waiting: deque[tuple[str | None, Future[np.ndarray | str]]], size: int) -> list[Prepared]:
     rows = [waiting.popleft() for _ in range(min(size, len(waiting)))]
     return [(path, future.result()) for path, future in rows]
 

@@ -190,12 +190,12 @@ def _named(name: str) -> ResolvedModel:
         return ResolvedModel(Path(name), "timm", name=name)
     if not _NAME.fullmatch(name) or not _FAMILY.search(name):
         raise VitError(f"no model at {printable(name)}: expected {EXPECTED}; {suggest(Path(name))}")
-    from vit.pretrained.registry import entry, is_name
+    from vit.pretrained.registry import is_model_name, read_entry
 
-    if is_name(name.partition("@")[0].partition(".")[0]):
+    if is_model_name(name.partition("@")[0].partition(".")[0]):
         return ResolvedModel(Path(name), "timm", name=name)
     try:
-        entry(name)
+        read_entry(name)
     except VitError as error:
         raise VitError(f"no model at {printable(name)}: {error}; as for runs, {suggest(Path(name))}") from None
     return ResolvedModel(Path(name), "timm", name=name)
@@ -205,25 +205,25 @@ def _load_named(name: str, device: str) -> tuple[VisionTransformer, Description]
     """A classifier that somebody published, by name.  Raises `VitError`, before it is fetched, when it is none."""
     from vit.inference.description import Description
     from vit.inference.torch_backend import resolve_device
-    from vit.pretrained.create import load_pretrained, look
+    from vit.pretrained.create import load_pretrained, read_info
 
     place = resolve_device(device)
-    known = look(name)
-    if known.class_names is None:
-        outputs = known.architecture["num_classes"]
+    info = read_info(name)
+    if info.class_names is None:
+        outputs = info.architecture["num_classes"]
         what = f"its {outputs} outputs are no classes" if outputs else "it has no classifier"
         raise VitError(
-            f"{known.name} is a backbone, {what}: fine-tune it first "
+            f"{info.name} is a backbone, {what}: fine-tune it first "
             f"({command_name('train')} experiment=finetune model.name={name} data.root=FOLDER)"
         )
     loaded = load_pretrained(name)
-    if known.own is not None:  # a bundle of this project, with its temperature and history
-        return loaded.model.to(place), Description.from_dict(known.own, name)
+    if info.description is not None:  # a bundle of this project, with its temperature and history
+        return loaded.model.to(place), Description.from_dict(info.description, name)
     description = Description(
         architecture=loaded.architecture,
         class_names=list(loaded.class_names or ()),
         preprocessing=loaded.preprocessing,
-        training={"pretrained": {"name": known.name}, "weights": loaded.source},
+        training={"pretrained": {"name": info.name}, "weights": loaded.source},
     )
     return loaded.model.to(place), description
 

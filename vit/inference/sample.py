@@ -142,13 +142,13 @@ def from_split(data: ImageData, name: str, preprocessing: Preprocessing, count: 
 
 
 def from_sources(sources: Sequence[str], preprocessing: Preprocessing, count: int) -> Sample:
-    """At most `count` of the images that `sources` name (see `vit.inference.sources.paths`), drawn without order.
+    """Read at most `count` images of `sources` (see `vit.inference.sources.expand_sources`), in a random order.
 
     Raises `VitError` when none of them can be used.
     """
-    from vit.inference.sources import paths
+    from vit.inference.sources import expand_sources
 
-    found = [item for item in paths(sources, channels=preprocessing.channels) if isinstance(item, str)]
+    found = [item for item in expand_sources(sources, channels=preprocessing.channels) if isinstance(item, str)]
     read = _read([found[row] for row in shuffled(len(found), 0, 0)[:count]], preprocessing)
     usable = [pixels for pixels in read if pixels is not None]
     if not usable:

@@ -29,7 +29,7 @@ _LONGEST_LINE = 1 << 16  # far over any path; keeps input without line ends from
 _PATIENCE = 0.05  # seconds without new paths before those that came are answered
 
 
-def paths(
+def expand_sources(
     sources: Sequence[str],
     *,
     recursive: bool = True,
@@ -60,10 +60,10 @@ def paths(
                 yield from missing
                 yield item
     if not found:
-        raise VitError(_nothing(missing))
+        raise VitError(_format_nothing(missing))
 
 
-def _nothing(missing: list[InvalidInput]) -> str:
+def _format_nothing(missing: list[InvalidInput]) -> str:
     if not missing:
         return "no input: name files, folders, globs, a .txt list, or - for paths on standard input"
     first = f"{printable(missing[0].path)}: {missing[0].reason}"
@@ -71,7 +71,7 @@ def _nothing(missing: list[InvalidInput]) -> str:
 
 
 class _Sources:
-    """The sources of one call; see `paths`."""
+    """The sources of one call; see `expand_sources`."""
 
     def __init__(self, recursive: bool, channels: int, stdin: int, passed_over: Counter[str]) -> None:
         self._recursive, self._channels, self._stdin, self._passed_over = recursive, channels, stdin, passed_over
@@ -79,18 +79,18 @@ class _Sources:
     def expand(self, source: str) -> Iterator[Item]:
         """The inputs of one source."""
         if source == "-":
-            return _or_nothing(_read_lines(self._stdin), source="standard input", reason=lambda: "no paths came")
+            return _or_invalid(_read_lines(self._stdin), source="standard input", reason=lambda: "no paths came")
         try:
             mode = os.stat(source).st_mode
         except (OSError, ValueError):
             if glob.has_magic(source) and not os.path.lexists(source):
-                return _or_nothing(self._matches(source), source, lambda: "no file matches")
+                return _or_invalid(self._matches(source), source, lambda: "no file matches")
             return iter([InvalidInput(source, "no such file" if not os.path.lexists(source) else "cannot be read")])
         if stat.S_ISDIR(mode):
-            walk = Walk(self._channels, say=_say)
-            return _or_nothing(self._images(walk, source), source, lambda: self._no_images(walk))
+            walk = Walk(self._channels, say=_warn)
+            return _or_invalid(self._images(walk, source), source, lambda: self._no_images(walk))
         if source.lower().endswith(".txt"):
-            return _or_nothing(_list(source), source, lambda: "no paths in this list")
+            return _or_invalid(_read_list(source), source, lambda: "no paths in this list")
         return iter([source])
 
     def _images(self, walk: Walk, folder: str) -> Iterator[Item]:
@@ -117,13 +117,13 @@ class _Sources:
         if depth < len(parts) and not _system_names(parts[depth:]):
             above = os.sep.join(parts[:depth])
             tops = [f"{top}{os.sep}" for top in glob.glob(above)] if above else [os.sep if depth else ""]
-            walk = Walk(say=_say, by_name=True)
+            walk = Walk(say=_warn, by_name=True)
             for top in sorted(tops):
                 start = os.path.join(top or os.curdir, "")
                 for found in walk.files(start) if os.path.isdir(start) else ():
                     if isinstance(found, Found):
                         path = found.path.removeprefix(start)
-                        if _fits(path.split(os.sep), parts[depth:]):
+                        if _matches_glob(path.split(os.sep), parts[depth:]):
                             yield top + path
             self._passed_over.update(walk.passed_over)
             return
@@ -139,20 +139,20 @@ def _system_names(parts: Sequence[str]) -> set[str]:
     return {name for part in parts if part.strip(".") and (name := system_name(part))}
 
 
-def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def _matches_glob(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Whether the parts of a path match those of a glob."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return len(pattern) == 1 or any(_fits(parts[i:], pattern[1:]) for i in range(len(parts)))
-    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+        return len(pattern) == 1 or any(_matches_glob(parts[i:], pattern[1:]) for i in range(len(parts)))
+    return bool(parts) and fnmatch.fnmatch(parts[0], pattern[0]) and _matches_glob(parts[1:], pattern[1:])
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     print(f"vit: {text}", file=sys.stderr, flush=True)
 
 
-def _or_nothing(items: Iterable[Item], source: str, reason: Callable[[], str]) -> Iterator[Item]:
+def _or_invalid(items: Iterable[Item], source: str, reason: Callable[[], str]) -> Iterator[Item]:
     """`items`, or that there were none."""
     some = False
     for item in items:
@@ -163,7 +163,7 @@ def _or_nothing(items: Iterable[Item], source: str, reason: Callable[[], str]) -
         yield InvalidInput(source, reason())
 
 
-def _list(file: str) -> Iterator[Item]:
+def _read_list(file: str) -> Iterator[Item]:
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
@@ -182,7 +182,7 @@ def _read_lines(descriptor: int) -> Iterator[Item]:
     """
     rest, first = b"", True
     while True:
-        if not _ready(descriptor):
+        if not _has_input(descriptor):
             yield Flush()
         try:
             chunk = os.read(descriptor, _LONGEST_LINE)
@@ -203,7 +203,7 @@ def _read_lines(descriptor: int) -> Iterator[Item]:
             raise VitError("the list of paths has a line of over 64 kB: expected one path a line")
 
 
-def _ready(descriptor: int) -> bool:
+def _has_input(descriptor: int) -> bool:
     import select
 
     try:

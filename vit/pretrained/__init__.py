@@ -1,4 +1,4 @@
-"""The field's weights: timm's registry and hub, checkpoints of every kind, resampling.
+"""Load pretrained weights: from timm's registry, the hub and checkpoints of every kind, with resampling.
 
-Importing this package imports nothing; timm is imported when it is asked for a name.
+Importing this package imports nothing; timm is imported for a timm name.
 """

@@ -1,8 +1,8 @@
-"""Files of the Hugging Face hub, through its own cache: fetched once, then there without a network.
+"""Fetch files from the Hugging Face hub into its cache; later reads need no network.
 
-`huggingface_hub` is what timm fetches with, so both share one cache (HF_HOME, HF_HUB_CACHE), one switch for working
-offline (HF_HUB_OFFLINE=1), one endpoint (HF_ENDPOINT) and one login.  Every failure is one line that says what to do.
-Nothing here imports torch or timm.
+timm uses `huggingface_hub` too, so both share one cache (HF_HOME, HF_HUB_CACHE), one switch for offline work
+(HF_HUB_OFFLINE=1), one endpoint (HF_ENDPOINT) and one login.  Every error is one line that says what to do.
+Imports neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 
 
 class Fetched(NamedTuple):
-    """A file in the cache, and the commit of the repository that it belongs to."""
+    """Holds the path of a file in the cache and its commit."""
 
     path: Path
     commit: str
 
 
 def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """ "NAME@REVISION" or "NAME" and a revision -> both apart.
+    """Split "NAME@REVISION", or "NAME" and a revision, into name and revision.
 
-    Raises `VitError` when the two say different revisions, or one is no name of a branch, tag or commit.
+    Raises `VitError` when both give different revisions, or one is no name of a branch, tag or commit.
     """
     name, at, pinned = name.partition("@")
     if at and revision not in (None, pinned):
@@ -44,11 +44,11 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None) -> Fetch
 @overload
 def fetch(repo: str, names: Sequence[str], revision: str | None = None, *, optional: bool) -> Fetched | None: ...
 def fetch(repo: str, names: Sequence[str], revision: str | None = None, *, optional: bool = False) -> Fetched | None:
-    """The first of `names` that the repository ("ORG/NAME") has, from the cache or the hub.
+    """Fetch the first of `names` that the repository ("ORG/NAME") has, from the cache or the hub.
 
-    With `optional`, None where the repository is there and has none of them.  Raises `VitError` when the repository,
-    the revision or all of the files do not exist, may not be read, or can be had neither from the cache nor from the
-    hub.
+    With `optional`, returns None if the repository exists and has none of them.  Raises `VitError` when the repository,
+    the revision or all of the files do not exist, may not be read, or are neither in the cache nor on a hub that
+    answers.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -57,73 +57,69 @@ def fetch(repo: str, names: Sequence[str], revision: str | None = None, *, optio
         raise VitError(
             f"{repo!r} is no name on the hub: expected ORG/NAME, such as timm/vit_small_patch16_224.augreg_in1k"
         )
-    failed: Exception | None = None  # an unanswered question is worse than an absent file
+    failed: Exception | None = None  # an unanswered request counts more than a missing file
     for name in names:
         try:
-            if in_cache(repo, name, revision) is None:
-                _ask(repo, name, revision)  # fails at once where downloading would try for half a minute
+            if find_in_cache(repo, name, revision) is None:
+                _request_metadata(repo, name, revision)  # fails at once where downloading would try for half a minute
             path = Path(hf_hub_download(repo, name, revision=revision))
             return Fetched(path, _commit(path))
         except EntryNotFoundError as error:
             failed = error if failed is None or isinstance(error, LocalEntryNotFoundError) else failed
-        except Exception as error:  # of an HTTP library that has been exchanged before and may be again
+        except Exception as error:  # of any HTTP library: huggingface_hub has changed it before
             if not _unreachable(error):
-                _explain(repo, revision, names, error)
+                _raise_error(repo, revision, names, error)
             failed = error
     assert failed is not None
     if optional and isinstance(failed, EntryNotFoundError) and not isinstance(failed, LocalEntryNotFoundError):
         return None
-    _explain(repo, revision, names, failed)
+    _raise_error(repo, revision, names, failed)
 
 
-def in_cache(repo: str, name: str, revision: str | None = None) -> Path | None:
-    """Where a file of the hub is in the cache; None if it is not."""
+def find_in_cache(repo: str, name: str, revision: str | None = None) -> Path | None:
+    """Find a file of the hub in the cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def cache_folder() -> str:
-    """Where the hub's files are kept on this machine."""
+    """Get the folder of the hub's cache on this machine."""
     from huggingface_hub import constants
 
     return str(constants.HF_HUB_CACHE)
 
 
-def _ask(repo: str, name: str, revision: str | None) -> None:
+def _request_metadata(repo: str, name: str, revision: str | None) -> None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
 
 
 def _commit(path: Path) -> str:
-    """The cache keeps files under snapshots/COMMIT/."""
+    """Read the commit from the path of a file in the cache: snapshots/COMMIT/."""
     parts = path.parts
     return parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1] if "snapshots" in parts else ""
 
 
 def _unreachable(error: Exception) -> bool:
-    """Whether there was no answer from the hub, which says nothing about whether it has the file."""
+    """Check whether the hub did not answer, so that it is unknown whether it has the file."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return not isinstance(error, HfHubHTTPError | HFValidationError | VitError) or _status(error) in (
-        500,
-        502,
-        503,
-        504,
-    )
+    refused = isinstance(error, HfHubHTTPError | HFValidationError | VitError)
+    return not refused or _status(error) in {500, 502, 503, 504}
 
 
 def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _explain(repo: str, revision: str | None, names: Sequence[str], error: Exception) -> NoReturn:
-    """Raise `VitError` for what went wrong, in words that say what to do."""
+def _raise_error(repo: str, revision: str | None, names: Sequence[str], error: Exception) -> NoReturn:
+    """Raise `VitError` with a message that says what to do."""
     from huggingface_hub import errors
 
-    place = f"{repo}@{revision}" if revision else repo
+    repository = f"{repo}@{revision}" if revision else repo
     files = " or ".join(names)
     if isinstance(error, errors.GatedRepoError):
         raise VitError(
@@ -134,13 +130,14 @@ def _explain(repo: str, revision: str | None, names: Sequence[str], error: Excep
     if isinstance(error, errors.RepositoryNotFoundError):
         raise VitError(f"the hub has no model {repo}, or it is private and needs a login (`hf auth login`)") from None
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        raise VitError(f"{place} on the hub has no file {files}") from None
+        raise VitError(f"{repository} on the hub has no file {files}") from None
     if not _unreachable(error):
-        raise VitError(f"cannot fetch {files} of {place}: {_first_line(error)}") from None
-    why = "HF_HUB_OFFLINE is set" if _offline() else f"the hub does not answer ({_first_line(_root(error))})"
+        raise VitError(f"cannot fetch {files} of {repository}: {_first_line(error)}") from None
+    reason = "HF_HUB_OFFLINE is set" if _offline() else f"the hub does not answer ({_first_line(_root_cause(error))})"
     raise VitError(
-        f"{files} of {place} is not in the cache, and {why}: fetch it once with a network, or put a copy of the folder "
-        f"models--{repo.replace('/', '--')} into {cache_folder()}, or give local-dir:FOLDER or a file of weights"
+        f"{files} of {repository} is not in the cache, and {reason}: fetch it once with a network, or put a copy of "
+        f"the folder models--{repo.replace('/', '--')} into {cache_folder()}, or give local-dir:FOLDER or a file of "
+        "weights"
     ) from None
 
 
@@ -150,7 +147,7 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _root(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error

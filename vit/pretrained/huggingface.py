@@ -1,14 +1,14 @@
-"""State dicts as other projects name them, brought to timm's names.
+"""Convert state dicts of other projects to timm's names.
 
-Three steps, each leaves alone what it does not know:
+Three steps; each leaves unknown names unchanged:
 
-1. `unwrap`: of a checkpoint of many things, the weights; averaged ones where there are both, as timm does.
-2. `in_timms_names`: names of Hugging Face's transformers and of the original DINOv3 by the tables below, and what timm
-   itself knows (OpenAI's CLIP, OpenCLIP, the original DINOv2, DeiT III, BEiT-3, AIMv2, I-JEPA and more) by timm's own
-   function; then, whatever it is called before its first layer ("module.", "backbone.", ...) goes.
-3. What belongs to other parts of a larger model (a text tower, a decoder) is left aside, and said to be.
+1. `unwrap` takes the weights out of a checkpoint; averaged weights come first, as in timm.
+2. `to_timm_names` converts names of Hugging Face's transformers and of the original DINOv3 by the tables below, and
+   names that timm knows (OpenAI's CLIP, OpenCLIP, the original DINOv2, DeiT III, BEiT-3, AIMv2, I-JEPA and more) by
+   timm's own function; then it removes the common prefix ("module.", "backbone.", ...).
+3. Tensors of other parts of a larger model (a text tower, a decoder) are left out, and reported.
 
-Imports torch; timm where its function is needed.
+Imports torch; timm only where its function is needed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from vit.errors import VitError
 from vit.pretrained.convert import is_dinov3
-from vit.pretrained.fit import some
+from vit.pretrained.fit import format_names
 from vit.pretrained.reading import is_state_dict
 
 WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model", "module", "encoder", "net", "params"),
 )
-"""Where checkpoints keep weights, in the order in which they are taken."""
+"""Keys under which checkpoints keep weights; the first one found is taken."""
 
 _PATCHES = "patch_embed.proj.weight"
 _HF_PATCHES = "embeddings.patch_embeddings.projection.weight"
@@ -55,15 +55,15 @@ _HF = [
         (r"distillation_classifier\.(weight|bias)", r"head_dist.\1"),
     )
 ]
-"""transformers' ViT, DeiT and DINOv2, as files have them and as version 5 calls them, without the front ("vit.")."""
+"""Names in transformers' ViT, DeiT and DINOv2, in files and in version 5, without the prefix ("vit.")."""
 _HF_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 _JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.gate", "mlp.up")}
-_ASIDE = re.compile(r"(.*\.)?(mask_token|decoder.*|pooler\..*|pre_logits\..*)")
-"""Of pretraining only: a masked image's token, a decoder, a layer between body and head."""
+_IGNORED = re.compile(r"(.*\.)?(mask_token|decoder.*|pooler\..*|pre_logits\..*)")
+"""Names used only in pretraining: the token of masked patches, a decoder, a layer between body and head."""
 
 
 def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights in what was read from a file, and remarks on which were taken.
+    """Take the weights out of the contents of a file; return them and notes on the choice.
 
     Raises `VitError` when there are none.
     """
@@ -83,43 +83,43 @@ def unwrap(content: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
     raise VitError(f"{source} holds no weights: expected tensors by name, perhaps under {', '.join(WRAPPERS[:6])}")
 
 
-def in_timms_names(
+def to_timm_names(
     state: Mapping[str, Tensor], architecture: Mapping[str, Any], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights under the names that timm's model of this architecture has for them, and remarks.
+    """Rename weights to the names of timm's model of this architecture; return them and notes.
 
-    Names that are not known stay, for whoever fits the weights to refuse.  Raises `VitError` when timm's function
-    cannot take them.
+    Unknown names stay, so that fitting the weights refuses them.  Raises `VitError` when timm's function cannot convert
+    the weights.
     """
     state = dict(state)
     notes: list[str] = []
-    hugging = next((key for key in state if key.endswith(_HF_PATCHES)), None)
-    if hugging is not None:
-        state = _from_transformers(state, hugging.removesuffix(_HF_PATCHES), notes)
+    hf_key = next((key for key in state if key.endswith(_HF_PATCHES)), None)
+    if hf_key is not None:
+        state = _from_transformers(state, hf_key.removesuffix(_HF_PATCHES), notes)
     elif "storage_tokens" in state:
         state = _from_dinov3(state, architecture)
     else:
-        state = _from_known(state, architecture, source, notes)
+        state = _from_timm_filter(state, architecture, source, notes)
     prefixes = {key.removesuffix(_PATCHES) for key in state if key.endswith(_PATCHES)}
     if len(prefixes) == 1 and (prefix := prefixes.pop()):
-        _note_aside([key for key in state if not key.startswith(prefix)], notes)
+        _note_left_out([key for key in state if not key.startswith(prefix)], notes)
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    aside = [key for key in state if _ASIDE.fullmatch(key)]
-    _note_aside(aside, notes)
-    return _with_registers({key: value for key, value in state.items() if key not in aside}, architecture), notes
+    left_out = [key for key in state if _IGNORED.fullmatch(key)]
+    _note_left_out(left_out, notes)
+    return _with_registers({key: value for key, value in state.items() if key not in left_out}, architecture), notes
 
 
-def _note_aside(names: list[str], notes: list[str]) -> None:
+def _note_left_out(names: list[str], notes: list[str]) -> None:
     if names:
         what = "tensor of another part is" if len(names) == 1 else "tensors of other parts are"
-        notes.append(f"{len(names)} {what} left aside: {some(names)}")
+        notes.append(f"{len(names)} {what} left aside: {format_names(names)}")
 
 
 def _from_transformers(state: dict[str, Tensor], prefix: str, notes: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    aside = [key for key in state if not key.startswith((prefix, *_HF_HEADS))]
-    _note_aside(aside, notes)
-    for key in state.keys() - aside:
+    left_out = [key for key in state if not key.startswith((prefix, *_HF_HEADS))]
+    _note_left_out(left_out, notes)
+    for key in state.keys() - left_out:
         name = key.removeprefix(prefix)
         matches = ((pattern.fullmatch(name), replacement) for pattern, replacement in _HF)
         found[next((match.expand(new) for match, new in matches if match), name)] = state[key]
@@ -133,9 +133,10 @@ def _from_transformers(state: dict[str, Tensor], prefix: str, notes: list[str]) 
 
 
 def _with_registers(state: dict[str, Tensor], architecture: Mapping[str, Any]) -> dict[str, Tensor]:
-    """DINOv2 with registers has a position for the class token alone; where none of the front tokens has one, add it.
+    """Add the position of the class token to the token if the architecture has no positions for prefix tokens.
 
-    Same sum, so same model (Darcet et al. 2024 give registers no position).
+    DINOv2 with registers has a position only for the class token.  The sum is the same, so the model is the same
+    (Darcet et al. 2024 give registers no position).
     """
     tokens, positions = state.get("cls_token"), state.get("pos_embed")
     if architecture.get("position_prefix", True) or architecture.get("position") != "learned":
@@ -149,7 +150,7 @@ def _with_registers(state: dict[str, Tensor], architecture: Mapping[str, Any]) -
 
 
 def _from_dinov3(state: dict[str, Tensor], architecture: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Meta's own DINOv3: its keys' biases are masked, its positions computed."""
+    """Convert names of Meta's DINOv3, which masks the biases of the keys and computes its positions."""
     found = {}
     for key, value in state.items():
         if key.endswith((".bias_mask", ".periods")) or key.startswith("local_cls_norm."):
@@ -164,16 +165,16 @@ def _from_dinov3(state: dict[str, Tensor], architecture: Mapping[str, Any]) -> d
     return found
 
 
-def _from_known(
+def _from_timm_filter(
     state: dict[str, Tensor], architecture: Mapping[str, Any], source: str, notes: list[str]
 ) -> dict[str, Tensor]:
-    """Names that timm's own `checkpoint_filter_fn` knows."""
+    """Convert names with timm's own `checkpoint_filter_fn`."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     for prefix in ("visual.", "module.visual.", "vision_encoder.", "radio_model.model."):
         if any(key.startswith(prefix) for key in state):
-            _note_aside([key for key in state if not key.startswith(prefix)], notes)
-    # sizes stay as the weights have them, so that what is resampled later is all that is resampled
+            _note_left_out([key for key in state if not key.startswith(prefix)], notes)
+    # the sizes of the weights stay, so that all resampling happens later
     width, channels = architecture["width"], architecture["in_channels"]
     kernel = next((value for key, value in state.items() if key.endswith(_PATCHES) and value.ndim == 4), None)
     shape = (width, channels, *architecture["patch_size"]) if kernel is None else tuple(kernel.shape)

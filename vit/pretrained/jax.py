@@ -1,13 +1,14 @@
-"""The original checkpoints of the Vision Transformer: `.npz` files of JAX arrays, by their names, as timm's.
+"""Convert the original checkpoints of the Vision Transformer, `.npz` files of JAX arrays, to timm's names.
 
-Facts of the format (https://github.com/google-research/vision_transformer, https://github.com/google-research/big_vision):
+The format (https://github.com/google-research/vision_transformer, https://github.com/google-research/big_vision):
 
-- kernels multiply from the right, so a linear layer's is (in, out) and a convolution's (height, width, in, out);
-- attention keeps its heads apart: query, key and value are (D, H, d), `out` is (H, d, D);
-- blocks are `encoderblock_0`, ...; a model scanned over its layers has one `encoderblock` with a first axis for them;
-- layers inside a block are numbered as they were made, which differs between the two projects, so norms are told apart
-  by their order;
-- parameters may stand under `opt/target/`, `params/` or `params/img/`; bfloat16 arrives as two bytes of nothing.
+- kernels multiply from the right: a linear layer has (in, out), a convolution (height, width, in, out);
+- attention has separate heads: query, key and value are (D, H, d), `out` is (H, d, D);
+- blocks are `encoderblock_0`, ...; a model scanned over its layers has one `encoderblock` with the layers as first
+  axis;
+- layers in a block are numbered in the order of creation, which differs between the two projects, so norms are
+  identified by their order;
+- parameters may be under `opt/target/`, `params/` or `params/img/`; bfloat16 has a NumPy type of two opaque bytes.
 
 Imports torch.
 """
@@ -31,9 +32,9 @@ from vit.pretrained.reading import check_readable
 _ROOTS = ("", "opt/target/", "params/", "params/img/")
 _PATCHES = "embedding/kernel"
 _BLOCK = re.compile(r"Transformer/encoderblock(?:_(\d+))?/(\w+?)_(\d+)/(.+)")
-_MOST_PACKED = 20
-"""Weights hardly shrink when packed: a file that promises this many times its size is there to fill the memory."""
-_PLAIN = {
+_MAX_COMPRESSION = 20
+"""Largest ratio of unpacked to packed size: weights hardly compress, so a larger one is an attack on the memory."""
+_NAMES = {
     "embedding/bias": "patch_embed.proj.bias",
     "cls": "cls_token",
     "pos_embedding": "pos_embed",
@@ -48,18 +49,18 @@ _PLAIN = {
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file, in float32.
+    """Read all arrays of an `.npz` file, in float32.
 
-    Raises `VitError` when it is missing, truncated, no such file, or holds what only code could read.
+    Raises `VitError` when it is missing, truncated, not such a file, or holds pickled objects.
     """
     path = Path(path)
     check_readable(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > _MOST_PACKED * path.stat().st_size:
-                raise VitError(f"{path} would unpack to over {_MOST_PACKED} times its size: no weights do")
+            if sum(entry.file_size for entry in archive.infolist()) > _MAX_COMPRESSION * path.stat().st_size:
+                raise VitError(f"{path} would unpack to over {_MAX_COMPRESSION} times its size: no weights do")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: _numbers(arrays[name]) for name in arrays.files}
+            return {name: _to_float32(arrays[name]) for name in arrays.files}
     except MemoryError:  # an array that says it is larger than the file
         raise VitError(f"{path} holds an array that does not fit into memory") from None
     except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile) as error:
@@ -68,24 +69,24 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def from_jax(arrays: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, Tensor], int | None]:
-    """Arrays of an original checkpoint -> a state dict with timm's names, and how many heads attention has.
+    """Convert arrays of an original checkpoint to a state dict with timm's names; return it and the number of heads.
 
-    Arrays that are no part of a model keep their names.  Raises `VitError` when there is no Vision Transformer in them.
+    Other arrays keep their names.  Raises `VitError` when the arrays hold no Vision Transformer.
     """
     root = next((root for root in _ROOTS if root + _PATCHES in arrays), None)
     if root is None:
         raise VitError(f"{source} holds no original Vision Transformer: it has no array {_PATCHES}")
-    own = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
-    kernel = own.pop(_PATCHES)
+    named = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
+    kernel = named.pop(_PATCHES)
     if kernel.ndim != 4:
         raise VitError(f"{source}: {_PATCHES} has {kernel.ndim} axes, not height, width, channels and width of a token")
     state = {"patch_embed.proj.weight": torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())}
     blocks: dict[int, dict[str, np.ndarray]] = {}
-    rest = {}
-    for name, array in own.items():
+    others = {}
+    for name, array in named.items():
         match = _BLOCK.fullmatch(name)
         if match is None:
-            rest[name] = array
+            others[name] = array
         elif match[1] is not None:
             blocks.setdefault(int(match[1]), {})[f"{match[2]}_{match[3]}/{match[4]}"] = array
         else:
@@ -94,39 +95,40 @@ def from_jax(arrays: Mapping[str, np.ndarray], source: str) -> tuple[dict[str, T
     heads = None
     try:
         for layer, parts in blocks.items():
-            found, heads = _block(parts)
+            found, heads = _convert_block(parts)
             state |= {f"blocks.{layer}.{name}": tensor for name, tensor in found.items()}
-        state |= _around(rest)
+        state |= _other_tensors(others)
     except (KeyError, ValueError, IndexError) as error:
         raise VitError(f"{source} is no Vision Transformer as its authors save it ({error})") from None
     return state, heads
 
 
-def _around(rest: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """What is not in a block."""
+def _other_tensors(others: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Convert the arrays outside the blocks."""
     state, pooling = {}, {}
-    for name, array in rest.items():
-        if name in _PLAIN:
-            state[_PLAIN[name]] = _tensor(array)
+    for name, array in others.items():
+        if name in _NAMES:
+            state[_NAMES[name]] = _tensor(array)
         elif name == "head/kernel":
             state["head.weight"] = _tensor(array.T)
         elif name.startswith("MAPHead_0/"):
             pooling[name.removeprefix("MAPHead_0/")] = array
-        elif not name.startswith("pre_logits/"):  # of pretraining only; what is fine-tuned goes without
+        elif not name.startswith("pre_logits/"):  # used only in pretraining
             state[name] = _tensor(array)
     if pooling:
         query, key, value = (
-            _rows(pooling, "MultiHeadDotProductAttention_0/" + name) for name in ("query", "key", "value")
+            _convert_qkv(pooling, "MultiHeadDotProductAttention_0/" + name) for name in ("query", "key", "value")
         )
         state |= {f"attn_pool.q.{kind}": _tensor(query[kind]) for kind in ("weight", "bias")}
         state |= {f"attn_pool.kv.{k}": _tensor(np.concatenate([key[k], value[k]])) for k in ("weight", "bias")}
-        state |= {f"attn_pool.proj.{k}": t for k, t in _out(pooling, "MultiHeadDotProductAttention_0/out").items()}
-        state |= {f"attn_pool.mlp.{name}": t for name, t in _mlp(pooling, "MlpBlock_0").items()}
+        out = _convert_out(pooling, "MultiHeadDotProductAttention_0/out")
+        state |= {f"attn_pool.proj.{kind}": tensor for kind, tensor in out.items()}
+        state |= {f"attn_pool.mlp.{name}": t for name, t in _convert_mlp(pooling, "MlpBlock_0").items()}
     return state
 
 
-def _block(parts: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], int]:
-    """One block's arrays by their names inside it, and its number of heads."""
+def _convert_block(parts: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], int]:
+    """Convert the arrays of one block; return them by their names inside it, and the number of heads."""
     layers = sorted({name.split("/")[0] for name in parts}, key=lambda name: int(name.split("_")[-1]))
     norms = [name for name in layers if name.startswith("LayerNorm")]
     attention = next(name for name in layers if name.startswith("MultiHeadDotProductAttention"))
@@ -136,26 +138,26 @@ def _block(parts: Mapping[str, np.ndarray]) -> tuple[dict[str, Tensor], int]:
     state: dict[str, Tensor] = {}
     for norm, name in zip(norms, ("norm1", "norm2"), strict=True):
         state |= {f"{name}.weight": _tensor(parts[f"{norm}/scale"]), f"{name}.bias": _tensor(parts[f"{norm}/bias"])}
-    three = [_rows(parts, f"{attention}/{name}") for name in ("query", "key", "value")]
-    state |= {f"attn.qkv.{k}": _tensor(np.concatenate([each[k] for each in three])) for k in ("weight", "bias")}
-    state |= {f"attn.proj.{k}": t for k, t in _out(parts, f"{attention}/out").items()}
-    state |= {f"mlp.{name}": t for name, t in _mlp(parts, mlp).items()}
+    qkv = [_convert_qkv(parts, f"{attention}/{name}") for name in ("query", "key", "value")]
+    state |= {f"attn.qkv.{k}": _tensor(np.concatenate([part[k] for part in qkv])) for k in ("weight", "bias")}
+    state |= {f"attn.proj.{k}": t for k, t in _convert_out(parts, f"{attention}/out").items()}
+    state |= {f"mlp.{name}": t for name, t in _convert_mlp(parts, mlp).items()}
     return state, parts[f"{attention}/query/kernel"].shape[1]
 
 
-def _rows(parts: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """A projection into heads, (D, H, d) and (H, d), as a linear layer's (H d, D) and (H d)."""
+def _convert_qkv(parts: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """Convert a projection into heads, (D, H, d) and (H, d), to a linear layer's (H d, D) and (H d)."""
     kernel = parts[f"{name}/kernel"]
     return {"weight": kernel.reshape(kernel.shape[0], -1).T, "bias": parts[f"{name}/bias"].reshape(-1)}
 
 
-def _out(parts: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
-    """The projection out of heads, (H, d, D), as a linear layer's (D, H d)."""
+def _convert_out(parts: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+    """Convert the projection out of heads, (H, d, D), to a linear layer's (D, H d)."""
     kernel = parts[f"{name}/kernel"]
     return {"weight": _tensor(kernel.reshape(-1, kernel.shape[-1]).T), "bias": _tensor(parts[f"{name}/bias"])}
 
 
-def _mlp(parts: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
+def _convert_mlp(parts: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for number in (0, 1):
         state[f"fc{number + 1}.weight"] = _tensor(parts[f"{name}/Dense_{number}/kernel"].T)
@@ -163,7 +165,7 @@ def _mlp(parts: Mapping[str, np.ndarray], name: str) -> dict[str, Tensor]:
     return state
 
 
-def _numbers(array: np.ndarray) -> np.ndarray:
+def _to_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which NumPy does not know
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float().numpy()
     return array.astype(np.float32) if array.dtype.kind == "f" else array

@@ -1,4 +1,4 @@
-"""Files of weights, wherever they are: in a folder, on the hub, at an address.  Imports torch."""
+"""Find and fetch files of weights in a folder, on the hub or at a URL.  Imports torch."""
 
 from __future__ import annotations
 
@@ -19,43 +19,44 @@ PREFERRED = (
     *(WEIGHTS, "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors"),
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"),
 )
-"""Names of files of weights, in timm's order."""
+"""Names of weight files, in timm's order of preference."""
 ENDINGS = (".safetensors", ".pth", ".bin", ".pt", ".npz")
 
 
 @dataclass(frozen=True)
 class WeightsLocation:
-    """Where weights are.
+    """Describes where weights are.
 
-    Attributes
-        kind: "hub" (the first that there is of `files` in a repository), "path" or "url".
-        where: the repository; the file or a bundle's folder; the address.
-        own: whether this project wrote them, so that their names are its own.
+    Attributes:
+        kind: "hub" (the first of `files` that the repository has), "path" or "url".
+        address: the repository; the path of the file or of a bundle's folder; the URL.
+        native: whether this project wrote the weights, so that they have its names.
     """
 
     kind: str
-    where: str
+    address: str
     files: tuple[str, ...] = ()
     revision: str | None = None
-    own: bool = False
+    native: bool = False
 
 
-def whereabouts(place: WeightsLocation | None) -> str:
-    """Where weights are and whether they are on this machine, in words."""
-    if place is None:
+def format_location(location: WeightsLocation | None) -> str:
+    """Format where weights are and whether they are on this machine."""
+    if location is None:
         return "none: timm has the architecture only"
-    if place.kind == "path":
-        return place.where
-    if place.kind == "url":
-        return f"{place.where}, fetched when they are first used"
-    cached = next(filter(None, (hub.in_cache(place.where, file, place.revision) for file in place.files)), None)
-    pinned = f"@{place.revision}" if place.revision else ""
+    if location.kind == "path":
+        return location.address
+    if location.kind == "url":
+        return f"{location.address}, fetched when they are first used"
+    paths = (hub.find_in_cache(location.address, file, location.revision) for file in location.files)
+    cached = next(filter(None, paths), None)
+    pinned = f"@{location.revision}" if location.revision else ""
     here = f"in the cache, {cached}" if cached else "not in the cache: fetched when they are first used"
-    return f"{place.where}{pinned} on the hub, {here}"
+    return f"{location.address}{pinned} on the hub, {here}"
 
 
-def weights_in(folder: Path) -> Path:
-    """The file of weights in a folder, as timm finds it."""
+def find_weights_file(folder: Path) -> Path:
+    """Find the file of weights in a folder, as timm does."""
     for name in PREFERRED:
         if (folder / name).is_file():
             return folder / name
@@ -68,19 +69,19 @@ def weights_in(folder: Path) -> Path:
     raise VitError(f"{folder} holds no file of weights: expected {WEIGHTS}, or one ending in {', '.join(ENDINGS)}")
 
 
-def local(place: WeightsLocation) -> tuple[Path, str]:
-    """The file or folder on this machine, fetched if need be, and what to call it."""
-    if place.kind == "hub":
-        fetched = hub.fetch(place.where, place.files, place.revision)
+def fetch_weights(location: WeightsLocation) -> tuple[Path, str]:
+    """Fetch weights if needed; return the local file or folder, and a label for messages."""
+    if location.kind == "hub":
+        fetched = hub.fetch(location.address, location.files, location.revision)
         at = f", commit {fetched.commit[:12]}" if fetched.commit else ""
-        return fetched.path, f"{place.where} on the hub ({fetched.path.name}{at})"
-    if place.kind == "url":
-        return _download(place.where), place.where
-    return Path(place.where), place.where
+        return fetched.path, f"{location.address} on the hub ({fetched.path.name}{at})"
+    if location.kind == "url":
+        return _download(location.address), location.address
+    return Path(location.address), location.address
 
 
 def _download(url: str) -> Path:
-    """A file that timm knows by its address, in torch's cache, where timm keeps such files too."""
+    """Download a file to torch's cache, where timm keeps such files too."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         try:
@@ -93,7 +94,7 @@ def _download(url: str) -> Path:
     return path
 
 
-def content(path: Path) -> Any:
+def read_content(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     return read_npz(path) if path.suffix == ".npz" else read_pickled(path)

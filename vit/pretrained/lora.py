@@ -1,4 +1,4 @@
-"""The checkpoint of a run with LoRA keeps its changes beside the matrices; whoever reads one gets plain weights."""
+"""Merge the LoRA matrices of a checkpoint into its weights."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _BASE, _A, _B = ".base_layer.", ".lora_A.default.", ".lora_B.default."  # as pef
 
 
 def merge_lora(weights: Mapping[str, Tensor], scale: Any, source: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Plain weights of those with changes beside them: W + `scale` B A (Hu et al. 2022, "LoRA", section 4.1).
+    """Merge LoRA matrices into plain weights: W + `scale` B A (Hu et al. 2022, "LoRA", section 4.1).
 
-    Raises `VitError`, naming `source`, when a change is incomplete or does not fit its matrix.
+    Raises `VitError`, naming `source`, when a matrix A or B is missing or has another shape than its weight.
     """
     source = os.fspath(source)
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
         raise VitError(f"{source}: the scale of its changes by LoRA should be a number, not {scale!r}")
     plain = {key.replace(_BASE, "."): value for key, value in weights.items() if _A not in key and _B not in key}
-    for key, down in weights.items():
+    for key, a in weights.items():
         if _A not in key:
             continue
-        up, matrix = weights.get(key.replace(_A, _B)), plain.get(key.replace(_A, "."))
-        if up is None or matrix is None:
+        b, weight = weights.get(key.replace(_A, _B)), plain.get(key.replace(_A, "."))
+        if b is None or weight is None:
             raise VitError(f"{source}: its changes by LoRA are incomplete ({key})")
         try:
-            change = up.float() @ down.float()
+            update = b.float() @ a.float()
         except (AttributeError, RuntimeError):
-            change = None
-        if change is None or change.shape != matrix.shape:
+            update = None
+        if update is None or update.shape != weight.shape:
             raise VitError(f"{source}: a change by LoRA does not fit its matrix ({key})")
-        plain[key.replace(_A, ".")] = matrix + scale * change
+        plain[key.replace(_A, ".")] = weight + scale * update
     return plain

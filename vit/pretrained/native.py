@@ -1,7 +1,7 @@
-"""What this project saves: a checkpoint, a bundle folder, a run folder; weights, and beside them what the model is.
+"""Read weights and descriptions that this project saved: checkpoints, bundle folders, run folders.
 
-What a model says about itself is returned as it stands in the file, a plain table (`vit.inference.description` has its
-meaning): who uses a part of it checks that part.  Imports torch.
+The description is returned unchecked, as the plain table in the file (`vit.inference.description` explains it); the
+caller checks the parts that it uses.  Imports torch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of the model in a training checkpoint (`.ckpt`), changes by LoRA merged, and its description.
+    """Read a training checkpoint (`.ckpt`); return the model's weights, with LoRA merged, and its description.
 
-    Raises `VitError` when the file is missing, empty, truncated, not a checkpoint, not one of this project's, or
-    would need code to load.
+    Raises `VitError` when the file is missing, empty, truncated, not a checkpoint of this project, or would need code
+    to load.
     """
     path = Path(path)
-    return checkpoint_parts(read_pickled(path), path)
+    return split_checkpoint(read_pickled(path), path)
 
 
-def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `read_checkpoint`, of what was read from `path`."""
-    if not describes_itself(checkpoint):
+def split_checkpoint(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split the contents of a checkpoint into weights and description; see `read_checkpoint`."""
+    if not is_native_checkpoint(checkpoint):
         what = "a plain state dict" if is_state_dict(checkpoint) else "a foreign checkpoint"
         raise VitError(f"{path} is {what} that does not describe its model: expected one that this project wrote")
     table = checkpoint["vit"]
@@ -56,33 +56,33 @@ def checkpoint_parts(checkpoint: Any, path: Path) -> tuple[dict[str, Tensor], di
     return weights, table
 
 
-def describes_itself(checkpoint: Any) -> bool:
-    """Whether what was read from a file is a checkpoint of this project."""
+def is_native_checkpoint(checkpoint: Any) -> bool:
+    """Check whether the contents of a file are a checkpoint of this project."""
     return isinstance(checkpoint, dict) and isinstance(checkpoint.get("vit"), dict)
 
 
-def find_in(folder: Path) -> Path | None:
-    """Of a run folder or a bundle, where the best model is: a bundle's folder or a checkpoint; None if it is neither.
+def find_native(folder: Path) -> Path | None:
+    """Find the best model in a run folder or a bundle: its bundle, else its best checkpoint, else its last.
 
-    A run's bundle is taken, else its best checkpoint, else its last.
+    Returns the bundle's folder or the checkpoint; None if there is neither.
     """
-    for place in (folder, folder / "model"):
-        if (place / WEIGHTS).is_file() and (place / CONFIG).is_file() and "vit" in read_config(place / CONFIG):
-            return place
+    for bundle in (folder, folder / "model"):
+        if (bundle / WEIGHTS).is_file() and (bundle / CONFIG).is_file() and "vit" in read_config(bundle / CONFIG):
+            return bundle
     for name in ("best.ckpt", "last.ckpt"):
         if (folder / "checkpoints" / name).is_file():
             return folder / "checkpoints" / name
     return None
 
 
-def read_own(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of what `find_in` found, or of a bundle by its file of weights.
+def read_native(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and description of a checkpoint, a bundle folder or a bundle's file of weights.
 
     Raises `VitError` when it cannot be read.
     """
-    if place.is_file() and place.suffix != ".safetensors":
-        return read_checkpoint(place)
-    folder = place if place.is_dir() else place.parent
+    if path.is_file() and path.suffix != ".safetensors":
+        return read_checkpoint(path)
+    folder = path if path.is_dir() else path.parent
     table = read_config(folder / CONFIG).get("vit")
     if not isinstance(table, dict):
         raise VitError(f"{folder / CONFIG} does not describe its model (key 'vit')")
@@ -90,7 +90,7 @@ def read_own(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_sizes(architecture: Mapping[str, Any], weights: Mapping[str, Tensor], source: str) -> None:
-    """Compare what decides the model's size with the tensors at hand, so that no text can ask for more memory.
+    """Compare the sizes in an architecture with the tensors, so that no description can ask for more memory.
 
     Raises `VitError` when they differ.
     """

@@ -1,4 +1,4 @@
-"""A model built in a moment, for weights that follow at once.  Imports torch."""
+"""Build a model without random initialisation, for weights that are loaded at once.  Imports torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class SkipInit(TorchFunctionMode):
-    """Zeros in place of torch's random draws while a model is built whose weights are replaced at once.
+    """Replaces torch's random initialisation by zeros, for a model whose weights are loaded at once.
 
-    Drawing takes seconds for a ViT-B.  Zeros, not whatever is in memory: some of torch's initialisers draw again
+    Random draws take seconds for a ViT-B.  Uninitialised memory does not work: some of torch's initialisers draw again
     until the values lie in a range.
     """
 

@@ -138,10 +138,10 @@ def size_conflict_message(name: str, size: str) -> str:
 
 def fetch_weights(config: Config) -> None:
     """Download the weights of `model.name` if necessary.  Raises `VitError` if that fails."""
-    from vit.pretrained.locations import local
-    from vit.pretrained.sources import place_of
+    from vit.pretrained import locations
+    from vit.pretrained.sources import find_weights
 
-    local(place_of(config.model.weights or str(config.model.name), config.model.revision))
+    locations.fetch_weights(find_weights(config.model.weights or str(config.model.name), config.model.revision))
 
 
 def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
@@ -172,7 +172,9 @@ def pretrained_model(config: Config, data: ImageData) -> VisionTransformer:
             "learn: leave out one of the two"
         )
     log.info(
-        "%s\n%s", loaded.report.table(), describe_resolution(loaded.architecture, loaded.own_size, data.splits["train"])
+        "%s\n%s",
+        loaded.report.table(),
+        describe_resolution(loaded.architecture, loaded.pretrained_size, data.splits["train"]),
     )
     return loaded.model.train()  # Lightning does not change the mode of a module
 
@@ -224,9 +226,9 @@ def _read_weights_info(name: str, revision: str | None) -> tuple[str, dict[str, 
     import torch
 
     from vit.model import VisionTransformer
-    from vit.pretrained.create import look
+    from vit.pretrained.create import read_info
 
-    info = look(name, revision)
+    info = read_info(name, revision)
     with torch.device("meta"):  # adds options that older models lack
         architecture = VisionTransformer(**info.architecture).architecture
     preprocessing = info.preprocessing.to_dict()
