@@ -85,6 +85,7 @@ def prepare(
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     fixed = [f"data.channels={channels}", f"data.image_size={size}", "data.patch_size=4", "data.batch_size=8"]
+    fixed += ["trainer.accelerator=cpu", f"trainer.devices={devices}"]
     fixed += ["augment=none", "model.width=16", "model.depth=1", "model.heads=2", "optim=adamw", "logging.every=4"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = load_config(resolve_config(compose("train", overrides=[*fixed, *overrides])))
