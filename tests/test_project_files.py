@@ -96,3 +96,20 @@ def test_the_changelog_keeps_its_form() -> None:
     kinds = re.findall(r"^### (.+)$", text, re.M)
     assert kinds
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+LONG = {
+    *("cli/test_cli_explain.py", "data/test_decode.py", "data/test_folder.py", "data/test_memory.py"),
+    *("data/test_streaming.py", "data/test_torchvision_sets.py", "explain/test_record.py"),
+    *("inference/test_hostile_models.py", "training/test_attention_log.py"),
+}
+"""Tests that are longer than a file may be.  The list may only become shorter."""
+
+
+def test_no_file_is_over_400_lines() -> None:
+    kinds = {".py", ".js", ".css", ".yaml"}
+    folders = [ROOT / name for name in ("vit", "conf", "benchmarks", "tests")]
+    found = [path for folder in folders for path in folder.rglob("*") if path.suffix in kinds and path.is_file()]
+    long = {path for path in found if path.read_bytes().count(b"\n") > 400}
+    assert len(found) > 300
+    assert sorted(str(path) for path in long - {ROOT / "tests" / name for name in LONG}) == []
