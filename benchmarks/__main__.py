@@ -15,9 +15,10 @@
     export      images a second and accuracy of torch, ONNX in float32 and ONNX in integers
     busy        training and classifying alone and beside 1, 2 and 4 busy programs, beside a plain timm loop
     compare     whether losses, weights, logits, maps and outputs are what they were before a change (3 minutes)
+    mutate      whether the tests notice faults planted in a module
     peers       make the environment that the other tools are measured in (from PyPI, 0.5 GB)
 
-Each but the last two prints a table and writes it, with machine and versions, as JSON; --record also appends it to
+Each but the last three prints a table and writes it, with machine and versions, as JSON; --record also appends it to
 RESULTS.md.
 Without a name, all are run, one after another; of the options then only --record and --peers DIR may be given.
 """
@@ -44,6 +45,7 @@ NAMES = {
     "export": ("export", "main"),
     "busy": ("busy", "main"),
     "compare": ("compare", "main"),
+    "mutate": ("mutate", "main"),
     "peers": ("peers", "main"),
 }
 BESIDE_PEERS = ("cold", "folder", "forward", "preparing", "crops", "step", "epoch")
