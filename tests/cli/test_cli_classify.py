@@ -84,7 +84,9 @@ def test_what_a_folder_holds_beside_images_is_counted_on_standard_error(small_bu
 
 
 def test_a_long_walk_says_so_and_takes_ctrl_c(small_bundle, tmp_path):
-    code = "import sys\nfrom vit.data import walk\nfrom vit.cli import main\nwalk._PATIENCE = 0.01\nsys.exit(main())"
+    code = (
+        "import sys\nfrom vit.data import walk\nfrom vit.cli import main\nwalk._REPORT_AFTER = 0.01\nsys.exit(main())"
+    )
     arguments = [sys.executable, "-c", code, "classify", small_bundle, "/", "--output", tmp_path / "all.jsonl"]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd=tmp_path)
     try:

@@ -66,12 +66,12 @@ def test_all_thousand_names_differ():
     timm = pytest.importorskip("timm.data", reason="timm has the list")
     synsets = timm.ImageNetInfo().label_names()
     assert len(synsets) == 1000
-    assert room._standard() == synsets == sorted(synsets)
+    assert room._standard_synsets() == synsets == sorted(synsets)
     for whole in (True, False):
-        names = room._readable(synsets, whole)
+        names = room._readable_names(synsets, whole)
         assert len(set(names)) == 1000
-        assert room._places(synsets, names[::-1]) == list(range(999, -1, -1))
-    assert room._places(synsets[:5], ["x"] * 1000) is None
+        assert room._class_indices(synsets, names[::-1]) == list(range(999, -1, -1))
+    assert room._class_indices(synsets[:5], ["x"] * 1000) is None
 
 
 def test_a_model_with_two_cranes(root):

@@ -9,7 +9,7 @@ import pytest
 from vit.data import scan as scanning
 from vit.data.catalogue import DataConfig, open_data
 from vit.data.decode import ImageError, measure
-from vit.data.scan import accept, cache_root, file_fingerprint, fingerprint, scan
+from vit.data.scan import cache_root, check_unreadable, file_fingerprint, fingerprint, scan
 from vit.errors import VitError
 
 
@@ -197,9 +197,9 @@ def test_nothing_is_remembered_without_a_fingerprint(cache):
 
 
 def test_a_full_list_at_the_limit():
-    accept([("a.jpg", "empty file")], 100, 0.01, "photos")
+    check_unreadable([("a.jpg", "empty file")], 100, 0.01, "photos")
     with pytest.raises(VitError, match=r"photos: 2 of 100 .* a.jpg: empty file; b.jpg: cut"):
-        accept([("a.jpg", "empty file"), ("b.jpg", "cut")], 100, 0.01, "photos")
+        check_unreadable([("a.jpg", "empty file"), ("b.jpg", "cut")], 100, 0.01, "photos")
     with pytest.raises(VitError):
-        accept([("a.jpg", "empty file")], 100, 0.0, "photos")
-    accept([], 0, 0.0, "photos")
+        check_unreadable([("a.jpg", "empty file")], 100, 0.0, "photos")
+    check_unreadable([], 0, 0.0, "photos")

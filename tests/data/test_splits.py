@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vit.data.splits import cap, stratified
+from vit.data.splits import stratified, stratified_sample
 
 labelled = st.lists(st.integers(0, 12), min_size=1, max_size=300).map(lambda values: np.array(values))
 fractions = st.tuples(st.floats(0, 0.5), st.floats(0, 0.45))
@@ -73,10 +73,10 @@ def test_small_classes():
 @given(labelled, st.integers(1, 350), st.integers(0, 1000))
 @settings(max_examples=200)
 def test_cap_keeps_shares_and_classes(labels, most, seed):
-    kept = cap(labels, most, seed)
+    kept = stratified_sample(labels, most, seed)
     assert len(kept) == min(most, len(labels))
     assert (np.diff(kept) > 0).all()
-    assert np.array_equal(kept, cap(labels, most, seed))
+    assert np.array_equal(kept, stratified_sample(labels, most, seed))
     if most >= len(np.unique(labels)):
         assert set(labels[kept]) == set(labels)
         for label in np.unique(labels):
@@ -86,4 +86,4 @@ def test_cap_keeps_shares_and_classes(labels, most, seed):
 
 def test_cap_below_the_number_of_classes():
     labels = np.arange(10)
-    assert len(set(labels[cap(labels, 3, 0)])) == 3
+    assert len(set(labels[stratified_sample(labels, 3, 0)])) == 3

@@ -16,11 +16,11 @@ from PIL import Image
 from vit.data import journal, store
 from vit.data.dataset import ArrayImages, FileImages, Split
 from vit.data.preprocess import Preprocessing
-from vit.data.store import Recipe, open_store
+from vit.data.store import StorageSpec, open_store
 from vit.errors import VitError
 
 SIZE = Preprocessing(image_size=(16, 20), interpolation="bilinear")
-WHOLE, INPUT = Recipe(SIZE, 24), Recipe(SIZE, None)
+WHOLE, INPUT = StorageSpec(SIZE, 24), StorageSpec(SIZE, None)
 COUNT = 23
 
 BUILD = """
@@ -33,14 +33,14 @@ from vit.data.preprocess import Preprocessing
 store._COMMIT = 6000  # three images
 paths = sorted(Path(sys.argv[1]).iterdir())
 split = Split(np.zeros(len(paths)), FileImages(paths), 3)
-recipe = store.Recipe(Preprocessing(image_size=(16, 20), interpolation="bilinear"), 24)
-made = recipe.make
+spec = store.StorageSpec(Preprocessing(image_size=(16, 20), interpolation="bilinear"), 24)
+made = spec.decode
 def slowly(self, split, i):
     import time
     time.sleep(float(sys.argv[3]))
     return made(split, i)
-store.Recipe.make = slowly
-store.open_store(split, recipe, Path(sys.argv[2]), "data")
+store.StorageSpec.decode = slowly
+store.open_store(split, spec, Path(sys.argv[2]), "data")
 """
 
 
@@ -66,16 +66,16 @@ def split_of(paths):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The places of images as they are decoded for a store."""
-    made, seen = Recipe.make, []
-    monkeypatch.setattr(Recipe, "make", lambda self, split, i: (seen.append(i), made(self, split, i))[1])
+    """Collect the indices of images as they are decoded for a store."""
+    made, seen = StorageSpec.decode, []
+    monkeypatch.setattr(StorageSpec, "decode", lambda self, split, i: (seen.append(i), made(self, split, i))[1])
     return seen
 
 
-def right(opened, recipe=WHOLE):
+def right(opened, spec=WHOLE):
     """Whether every image is what decoding it now makes of it."""
     return all(
-        np.array_equal(opened.read(i).numpy(), Recipe(recipe.preprocessing, recipe.side).make(opened.split, i))
+        np.array_equal(opened.read(i).numpy(), StorageSpec(spec.preprocessing, spec.side).decode(opened.split, i))
         for i in range(len(opened))
     )
 
@@ -97,7 +97,7 @@ def test_what_is_stored(files, root):
             sides = [round(side * 24 / short) for side in image.size]
             expected = image.resize(sides, Image.Resampling.BILINEAR)
         assert np.array_equal(whole.read(i).numpy(), np.asarray(expected))
-        assert whole.sizes_of([i]) == [(expected.height, expected.width)]
+        assert whole.stored_sizes([i]) == [(expected.height, expected.width)]
         assert np.array_equal(as_input.read(i).numpy(), SIZE.resize(image))
 
 
@@ -129,9 +129,9 @@ def test_what_changed_is_noticed(files, root, decoded, picture):
 def test_other_pixels_are_another_store(files, root, decoded):
     open_store(split_of(files), WHOLE, root, "data")
     for other in (
-        Recipe(SIZE, 25),
-        Recipe(Preprocessing(image_size=(16, 20), interpolation="bicubic"), 24),
-        Recipe(Preprocessing(image_size=(16, 20), channels=1, interpolation="bilinear"), 24),
+        StorageSpec(SIZE, 25),
+        StorageSpec(Preprocessing(image_size=(16, 20), interpolation="bicubic"), 24),
+        StorageSpec(Preprocessing(image_size=(16, 20), channels=1, interpolation="bilinear"), 24),
     ):
         decoded.clear()
         split = Split(np.zeros(COUNT), FileImages(files), other.preprocessing.channels)
@@ -139,7 +139,7 @@ def test_other_pixels_are_another_store(files, root, decoded):
         assert len(decoded) == 2 * COUNT
     decoded.clear()
     # the size of crops and the colours that are taken off do not touch what is stored
-    like = Recipe(Preprocessing(image_size=(8, 8), interpolation="bilinear", mean=(0.1, 0.2, 0.3)), 24)
+    like = StorageSpec(Preprocessing(image_size=(8, 8), interpolation="bilinear", mean=(0.1, 0.2, 0.3)), 24)
     open_store(split_of(files), like, root, "data")
     assert not decoded
 
@@ -182,7 +182,7 @@ def test_killed_while_decoding_it_goes_on(files, root, decoded):
 
 
 def test_an_interruption_keeps_what_is_decoded(files, root, decoded, monkeypatch):
-    made = Recipe.make
+    made = StorageSpec.decode
 
     def stopped(self, split, i):
         if len(decoded) == 10:
@@ -190,7 +190,7 @@ def test_an_interruption_keeps_what_is_decoded(files, root, decoded, monkeypatch
         return made(self, split, i)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recipe, "make", stopped)
+        patch.setattr(StorageSpec, "decode", stopped)
         with pytest.raises(KeyboardInterrupt):
             open_store(split_of(files), WHOLE, root, "data")
     done = len(decoded)
@@ -254,7 +254,7 @@ def test_damaged_pixels_are_noticed_when_they_are_read(files, root, decoded, cap
         f"{folder_of(root)}: the stored image of {files[mended]} is damaged; it is decoded again"
     ]
     for i in range(COUNT):
-        assert np.array_equal(found[i], WHOLE.make(opened.split, i))
+        assert np.array_equal(found[i], WHOLE.decode(opened.split, i))
     decoded.clear()
     again = open_store(split_of(files), WHOLE, root, "data")
     assert np.array_equal(again.read(mended).numpy(), found[mended])
@@ -305,7 +305,7 @@ def test_a_disk_without_the_room_is_told_before_anything_is_decoded(files, root,
     monkeypatch.setattr(store, "_SPARE", 0)
     opened = open_store(split, WHOLE, root, "data")
     used = (folder_of(root) / "pixels").stat().st_size
-    assert WHOLE.bytes_of(split, np.arange(COUNT)) == used  # what is told is what it takes
+    assert WHOLE.estimate_bytes(split, np.arange(COUNT)) == used  # what is told is what it takes
     assert right(opened)
     decoded.clear()
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=used - 1))

@@ -18,7 +18,7 @@ from vit.data.loaders import crops_in_loader, eval_loader, store_images, train_l
 from vit.data.preprocess import Preprocessing
 from vit.data.random import Stream, uniform
 from vit.data.regions import NUMBERS, crop_boxes
-from vit.data.store import Recipe, open_store
+from vit.data.store import StorageSpec, open_store
 from vit.data.stored import StoredImages
 from vit.data.streaming import RandomCrop, StreamedImages
 from vit.errors import VitError
@@ -51,7 +51,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def opened(split, tmp_path):
-    return open_store(split, Recipe(SIZE, 24), tmp_path / "images", "data")
+    return open_store(split, StorageSpec(SIZE, 24), tmp_path / "images", "data")
 
 
 def stored(opened, batch_size, *, seed, threads=2, rank=0, world_size=1, **options):
@@ -95,12 +95,12 @@ def test_without_crops_training_sees_what_streaming_gives(split, config):
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 def test_validation_sees_what_streaming_gives(split, config, mode):
     size = Preprocessing(image_size=(16, 20), crop_mode=mode, crop_pct=0.8, mean=(0.2, 0.5, 0.7))
-    loader = eval_loader(split, size, config(), again=True)
+    loader = eval_loader(split, size, config(), reused=True)
     assert isinstance(loader.source, StoredImages)
     for world in (1, 2):
         for rank in range(world):
             of = {"rank": rank, "world_size": world}
-            found = list(eval_loader(split, size, config(), again=True, **of))
+            found = list(eval_loader(split, size, config(), reused=True, **of))
             assert same(found, list(EvalLoader(StreamedImages(split, size, workers=0), 12, **of)))
 
 
@@ -140,7 +140,7 @@ def test_neither_threads_nor_processes_change_anything(opened, packed):
 def test_crops_cut_on_the_device_are_those_cut_on_the_host(split, tmp_path, channels, interpolation):
     size = Preprocessing(image_size=(16, 20), channels=channels, interpolation=interpolation)
     split.channels = channels
-    opened = open_store(split, Recipe(size, 24), tmp_path / "images", "data")
+    opened = open_store(split, StorageSpec(size, 24), tmp_path / "images", "data")
     on_host = epochs(stored(opened, 12, seed=2, resize_on_device=False), 1)
     on_device = epochs(stored(opened, 12, seed=2, resize_on_device=True), 1)
     assert on_host[0].images.shape == (12, channels, 16, 20)
@@ -249,6 +249,6 @@ def test_the_folder_of_all_stores(split, config, cache, tmp_path, monkeypatch):
 
 def test_an_empty_split(split, config):
     empty = split.subset([])
-    assert list(eval_loader(empty, SIZE, config(), again=True)) == []
+    assert list(eval_loader(empty, SIZE, config(), reused=True)) == []
     with pytest.raises(VitError, match="no images"):
         train_loader(empty, SIZE, config(), CROPS, seed=0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vit.data.walk as walk_module
-from vit.data.walk import SYSTEM, Found, Walk, describe, system_name
+from vit.data.walk import SYSTEM, FoundFile, Walk, describe, system_name
 
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c63f8ffff3f0300050001a5"
@@ -85,7 +85,7 @@ def walked(root: Path, **options) -> tuple[list[str], Counter]:
     walk = Walk(**options)
     images = []
     for found in walk.files(str(root)):
-        assert isinstance(found, Found)
+        assert isinstance(found, FoundFile)
         if found.kind is None:
             images.append(found.path)
         else:

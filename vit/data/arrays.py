@@ -1,7 +1,7 @@
-"""Arrays, tensors and Pillow images that a program hands over, as the uint8 pixels that data sets hold.
+"""Converts arrays, tensors and Pillow images from a program to the uint8 pixels that data sets hold.
 
-Shapes and ranges are checked, since nothing else says what such numbers mean.  Imports no torch: a tensor is known by
-what it can do.
+Shapes and ranges are checked, since nothing else says what such numbers mean. Imports no torch: a tensor is recognised
+by its methods.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def as_numpy(value: Any, where: str) -> np.ndarray:
 
 
 def to_pixels(image: Any, what: str) -> np.ndarray:
-    """One image as uint8 (H, W, C).  Raises `ImageError` for one that cannot be read, else `VitError`."""
+    """Convert one image to uint8 (H, W, C). Raises `ImageError` for one that cannot be read, else `VitError`."""
     if isinstance(image, Image.Image):
         grey = image.mode in _GREY_MODES or image.mode.startswith("I;")
         pixels = np.asarray(decode(image, channels=1 if grey else 3))
@@ -47,7 +47,7 @@ def to_pixels(image: Any, what: str) -> np.ndarray:
 
 
 def channels_last(images: np.ndarray, where: str) -> np.ndarray:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) as (N, H, W, C)."""
+    """Bring (N, H, W), (N, H, W, C) or (N, C, H, W) to (N, H, W, C)."""
     shape = "(" + ", ".join(map(str, images.shape)) + ")"
     if images.ndim not in (3, 4):
         raise VitError(f"{where}: images of shape {shape}: expected (N, H, W), (N, H, W, C) or (N, C, H, W)")

@@ -1,6 +1,6 @@
-"""From images with class names to a data set: bad files out, one class map, the splits that are missing cut out.
+"""Assembles a data set from images with class names: leaves out bad files, makes one class map, cuts missing splits.
 
-What folders, Parquet files and the larger downloads have in common.
+Shared by folders, Parquet files and the larger downloads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit.data.dataset import SPLITS, ImageData, Images, Split
-from vit.data.scan import accept
+from vit.data.scan import check_unreadable
 from vit.data.splits import stratified
 from vit.errors import VitError
 
@@ -34,7 +34,7 @@ def assemble(
     known_classes: Sequence[str] | None = None,
     trained: bool = False,
 ) -> ImageData:
-    """Make a data set.
+    """Assemble a data set.
 
     Args:
         images: all images, in the order train, val, test (as far as there are such splits).
@@ -42,7 +42,7 @@ def assemble(
             train, stratified: validation always (unless its fraction is 0), test only if train is all there is.
         sizes: int32 (N, 2), (H, W) of every image; 0 for those that cannot be read.
         reasons: why not, by index.
-        where: what to call the data in messages.
+        where: the name of the data in messages.
         known_classes: the class map, where the data set defines it; else it is what train holds, sorted.
         trained: the data is for a model that has its classes already: train may lack some, or be missing.
 
@@ -53,14 +53,14 @@ def assemble(
     label_of = [label for split in order for label in names[split]]
     ends = np.cumsum([0] + [len(names[split]) for split in order])
     bad = [(images.name(i), reason) for i, reason in reasons.items()]
-    accept(bad, len(label_of), config.max_bad_fraction, where)
+    check_unreadable(bad, len(label_of), config.max_bad_fraction, where)
 
     good = sizes[:, 0] > 0
     rows = {split: ends[k] + np.flatnonzero(good[ends[k] : ends[k + 1]]) for k, split in enumerate(order)}
     present = {split: {label_of[i] for i in rows[split]} for split in order}
     in_train = present.get("train", set())
     if lost := sorted(set(names.get("train", ())) - in_train):
-        raise VitError(f"{where}: no image of {listing(lost)} can be read; mend them, or remove the class")
+        raise VitError(f"{where}: no image of {quote_names(lost)} can be read; mend them, or remove the class")
     class_map = sorted(in_train) if known_classes is None else list(known_classes)
     if trained:
         class_map += sorted(set().union(*present.values()) - set(class_map))
@@ -68,17 +68,17 @@ def assemble(
         for split in order:
             if extra := sorted(present[split] - in_train):
                 raise VitError(
-                    f"{where}: {split} has {listing(extra)}, which train does not have, so nothing of it can be "
+                    f"{where}: {split} has {quote_names(extra)}, which train does not have, so nothing of it can be "
                     "learned; move some of its images to train, or remove it"
                 )
     number = {label: k for k, label in enumerate(class_map)}
     labels = np.fromiter((number.get(label, -1) for label in label_of), dtype=np.int64, count=len(label_of))
     rows = _cut(rows, labels, config, where, trained)
 
-    def split_of(picked: np.ndarray) -> Split:
-        same = len(picked) > 0 and bool((sizes[picked] == sizes[picked[0]]).all())
-        native = (int(sizes[picked[0], 0]), int(sizes[picked[0], 1])) if same else None
-        return Split(labels[picked], images, config.channels, rows=picked, native_size=native, sizes=sizes[picked])
+    def split_of(indices: np.ndarray) -> Split:
+        same = len(indices) > 0 and bool((sizes[indices] == sizes[indices[0]]).all())
+        native = (int(sizes[indices[0], 0]), int(sizes[indices[0], 1])) if same else None
+        return Split(labels[indices], images, config.channels, rows=indices, native_size=native, sizes=sizes[indices])
 
     return ImageData(name, class_map, {s: split_of(rows[s]) for s in SPLITS}, bad_files=bad, channels=config.channels)
 
@@ -86,7 +86,7 @@ def assemble(
 def _cut(
     rows: dict[str, np.ndarray], labels: np.ndarray, config: DataConfig, where: str, trained: bool
 ) -> dict[str, np.ndarray]:
-    """Cut what is missing of validation and test out of train."""
+    """Cut validation and test, where they are missing, out of train."""
     nothing = np.empty(0, dtype=np.int64)
     test = config.test_fraction if set(rows) == {"train"} else 0.0
     val = config.val_fraction if "val" not in rows else 0.0
@@ -105,15 +105,15 @@ def _cut(
             where,
             "1 class" if len(single) == 1 else f"{len(single)} classes",
         )
-    kept, val_rows, test_rows = stratified(labels[train], (val, test), config.split_seed)
+    train_rows, val_rows, test_rows = stratified(labels[train], (val, test), config.split_seed)
     return {
-        "train": train[kept],
+        "train": train[train_rows],
         "val": train[val_rows] if val else rows["val"],
         "test": train[test_rows] if test else rows["test"],
     }
 
 
-def listing(names: Sequence[str], most: int = 20) -> str:
-    """Class names for a message: quoted, and not more than a person reads."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+def quote_names(names: Sequence[str], limit: int = 20) -> str:
+    """Quote names for a message, `limit` of them at most."""
+    quoted = ", ".join(repr(name) for name in names[:limit])
+    return quoted if len(names) <= limit else f"{quoted}, ... ({len(names)} in all)"

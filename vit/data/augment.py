@@ -1,9 +1,9 @@
-"""From a batch of uint8 images to what a training step takes: augmented, normalised, mixed.
+"""Augments, normalises and mixes a batch of uint8 images for a training step.
 
 Notable:
 - Whole batches, on the device the images are on; no loop over images, no NumPy, nothing that waits for the device.
 - Every random number is a function of (seed, epoch, sample index) (`vit.data.random`), all drawn in one call a step. An
-  image is augmented alike in any batch, at any place, in any process, after any resume. Only mixing looks at a second
+  image is augmented alike in any batch, at any position, in any process, after any resume. Only mixing uses a second
   image: the neighbour.
 - What is off costs nothing. Mirroring and whole-pixel crops copy bytes; the rest of the geometry is composed into one
   sampling.
@@ -63,9 +63,9 @@ class BatchAugment:
         Args:
             images: uint8 (B, C, H, W).
             labels: int64 (B,).
-            index: int64 (B,), each image's place in its data set.
+            index: int64 (B,), each image's index in its data set.
             epoch: from 0.
-            progress: how much of training lies behind, 0 to 1; `mix_off_epochs` is measured against it.
+            progress: the fraction of training that is done, 0 to 1; `mix_off_epochs` is measured against it.
 
         Returns:
             float32 normalised images (B, C, H, W), and targets: the labels, or float32 (B, K) distributions where
@@ -73,11 +73,11 @@ class BatchAugment:
         """
         config = self.config
         if images.device != self._device:
-            self._place(images.device)
+            self._prepare(images.device)
         mixes = config.mixes and progress < 1 - config.mix_off_epochs and len(images) > 1
         numbers = draw(self.seed, epoch, index, self._offsets) if self._columns else None
-        images = self._move(images, numbers)
-        images = self._colour(images, numbers)
+        images = self._transform_geometry(images, numbers)
+        images = self._transform_colours(images, numbers)
         images = normalise(images, self._mean, self._std)
         if config.erasing > 0:
             drawn = self._drawn(numbers, Stream.ERASING)
@@ -85,17 +85,17 @@ class BatchAugment:
             boxes = boxes * (drawn[:, :1] < config.erasing)
             # after normalising, the mean colour is zero
             images = images.mul_(1 - regions.coverage(boxes, (images.shape[2], images.shape[3])))
-        kept = None
+        own_weight = None
         if mixes:
             # the pair's numbers are its first image's
             drawn = draw(self.seed, epoch, index[: len(index) // 2 * 2 : 2], self._mix_offsets)
-            images, kept = self._mixing(images, drawn)
-        if kept is None and config.label_smoothing == 0:
+            images, own_weight = self._mixing(images, drawn)
+        if own_weight is None and config.label_smoothing == 0:
             return images, labels
-        return images, mixing.soft_targets(labels, self.num_classes, config.label_smoothing, kept)
+        return images, mixing.soft_targets(labels, self.num_classes, config.label_smoothing, own_weight)
 
-    def _place(self, device: torch.device) -> None:
-        """Keep what does not change from step to step on the device."""
+    def _prepare(self, device: torch.device) -> None:
+        """Put all that is the same in every step on the device."""
         config, plan = self.config, []
         if config.random_resized_crop and not self._cropped:
             plan.append((Stream.CROP, regions.NUMBERS))
@@ -128,7 +128,7 @@ class BatchAugment:
         assert numbers is not None
         return numbers[:, self._columns[stream]]
 
-    def _move(self, images: Tensor, numbers: Tensor | None) -> Tensor:
+    def _transform_geometry(self, images: Tensor, numbers: Tensor | None) -> Tensor:
         """Crop, mirror, move: uint8 in; uint8 out where bytes were only copied, else float32, 0 to 255."""
         config, size = self.config, (images.shape[2], images.shape[3])
         flip = down = right = None
@@ -175,8 +175,8 @@ class BatchAugment:
             shear=(either[:, 4] * math.radians(config.shear)).tan(),
         )
 
-    def _colour(self, images: Tensor, numbers: Tensor | None) -> Tensor:
-        """RandAugment's colours and jitter: uint8 or float32, 0 to 255, in and out."""
+    def _transform_colours(self, images: Tensor, numbers: Tensor | None) -> Tensor:
+        """Apply RandAugment's colour operations and jitter: uint8 or float32, 0 to 255, in and out."""
         config = self.config
         if config.rand_augment:
             if images.is_floating_point():
@@ -190,7 +190,7 @@ class BatchAugment:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(value / 255 - mean) / std`: (B, C, H, W), uint8 or float32 of 0 to 255 -> float32 of the same shape.
+    """Compute `(value / 255 - mean) / std`: (B, C, H, W), uint8 or float32 of 0 to 255 -> float32 of the same shape.
 
     `mean` and `std` are per channel. A float32 input is overwritten.
     """

@@ -52,12 +52,12 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are ever mixed."""
+        """Say whether images are ever mixed."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
 
     @property
     def moves(self) -> bool:
-        """Whether images are rotated, translated, scaled or sheared, RandAugment aside."""
+        """Say whether images are rotated, translated, scaled or sheared, RandAugment aside."""
         return bool(self.rotate or self.translate or self.shear) or self.scale is not None
 
     def check(self, num_classes: int) -> None:

@@ -1,8 +1,8 @@
-"""The data sets there are, by name, and the one function that opens them.
+"""The catalogue of data sets, and the one function that opens them.
 
 Notable:
-- `CATALOGUE` is the whole list: a line each, with the sizes that suit it and the function that opens it, imported
-  only when asked for.
+- `CATALOGUE` is the whole list: a line each, with its default sizes and the function that opens it, imported when
+  it is used.
 - `DataConfig` is every key of `data.*`, checked before anything is read.
 - `open_data` does what all data sets have in common: the class map, the debug cap, the record of where it came from.
 """
@@ -21,16 +21,16 @@ from unicodedata import normalize
 
 import numpy as np
 
-from vit.data.assemble import listing
+from vit.data.assemble import quote_names
+from vit.data.counter_rng import shuffled
 from vit.data.dataset import SPLITS, ImageData, Split
-from vit.data.draws import shuffled
 from vit.data.filetype import UNDECODED
 from vit.data.memory import NAME as MEMORY
 from vit.data.memory import Gathered, open_gathered
 from vit.data.parallel import for_each
 from vit.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocessing
 from vit.data.run_splits import restore_splits
-from vit.data.splits import cap
+from vit.data.splits import stratified_sample
 from vit.data.walk import describe
 from vit.errors import VitError, did_you_mean
 from vit.options import convert, list_keys, option, unknown_key_message
@@ -43,10 +43,10 @@ _SAMPLE = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of the catalogue."""
+    """Describes one data set of the catalogue."""
 
     summary: str
-    opener: str  # "module:function" under vit.data, called with (config, class_names)
+    opener: str  # "module:function" under vit.data, called with (config, class_names, scan_limit)
     image_size: int
     channels: int
     patch_size: int
@@ -74,7 +74,7 @@ ENTRIES = {**CATALOGUE, MEMORY: Entry("images given from Python (vit.train)", ""
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Every key of `data.*`.
+    """Holds every key of `data.*`.
 
     0 (or None) for a size means the data set's own, from the catalogue; it is filled in on construction.
     Raises `VitError`, naming the key, for a value that cannot be.
@@ -137,16 +137,16 @@ class DataConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the model's input."""
+        """Return (H, W) of the model's input."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """Return the fields as plain JSON types."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Any) -> DataConfig:
-        """The inverse of `to_dict`; raises `VitError` on an unknown key or a value that cannot be."""
+        """Invert `to_dict`. Raises `VitError` for an unknown key or a value that cannot be."""
         if not isinstance(values, Mapping):
             raise VitError(f"data: expected a dictionary, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
@@ -192,7 +192,7 @@ def open_data(
         data = restore_splits(splits, data)
     elif config.max_images is not None:
         for name, split in data.splits.items():
-            data.splits[name] = split.subset(cap(split.labels, config.max_images, config.split_seed))
+            data.splits[name] = split.subset(stratified_sample(split.labels, config.max_images, config.split_seed))
     if not any(len(split) for split in data.splits.values()):
         raise VitError(f"data={config.name} holds no images")
     _report(data)
@@ -223,13 +223,13 @@ def match_classes(data: ImageData, class_names: list[str]) -> ImageData:
     if unknown:
         missing = [name for name in modelled if name not in used]
         raise VitError(
-            f"the classes of data={data.name} do not match the model's: the model does not know {listing(unknown)}"
-            + (f"; the data does not have {listing(missing)}" if missing else "")
+            f"the classes of data={data.name} do not match the model's: the model does not know {quote_names(unknown)}"
+            + (f"; the data does not have {quote_names(missing)}" if missing else "")
         )
     twice = [name for name in used if modelled.count(name) > 1]
     if twice:
         raise VitError(
-            f"the model has several classes called {listing(twice)}: data={data.name} cannot be matched by name"
+            f"the model has several classes called {quote_names(twice)}: data={data.name} cannot be matched by name"
         )
     position = {name: k for k, name in enumerate(modelled)}
     table = np.array([position.get(name, -1) for name in named], dtype=np.int64)
@@ -242,12 +242,12 @@ def match_classes(data: ImageData, class_names: list[str]) -> ImageData:
 
 
 def _report(data: ImageData) -> None:
-    """Log what a person should know before training starts."""
+    """Log the sizes of splits and classes, and the files passed over."""
     counts = data.counts()
     for name in SPLITS:
         absent = [data.class_names[k] for k in np.flatnonzero(counts[name] == 0)]
         if len(data.splits[name]) and absent:
-            log.warning("%s: no %s images of %s; labels are not affected", data.name, name, listing(absent))
+            log.warning("%s: no %s images of %s; labels are not affected", data.name, name, quote_names(absent))
     sizes = ", ".join(f"{len(data.splits[name]):,} {name}" for name in SPLITS)
     log.info("%s: %s images in %d classes", data.name, sizes, len(data.class_names))
     log.info("%s: %s", data.name, _class_sizes(data.class_names, np.sum(list(counts.values()), axis=0)))
@@ -256,18 +256,18 @@ def _report(data: ImageData) -> None:
         log.log(logging.WARNING if lost else logging.INFO, "passed over: %s", describe(data.passed_over))
 
 
-def _class_sizes(names: Sequence[str], counts: np.ndarray, most: int = 10) -> str:
-    """The classes with their numbers of images; of many, the first ones, the smallest and the largest."""
-    if len(names) <= most:
+def _class_sizes(names: Sequence[str], counts: np.ndarray, limit: int = 10) -> str:
+    """Format the classes with their numbers of images; of many, the first ones, the smallest and the largest."""
+    if len(names) <= limit:
         order, words = list(range(len(names))), [""] * len(names)
     else:
-        order = [*range(most - 3), int(counts.argmin()), int(counts.argmax())]
-        words = [""] * (most - 3) + ["..., fewest: ", "most: "]
+        order = [*range(limit - 3), int(counts.argmin()), int(counts.argmax())]
+        words = [""] * (limit - 3) + ["..., fewest: ", "most: "]
     return ", ".join(f"{word}{names[k]!r} {counts[k]:,}" for k, word in zip(order, words, strict=True))
 
 
 def statistics(split: Split, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation of a split's preprocessed pixels, as fractions of 255.
+    """Measure the per-channel mean and standard deviation of a split's preprocessed pixels, as fractions of 255.
 
     Exact where all images share one size and take at most 2 GiB (such data is resident in training), and for up to
     4,096 images; else over 4,096 images drawn with a fixed seed.  A constant channel gets a deviation of 1/255, so
@@ -306,7 +306,7 @@ def statistics(split: Split, preprocessing: Preprocessing) -> tuple[tuple[float,
 
 
 def preprocessing_for(config: DataConfig, data: ImageData) -> Preprocessing:
-    """The preprocessing that `config` asks for, its mean and deviation measured on the training split if not given."""
+    """Make the preprocessing that `config` asks for; measure mean and deviation on the training split if not given."""
     mean, std = config.mean, config.std
     given = Preprocessing(
         image_size=config.size,

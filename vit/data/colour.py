@@ -1,4 +1,4 @@
-"""Changing what pixels are worth, a batch at a time.
+"""Photometric augmentation: changes pixel values, a batch at a time.
 
 Notable:
 - An operation that looks at one value at a time (brightness, posterize, equalize, ...) is a curve of 256 levels. Each
@@ -30,7 +30,7 @@ def apply_curves(images: Tensor, curves: Tensor) -> Tensor:
 
 
 def fixed_curve(operation: str, amount: int) -> Tensor:
-    """A curve that is the same for every image: uint8 (256,).
+    """Make a curve that is the same for every image: uint8 (256,).
 
     `invert`: 255 - v. `solarize`: the levels from `amount` up inverted. `posterize`: the `amount` high bits kept. These
     are ImageOps'. `solarize_add`, timm's: `amount` added to the levels under 128.
@@ -73,7 +73,7 @@ def blend(base: Tensor, factor: Tensor) -> Tensor:
 
 
 def mean_grey(counts: Tensor) -> Tensor:
-    """The whole level nearest to each image's mean grey: histograms -> float32 (B,).
+    """Compute each image's mean grey, rounded to a level: histograms -> float32 (B,).
 
     Pillow rounds each pixel's grey before it takes the mean; a mean that lies on the edge of two levels may thus come
     out one higher or lower here, and a contrast with it.
@@ -88,7 +88,7 @@ def _levels(counts: Tensor) -> Tensor:
 
 
 def _extent(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest and highest level present in each channel: int32 (B, C, 1)."""
+    """Find the lowest and highest level present in each channel: int32 (B, C, 1)."""
     present = (counts > 0).to(torch.int32)
     low = (present * (LEVELS - _levels(counts))).amax(2, keepdim=True)
     high = (present * _levels(counts)).amax(2, keepdim=True)
@@ -146,7 +146,7 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def _grey_weights(values: Tensor) -> Tensor:
-    """What each channel of (B, C) adds to grey, float32 (C,): luma for three channels, the mean for any other count."""
+    """Return each channel's weight in grey, float32 (C,): luma for three channels, the mean for any other count."""
     channels = values.shape[1]
     weights = torch.full((channels,), 1 / channels, device=values.device)
     if channels == 3:

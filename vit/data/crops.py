@@ -1,4 +1,4 @@
-"""Parts of images of many sizes, brought to one size: resampled from uint8, antialiased where they shrink.
+"""Resizes crops of many sizes to one size: resampled from uint8, antialiased where they shrink.
 
 Notable:
 - On a CPU one image after another by torch's kernel for uint8, a third of a millisecond at 224. Elsewhere a whole batch
@@ -37,14 +37,14 @@ def resize(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
 
 
 def resize_all(
-    flat: Tensor, shapes: Tensor, most: tuple[int, int], channels: int, size: tuple[int, int], interpolation: str
+    flat: Tensor, shapes: Tensor, largest: tuple[int, int], channels: int, size: tuple[int, int], interpolation: str
 ) -> Tensor:
     """Resize a batch of images on their device.
 
     Args:
         flat: uint8, the images' bytes, each (h, w, C) and contiguous, one after another.
         shapes: int64 (B, 3) on the same device: where each begins, its h, its w.
-        most: the greatest h and the greatest w, known on the host, so that nothing waits for the device.
+        largest: the greatest h and the greatest w, known on the host, so that nothing waits for the device.
         channels: C.
         size: (H, W).
         interpolation: one of `vit.data.preprocess.INTERPOLATIONS`.
@@ -52,33 +52,33 @@ def resize_all(
     Returns:
         uint8 (B, C, H, W).
     """
-    parts = [_resize_some(flat, part, most, channels, size, interpolation) for part in shapes.split(_AT_ONCE)]
+    parts = [_resize_some(flat, part, largest, channels, size, interpolation) for part in shapes.split(_AT_ONCE)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _resize_some(
-    flat: Tensor, shapes: Tensor, most: tuple[int, int], channels: int, size: tuple[int, int], interpolation: str
+    flat: Tensor, shapes: Tensor, largest: tuple[int, int], channels: int, size: tuple[int, int], interpolation: str
 ) -> Tensor:
     start, height, width = shapes.unbind(1)
-    down = torch.arange(most[0], device=flat.device)
-    bytes_ = torch.arange(most[1] * channels, device=flat.device)
-    place = start[:, None, None] + down[:, None] * (width * channels)[:, None, None] + bytes_
+    down = torch.arange(largest[0], device=flat.device)
+    bytes_ = torch.arange(largest[1] * channels, device=flat.device)
+    position = start[:, None, None] + down[:, None] * (width * channels)[:, None, None] + bytes_
     # beyond an image's own height and width lies something else, which the weights leave out
-    pixels = flat[place.clamp_(max=len(flat) - 1)].view(len(shapes), *most, channels).to(torch.float32)
-    along = _weights(width, size[1], most[1], interpolation)
-    upright = _weights(height, size[0], most[0], interpolation)
-    rows = _rounded(pixels.permute(0, 3, 1, 2) @ along.transpose(1, 2).unsqueeze(1))
-    return _rounded(upright.unsqueeze(1) @ rows).to(torch.uint8)
+    pixels = flat[position.clamp_(max=len(flat) - 1)].view(len(shapes), *largest, channels).to(torch.float32)
+    along = _weights(width, size[1], largest[1], interpolation)
+    upright = _weights(height, size[0], largest[0], interpolation)
+    rows = _round_half_up(pixels.permute(0, 3, 1, 2) @ along.transpose(1, 2).unsqueeze(1))
+    return _round_half_up(upright.unsqueeze(1) @ rows).to(torch.uint8)
 
 
-def _rounded(values: Tensor) -> Tensor:
-    """To the whole numbers of 0 to 255, halves up, as the others do it; in place."""
+def _round_half_up(values: Tensor) -> Tensor:
+    """Round to 0..255 in place, halves up, as Pillow and torch do."""
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _weights(length: Tensor, wanted: int, most: int, interpolation: str) -> Tensor:
-    """What each of `wanted` pixels takes of each of the `length` (B,) that there are: float32 (B, wanted, most)."""
-    pixel = torch.arange(most, device=length.device)
+def _weights(length: Tensor, wanted: int, largest: int, interpolation: str) -> Tensor:
+    """Compute the weight of each of `length` (B,) input pixels in each of `wanted` outputs: (B, wanted, largest)."""
+    pixel = torch.arange(largest, device=length.device)
     if interpolation == "nearest":
         return (_nearest(length, wanted)[..., None] == pixel).to(torch.float32)
     length = length.to(torch.float32)[:, None, None]
@@ -94,13 +94,13 @@ def _weights(length: Tensor, wanted: int, most: int, interpolation: str) -> Tens
 
 
 def _nearest(length: Tensor, wanted: int) -> Tensor:
-    """Which of `length` pixels (...) each of the `wanted` has its centre in: int64 (..., wanted)."""
+    """Find the input pixel, of `length` (...), that holds the centre of each output: int64 (..., wanted)."""
     # whole numbers: a centre may lie on an edge
     return (2 * torch.arange(wanted, device=length.device) + 1) * length[..., None] // (2 * wanted)
 
 
 def _filter(x: Tensor, interpolation: str) -> Tensor:
-    """The filter's value at `x`, in pixels from its centre; what lies beyond its support is of no consequence."""
+    """Evaluate the filter at `x`, in pixels from its centre; values beyond its support are never used."""
     if interpolation == "bilinear":
         return (1 - x.abs()).clamp_(min=0)
     if interpolation == "lanczos":

@@ -1,7 +1,7 @@
-"""What a data set is once opened: three splits of labelled images, and one class map.
+"""An opened data set: three splits of labelled images, and one class map.
 
 Notable:
-- A split does not care where its images are: in an array, in files, in Parquet, or nowhere until they are drawn.
+- A split does not depend on where its images are: in an array, in files, in Parquet, or generated when they are read.
   Each of those is an `Images` with two methods.
 - `Split.array` gives all of it as uint8; of data that is already such an array, without copying.
 - A subset shares its parent's images.
@@ -27,23 +27,23 @@ SPLITS = ("train", "val", "test")
 
 
 class Images(Protocol):
-    """Where the images of a data set are."""
+    """Reads the images of a data set, wherever they are."""
 
     def read(self, i: int, channels: int, target: tuple[int, int] | None) -> Image.Image | np.ndarray:
         """Decode image `i` as `vit.data.decode.decode` does; raises `ImageError`."""
         ...
 
     def name(self, i: int) -> str:
-        """What to call image `i`: its path, or "digits/17"."""
+        """Return the name of image `i`: its path, or "digits/17"."""
         ...
 
 
 @runtime_checkable
-class Filed(Protocol):
-    """Images in files, which can be told to be what they were before."""
+class FileBacked(Protocol):
+    """Images in files, whose changes can be noticed."""
 
-    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each image of `rows` two fingerprints, uint64 (N,): of its name, and of its file as it is now.
+    def fingerprints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return two fingerprints of each image of `rows`, uint64 (N,): of its name, and of its file as it is now.
 
         The second is of path, size and time of change, and 0 for a file that cannot be opened.
         """
@@ -52,7 +52,7 @@ class Filed(Protocol):
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images held as one uint8 array (N, H, W, C)."""
+    """Holds images as one uint8 array (N, H, W, C)."""
 
     pixels: np.ndarray
     label: str
@@ -64,12 +64,12 @@ class ArrayImages:
         return f"{self.label}/{i}"
 
     def content(self, i: int) -> str:
-        """See `vit.data.run_splits`."""
+        """Return the checksum by which `vit.data.run_splits` recognises the image."""
         return f"{zlib.crc32(self.pixels[i].tobytes()):08x}"
 
 
 class FileImages:
-    """Images in files.
+    """Reads images from files.
 
     The paths are kept as one block of bytes: exact for names in any encoding, and a million of them neither weigh
     on the garbage collector nor get copied, page by page, into every worker process.
@@ -88,18 +88,18 @@ class FileImages:
         return decode(self.name(i), channels=channels, target=target)
 
     def content(self, i: int) -> str:
-        """See `vit.data.run_splits`."""
+        """Return the checksum by which `vit.data.run_splits` recognises the image."""
         return file_content(self.name(i))
 
     def stamp(self, i: int) -> str:
-        """Size and time of change, by which a file is taken to be what it was."""
+        """Return size and time of change; while both are the same, the file counts as unchanged."""
         try:
             status = os.stat(self.name(i))
         except OSError:
             return ""
         return f"{status.st_size}-{status.st_mtime_ns}"
 
-    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    def fingerprints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
         paths = [self.name(int(i)) for i in rows]
         names = np.fromiter((name_fingerprint(os.path.abspath(path)) for path in paths), np.uint64, len(paths))
         return names, np.fromiter((file_fingerprint(path, channels) for path in paths), np.uint64, len(paths))
@@ -107,7 +107,7 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ListImages:
-    """Images of several sizes, each uint8 (H, W, C); None for one that could not be read."""
+    """Holds images of several sizes, each uint8 (H, W, C); None for one that could not be read."""
 
     pixels: list[np.ndarray | None]
 
@@ -123,13 +123,13 @@ class ListImages:
 
 @dataclass(frozen=True)
 class HubImages:
-    """A column of encoded images, of a Hugging Face data set that is asked not to decode them."""
+    """Reads a column of encoded images of a Hugging Face data set that does not decode them itself."""
 
     rows: Any
     column: str
 
     def source(self, i: int) -> bytes | str:
-        """The bytes of the file, or its path.  Raises `ImageError` where there is neither."""
+        """Return the bytes of the file, or its path. Raises `ImageError` where there is neither."""
         value = self.rows[i][self.column]
         if isinstance(value, Mapping):
             value = value.get("bytes") or value.get("path")
@@ -145,10 +145,10 @@ class HubImages:
 
 
 class JoinedImages:
-    """The images of several splits, one after the other."""
+    """Joins the images of several splits, one after the other."""
 
     def __init__(self, parts: Sequence[tuple[str, Images, int]]) -> None:
-        """`parts`: the name of the split, its images, and how many they are."""
+        """Join `parts`: the name of each split, its images, and how many they are."""
         self._parts = parts
         self._ends = np.cumsum([count for _, _, count in parts])
 
@@ -169,7 +169,7 @@ class JoinedImages:
 
 @dataclass(eq=False)
 class Split:
-    """One split of a data set: N labelled images.
+    """Holds one split of a data set: N labelled images.
 
     Attributes:
         labels: int64 (N,), indices into the data set's class names.
@@ -179,7 +179,7 @@ class Split:
         sizes: int32 (N, 2), (H, W) of each image, where known.
         boxes: float32 (N, objects, 4), x0 y0 x1 y1 in pixels of the original image, where known.
         object_labels: int64 (N, objects), the class of each box; -1 for an object of no class, or no object.
-        stores: its decoded images on the disk, by what is stored, once they were asked for (`vit.data.loaders`).
+        stores: its opened stores of decoded images on the disk, by `StorageSpec` (`vit.data.loaders`).
     """
 
     labels: np.ndarray
@@ -190,7 +190,7 @@ class Split:
     sizes: np.ndarray | None = None
     boxes: np.ndarray | None = None
     object_labels: np.ndarray | None = None
-    _held: tuple[Any, np.ndarray] | None = field(default=None, init=False, repr=False)
+    _decoded: tuple[Any, np.ndarray] | None = field(default=None, init=False, repr=False)
     stores: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -203,60 +203,60 @@ class Split:
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker process gets the images, not a second copy of them decoded
-        return {**self.__dict__, "_held": None, "stores": {}}
+        return {**self.__dict__, "_decoded": None, "stores": {}}
 
     def image(self, i: int, target: tuple[int, int] | None = None) -> Image.Image | np.ndarray:
-        """Image `i` decoded, in its original size (a JPEG may come smaller, but no smaller than twice `target`).
+        """Decode image `i` in its original size (a JPEG may be smaller, but not smaller than twice `target`).
 
-        A Pillow image; an array uint8 (H, W, C) where channels is neither 1 nor 3.  Raises `ImageError`.
+        Returns a Pillow image, or an array uint8 (H, W, C) where channels is neither 1 nor 3. Raises `ImageError`.
         """
         assert self.rows is not None
         return self.images.read(int(self.rows[i]), self.channels, target)
 
     def resized(self, i: int, preprocessing: Preprocessing) -> np.ndarray:
-        """Image `i` through `preprocessing.resize`: uint8 (H, W, C).  Raises `ImageError`."""
+        """Decode image `i` and apply `preprocessing.resize`: uint8 (H, W, C). Raises `ImageError`."""
         return preprocessing.resize(self.image(i, preprocessing.resize_target))
 
     def name(self, i: int) -> str:
-        """The path of image `i`, or a name such as "digits/17"."""
+        """Return the path of image `i`, or a name such as "digits/17"."""
         assert self.rows is not None
         return self.images.name(int(self.rows[i]))
 
     def array(self, preprocessing: Preprocessing, *, keep: bool = False) -> np.ndarray:
-        """All images through `preprocessing.resize`: uint8 (N, H, W, C).
+        """Decode all images and apply `preprocessing.resize`: uint8 (N, H, W, C).
 
-        Decodes in threads, under a progress bar.  It may be a view of the data set itself, so it is for reading only.
-        `keep`: there will be another call for the same, which gets what this one decoded (and does not keep it).
+        Decodes in threads, under a progress bar. The result may be a view of the data set itself: do not write to it.
+        `keep`: keep the result for the next call, which will ask for the same.
         Raises `ImageError` naming the image.
         """
         height, width = preprocessing.image_size
         channels = preprocessing.channels
         if isinstance(self.images, ArrayImages):
             pixels = self.images.pixels
-            if preprocessing.keeps((pixels.shape[1], pixels.shape[2])) and pixels.shape[3] in (1, channels):
-                picked = _pick(pixels, self.rows)
+            if preprocessing.leaves_unchanged((pixels.shape[1], pixels.shape[2])) and pixels.shape[3] in (1, channels):
+                selected = _select_rows(pixels, self.rows)
                 # a grey image has three equal channels; no decoder is needed to say so
-                return picked if pixels.shape[3] == channels else np.repeat(picked, channels, axis=3)
+                return selected if pixels.shape[3] == channels else np.repeat(selected, channels, axis=3)
         geometry = preprocessing.geometry
-        held, self._held = self._held, None
-        if held is not None and held[0] == geometry:
-            self._held = held if keep else None
-            return held[1]
+        decoded, self._decoded = self._decoded, None
+        if decoded is not None and decoded[0] == geometry:
+            self._decoded = decoded if keep else None
+            return decoded[1]
         out = np.empty((len(self), height, width, channels), dtype=np.uint8)
 
-        def one(i: int) -> None:
+        def decode_one(i: int) -> None:
             try:
                 out[i] = self.resized(i, preprocessing)
             except ImageError as error:
                 raise ImageError(error.reason, error.name or self.name(i)) from error
 
-        for_each(one, range(len(self)), len(self), "Reading images")
+        for_each(decode_one, range(len(self)), len(self), "Reading images")
         if keep:
-            self._held = (geometry, out)
+            self._decoded = (geometry, out)
         return out
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Split:
-        """The images at `indices`, in that order."""
+        """Return the split of the images at `indices`, in that order."""
         assert self.rows is not None
         indices = np.asarray(indices, dtype=np.int64)
         return Split(
@@ -273,14 +273,14 @@ class Split:
 
 @dataclass
 class ImageData:
-    """A data set, opened.
+    """Holds an opened data set.
 
     Attributes:
         name: its name in the catalogue.
         class_names: the one class map; label k means class_names[k] in every split.
         splits: "train", "val", "test"; the last two may be empty, none is ever absent.
         bad_files: (path, reason) of every file left out of every split.
-        passed_over: how many files and folders of it were not taken for images of a class, by kind.
+        passed_over: how many of its files and folders are no images of a class, by kind.
         source: plain JSON; `DataConfig.from_dict(source)` reopens the same data.
         channels: what images are decoded to.
     """
@@ -294,13 +294,13 @@ class ImageData:
     channels: int = 3
 
     def counts(self) -> dict[str, np.ndarray]:
-        """For each split, the number of images of each class: int64 (K,)."""
+        """Count the images of each class, by split: int64 (K,)."""
         k = len(self.class_names)
         return {name: np.bincount(split.labels, minlength=k) for name, split in self.splits.items()}
 
 
-def _pick(pixels: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-    """`pixels[rows]`, as a view where the rows are a run of neighbours."""
+def _select_rows(pixels: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """Return `pixels[rows]`, as a view where the rows are consecutive."""
     if rows is None:
         return pixels
     if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1 and bool((np.diff(rows) == 1).all()):

@@ -1,4 +1,4 @@
-"""An image file, of any kind, as the pixels a model expects; or a short reason why not.
+"""Decodes an image file of any kind to the pixels a model expects, or says shortly why it cannot.
 
 Notable:
 - One function, `decode`, for paths, bytes, Pillow images and arrays; training, evaluation and classification all
@@ -76,7 +76,7 @@ class ImageError(VitError):
 
 @functools.cache
 def extensions(channels: int = 3) -> frozenset[str]:
-    """The lower-case file name extensions taken for images.  Loads all of Pillow's readers."""
+    """Return the lower-case file name extensions taken for images. Loads all of Pillow's readers."""
     Image.init()
     known = Image.registered_extensions().items()
     found = {ext for ext, kind in known if kind in Image.OPEN and kind not in NOT_DECODED}
@@ -84,7 +84,7 @@ def extensions(channels: int = 3) -> frozenset[str]:
 
 
 def named_as_image(name: str, channels: int = 3) -> bool:
-    """Whether a file of this name is taken for an image; without loading more of Pillow for the usual names."""
+    """Say whether a file of this name is taken for an image, without loading more of Pillow for the usual names."""
     extension = os.path.splitext(name)[1].lower()
     return extension in _COMMON or (extension != "" and extension in extensions(channels))
 
@@ -113,7 +113,7 @@ def decode(source: Source, *, channels: int, target: tuple[int, int] | None = No
     Raises:
         ImageError: missing, unreadable, empty, truncated, damaged, too large, or not an image at all.
     """
-    with _only_image_errors(source):
+    with _as_image_errors(source):
         if isinstance(source, np.ndarray):
             return _from_array(source, channels)
         if isinstance(source, Image.Image):
@@ -124,30 +124,30 @@ def decode(source: Source, *, channels: int, target: tuple[int, int] | None = No
 
 
 def measure(source: str | os.PathLike[str] | bytes, *, channels: int) -> tuple[int, int]:
-    """(H, W) of an image file, upright, after making sure that `decode` can read all of it; raises `ImageError`.
+    """Return the upright (H, W) of an image file that `decode` can read to its end. Raises `ImageError`.
 
     A JPEG is decoded at an eighth of its size: every byte is still read, most of the arithmetic is not done.
     """
-    with _only_image_errors(source), _open(source) as file:
+    with _as_image_errors(source), _open(source) as file:
         return _read(file, channels, (1, 1))[1]
 
 
 @contextlib.contextmanager
-def _only_image_errors(source: object) -> Iterator[None]:
-    """Whatever goes wrong inside leaves as an `ImageError` that names the file."""
+def _as_image_errors(source: object) -> Iterator[None]:
+    """Turn any error into an `ImageError` that names the file."""
     name = printable(source) if isinstance(source, str | os.PathLike) else None
     try:
         yield
     except ImageError as error:
         raise ImageError(error.reason, name) from error.__cause__
     except OSError as error:
-        raise ImageError(_plain(error), name) from error
+        raise ImageError(_os_reason(error), name) from error
     except Exception as error:  # decoders meet hostile bytes with every exception there is
-        raise ImageError(_fault(error, "image"), name) from error
+        raise ImageError(_decoder_reason(error, "image"), name) from error
 
 
 def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
-    """Open the file, or say what is in its place; never waits on a pipe or reads from a device."""
+    """Open a regular file, or say what it is instead; never waits on a pipe or reads from a device."""
     if isinstance(source, bytes):
         if not source:
             raise ImageError("empty file")
@@ -164,7 +164,7 @@ def _open(source: str | os.PathLike[str] | bytes) -> BinaryIO:
     return open(source, "rb")
 
 
-def _plain(error: OSError) -> str:
+def _os_reason(error: OSError) -> str:
     known = {
         errno.ENOENT: "no such file",
         errno.ENOTDIR: "no such file",
@@ -179,7 +179,7 @@ def _plain(error: OSError) -> str:
 def _read(
     file: BinaryIO, channels: int, target: tuple[int, int] | None
 ) -> tuple[Image.Image | np.ndarray, tuple[int, int]]:
-    """The decoded image, and its upright size (H, W) in the file."""
+    """Decode the image; return it and its upright size (H, W) in the file."""
     head = file.read(HEAD)
     kind = content_kind(head, str(getattr(file, "name", "")))
     file.seek(0)
@@ -202,7 +202,7 @@ def _read(
             reason = "not an image, or damaged at its beginning" + (f" ({kind})" if kind not in (None, "image") else "")
         raise ImageError(reason) from error
     except Exception as error:
-        raise ImageError(_fault(error, "image")) from error
+        raise ImageError(_decoder_reason(error, "image")) from error
     try:
         size = None
         if target is not None and image.format in ("JPEG", "MPO"):
@@ -220,11 +220,11 @@ def _read(
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(_fault(error, image.format or "image")) from error
+        raise ImageError(_decoder_reason(error, image.format or "image")) from error
 
 
-def _fault(error: Exception, kind: str) -> str:
-    """What a decoder's complaint means."""
+def _decoder_reason(error: Exception, kind: str) -> str:
+    """Put a decoder's error into words."""
     if isinstance(error, MemoryError):
         return "too large for the memory of this machine"
     text = str(error) or type(error).__name__
@@ -246,7 +246,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _convert(image: Image.Image, channels: int, owned: bool = False) -> Image.Image | np.ndarray:
-    """Apply the rules of `decode` to a loaded image.  `owned`: it is ours to strip of its metadata."""
+    """Apply the rules of `decode` to a loaded image. `owned`: its metadata may be removed."""
     if 0 in image.size:
         raise ImageError(f"has no pixels ({image.width} x {image.height})")
     upright = _UPRIGHT.get(_orientation(image))

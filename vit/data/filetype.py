@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes: an image that can be read here, or the name of what it is instead.
+"""Recognises a file by its first bytes: an image that can be read here, or the name of its kind.
 
 Notable:
 - The name of a file decides nothing but this: camera RAW files are TIFF files by their bytes, with a small preview
@@ -81,7 +81,7 @@ _PIXMAP = re.compile(rb"P[1-6][\s#]")  # the header of a portable pixmap is text
 
 
 def content_kind(head: bytes, name: str = "") -> str | None:
-    """Name what begins with the bytes `head`; `name` is the file's.
+    """Name the kind of a file that begins with the bytes `head`; `name` is the file's.
 
     Returns "image" for a format that Pillow always reads; a phrase such as "HEIC file", "video file" or "text file"; or
     None where no signature fits.
@@ -105,7 +105,7 @@ def content_kind(head: bytes, name: str = "") -> str | None:
 
 
 def decodable(kind: str) -> bool:
-    """Whether what is installed here reads a kind of image that Pillow alone, or an older Pillow, does not."""
+    """Say whether an installed library reads this kind of image, which Pillow alone, or an older Pillow, does not."""
     if kind == "HEIC file":
         return importlib.util.find_spec("pillow_heif") is not None
     return kind == "AVIF file" and _reads_avif()
@@ -113,14 +113,14 @@ def decodable(kind: str) -> bool:
 
 @functools.cache
 def load_heif() -> None:
-    """Teach Pillow to read HEIC files, by the package pillow-heif."""
+    """Let Pillow read HEIC files, with the package pillow-heif."""
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
 
 def file_kind(path: str, channels: int = 3) -> str | None:
-    """Name what a file is that is no image, or no image that can be read here; None for an image that can.
+    """Name the kind of a file that is no image, or none that can be read here; None for an image that can.
 
     Reads one block of it.  `channels` are the model's: one of more or less than 1 or 3 also takes NumPy files.
     """
@@ -158,7 +158,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _pillow_reads(path: str, head: bytes) -> bool:
-    """Whether one of Pillow's readers takes the file for its own, by its bytes."""
+    """Say whether one of Pillow's readers recognises the file by its bytes."""
     from PIL import Image, UnidentifiedImageError
 
     formats = [name for name, accept in _readers().items() if accept(head)]
@@ -174,7 +174,7 @@ def _pillow_reads(path: str, head: bytes) -> bool:
 
 @functools.cache
 def _readers() -> dict[str, Callable[[bytes], object]]:
-    """Pillow's test of first bytes for each format that has one.  PostScript takes another program to read."""
+    """Return Pillow's test of first bytes for each format that has one. PostScript needs another program to read."""
     from PIL import Image
 
     from vit.data.decode import NOT_DECODED

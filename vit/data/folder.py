@@ -1,4 +1,4 @@
-"""Folders of images: one folder a class, with or without train/, val/ and test/ above.
+"""Opens folders of images: one folder a class, with or without train/, val/ and test/ above.
 
 Notable:
 - One class map: the sorted names of the training folders.  A class that a later split lacks shifts nothing; a class
@@ -6,8 +6,8 @@ Notable:
 - Names of any encoding work; class names become valid Unicode (odd bytes as backslash escapes) in its composed form
   (NFC), so that no two classes print the same.
 - Each real folder is in one class at most, and whatever is no image of a class is counted (`vit.data.walk`).
-- Splits go by many names; where it is not plain whether a folder is a split or a class, it is refused.
-- Whatever the layout, what the person gets to read is what was found and what was expected.
+- Splits have many names; where it is not clear whether a folder is a split or a class, it is refused.
+- Every refusal says what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 from unicodedata import normalize
 
-from vit.data.assemble import assemble, listing
+from vit.data.assemble import assemble, quote_names
 from vit.data.dataset import SPLITS, FileImages, ImageData
 from vit.data.decode import printable
 from vit.data.filetype import BROKEN_LINK, NOT_READ
 from vit.data.scan import scan_files
-from vit.data.walk import Listing, Walk, describe
-from vit.data.walk import listing as list_folder
+from vit.data.walk import FolderListing, Walk, describe, list_folder
 from vit.errors import VitError
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ _NO_LABEL = "image without a label"
 
 
 def folder(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """A person's own images: `data.root` in one of the two layouts."""
+    """Open a person's own images: `data.root` in one of the two layouts."""
     if config.root is None:
         raise VitError(f"data=folder needs data.root=FOLDER: {LAYOUT}")
     root = os.path.abspath(config.root)
@@ -108,8 +107,8 @@ def from_files(
     )
 
 
-def _list(path: str) -> Listing:
-    """What is directly in `path`.  Raises `VitError`."""
+def _list(path: str) -> FolderListing:
+    """List `path`. Raises `VitError`."""
     try:
         return list_folder(path)
     except FileNotFoundError as error:
@@ -129,12 +128,12 @@ def _aside(walk: Walk) -> str:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder of this name is."""
+    """Return the split that a folder of this name is; None for any other name."""
     return SPLIT_NAMES.get(name.casefold().removesuffix("set").rstrip(" _-"))
 
 
 def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> dict[str, str]:
-    """The folder of each split; none where the folders are classes.  A split holds class folders, a class images.
+    """Find the folder of each split; none where the folders are classes. A split holds class folders, a class images.
 
     Args:
         inside: the names of the folders in `root`.
@@ -154,11 +153,11 @@ def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> di
             images = [name for name in doubtful if _holds_images(os.path.join(root, name), Walk(walk.channels))]
             if images and others:
                 raise VitError(
-                    f"{shown} has {listing(images)} beside the class folders {listing(others, 5)}: if that is a "
-                    "split, put the class folders inside splits; if it is a class, give it another name"
+                    f"{shown} has {quote_names(images)} beside the class folders {quote_names(others, 5)}: if that is "
+                    "a split, put the class folders inside splits; if it is a class, give it another name"
                 )
             if images:
-                raise VitError(f"{shown}: {listing(images)} hold images but no class folders: {LAYOUT}")
+                raise VitError(f"{shown}: {quote_names(images)} hold images but no class folders: {LAYOUT}")
         return {}
     found: dict[str, str] = {}
     for name, split in named:
@@ -168,8 +167,8 @@ def _splits(root: str, inside: Sequence[str], walk: Walk, known: set[str]) -> di
     for name in others:
         if _holds_images(os.path.join(root, name), walk):
             raise VitError(
-                f"{shown} has {listing(nested)} with folders inside, as splits have, and beside {name!r} with images: "
-                "put all classes inside train, or move what is neither train, val nor test out of it"
+                f"{shown} has {quote_names(nested)} with folders inside, as splits have, and beside {name!r} with "
+                "images: put all classes inside train, or move what is neither train, val nor test out of it"
             )
         log.warning("%s: the folder %r is neither train, val nor test, and holds no images", shown, name)
     return found
@@ -185,8 +184,8 @@ def _holds_images(path: str, walk: Walk) -> bool:
     return False
 
 
-def _count_loose(path: str, inside: Listing, walk: Walk) -> None:
-    """Count what lies beside the folders in `path`.  Raises `VitError` for a link that may have been a folder."""
+def _count_loose(path: str, inside: FolderListing, walk: Walk) -> None:
+    """Count the files beside the folders in `path`. Raises `VitError` for a link that may have been a folder."""
     walk.enter(path)
     walk.passed_over.update(inside.passed_over)
     kinds = Counter[str]()
@@ -203,7 +202,7 @@ def _count_loose(path: str, inside: Listing, walk: Walk) -> None:
 
 
 def class_files(path: str, walk: Walk, strict: bool) -> dict[str, list[str]]:
-    """The image files, however deep, of each class folder in `path`: sorted paths by class name.
+    """Find the image files, however deep, of each class folder in `path`: sorted paths by class name.
 
     Raises `VitError` for a folder that cannot be read or is reached by two names and, if `strict`, for a class without
     images.
@@ -216,7 +215,7 @@ def class_files(path: str, walk: Walk, strict: bool) -> dict[str, list[str]]:
     for name in inside.folders:
         whole = os.path.join(path, name)
         try:
-            if earlier := walk.met(whole):
+            if earlier := walk.first_path(whole):
                 raise VitError(
                     f"{printable(whole)} and {printable(earlier)} are the same folder, by a link: remove one of them"
                 )
@@ -235,7 +234,7 @@ def class_files(path: str, walk: Walk, strict: bool) -> dict[str, list[str]]:
                 walk.passed_over[found.kind] += 1
     empty = [name for name, files in classes.items() if not files]
     if strict and empty and len(empty) < len(classes):
-        raise VitError(f"{shown}: no images in {listing(empty)}; add some, or remove the folder{_aside(walk)}")
+        raise VitError(f"{shown}: no images in {quote_names(empty)}; add some, or remove the folder{_aside(walk)}")
     for label, names in spelled.items():
         if len(names) > 1:
             forms = ", ".join(ascii(name) for name in names)
@@ -245,7 +244,7 @@ def class_files(path: str, walk: Walk, strict: bool) -> dict[str, list[str]]:
 
 
 def _warn_of_names(shown: str, names: Iterable[str]) -> None:
-    """Log names that are easily taken for one another."""
+    """Log names that are easily confused."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(" ".join(name.casefold().split()), []).append(name)
@@ -253,7 +252,7 @@ def _warn_of_names(shown: str, names: Iterable[str]) -> None:
             log.warning("%s: the class name %r begins or ends with a blank", shown, name)
     for twins in alike.values():
         if len(twins) > 1:
-            log.warning("%s: %s are classes of their own: they differ in capitals or blanks", shown, listing(twins))
+            log.warning("%s: %s are classes of their own: they differ in capitals or blanks", shown, quote_names(twins))
 
 
 def _flatten(by_class: dict[str, list[str]]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Moving pixels, a batch at a time.
+"""Geometric augmentation: moves pixels, a batch at a time.
 
 Notable:
 - A whole-pixel shift and a mirror are one gather of uint8, fifty microseconds for 128 images of 28x28 on one core;
@@ -25,13 +25,13 @@ def mirror(images: Tensor, flip: Tensor) -> Tensor:
 
 
 def shift(
-    images: Tensor, down: Tensor, right: Tensor, flip: Tensor | None, most: int, border: str, fill: Tensor
+    images: Tensor, down: Tensor, right: Tensor, flip: Tensor | None, limit: int, border: str, fill: Tensor
 ) -> Tensor:
     """Move images by whole pixels, then mirror some.
 
     Args:
         images: (B, C, H, W), any type.
-        down, right: int64 (B,), from -`most` to `most`; pixel (y, x) is read from (y + down, x + right).
+        down, right: int64 (B,), from -`limit` to `limit`; pixel (y, x) is read from (y + down, x + right).
         flip: bool (B,), which to mirror afterwards; None for none.
         border: what lies outside: `zero`; `mean`, which is `fill`; `reflect`, without repeating the edge.
         fill: (C,), of the images' type.
@@ -46,14 +46,14 @@ def shift(
         rows = (height - 1) - (height - 1 - rows.abs()).abs()
         columns = (width - 1) - (width - 1 - columns.abs()).abs()
     else:
-        padded = F.pad(images, (most, most, most, most))
+        padded = F.pad(images, (limit, limit, limit, limit))
         if border == "mean":
             padded.copy_(fill[:, None, None])
-            padded[:, :, most : most + height, most : most + width] = images
+            padded[:, :, limit : limit + height, limit : limit + width] = images
         images = padded
-        rows, columns = rows + most, columns + most
-    place = (rows * images.shape[3]).unsqueeze(2) + columns.unsqueeze(1)
-    index = place.view(batch, 1, -1).expand(-1, channels, -1)
+        rows, columns = rows + limit, columns + limit
+    position = (rows * images.shape[3]).unsqueeze(2) + columns.unsqueeze(1)
+    index = position.view(batch, 1, -1).expand(-1, channels, -1)
     return images.flatten(2).gather(2, index).view(batch, channels, height, width)
 
 
@@ -82,7 +82,7 @@ def sample(images: Tensor, matrix: Tensor, border: str, fill: Tensor) -> Tensor:
 
 
 def crop_matrix(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Read the boxes (B, 4: left, top, width, height) of images of `size` (H, W) as if they were whole images."""
+    """Make the matrix that reads the boxes (B, 4: left, top, width, height) of images of `size` (H, W)."""
     height, width = size
     left, top, w, h = boxes.unbind(1)
     return _matrix(
@@ -93,20 +93,21 @@ def crop_matrix(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def shift_matrix(down: Tensor, right: Tensor) -> Tensor:
-    """What `shift` does by `down` and `right` (B,), as a matrix."""
+    """Make the matrix of `shift` by `down` and `right` (B,)."""
     right = right.to(torch.float32)
     return _matrix((1, 0, right), (0, 1, down.to(torch.float32)), right)
 
 
 def mirror_matrix(flip: Tensor) -> Tensor:
-    """What `mirror` does, as a matrix."""
+    """Make the matrix of `mirror`."""
     sign = torch.where(flip, -1.0, 1.0)
     return _matrix((sign, 0, 0), (0, 1, 0), sign)
 
 
 def affine_matrix(radians: Tensor, right: Tensor, down: Tensor, scale: Tensor, shear: Tensor) -> Tensor:
-    """Enlarge by `scale`, shear along x by `shear` (its tangent), rotate by `radians` counter-clockwise as seen, then
-    move by `right` and `down` pixels; all (B,), about the centre. The order is torchvision's RandomAffine's."""
+    """Make the matrix that enlarges by `scale`, shears along x by `shear` (its tangent), rotates by `radians`
+    counter-clockwise, then moves by `right` and `down` pixels; all (B,), about the centre. The order is that of
+    torchvision's RandomAffine."""
     cos, sin = radians.cos(), radians.sin()
     # the inverse, one factor after another: scale^-1 shear^-1 rotation^-1 translation^-1
     a, b = (cos + shear * -sin) / scale, (-sin - shear * cos) / scale

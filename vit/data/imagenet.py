@@ -35,7 +35,7 @@ LAYOUT = "expected ROOT/train/n01440764/*.JPEG and ROOT/val/n01440764/*.JPEG, on
 
 
 def imagenet(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """ImageNet-1k, or any part of it in the same layout."""
+    """Open ImageNet-1k, or any part of it in the same layout."""
     if config.root is None:
         raise VitError(f"data=imagenet cannot be downloaded, it needs data.root=FOLDER: {LAYOUT}")
     root = os.path.abspath(config.root)
@@ -59,62 +59,64 @@ def imagenet(config: DataConfig, class_names: list[str] | None, scan_limit: int 
     data = from_files("imagenet", files, config, class_names, where=printable(config.root), scan_limit=scan_limit)
     data.passed_over = dict(walk.passed_over)
     synsets = data.class_names
-    places = _places(synsets, class_names) if class_names is not None else None
-    if places is None:
-        data.class_names = _readable(synsets)
+    indices = _class_indices(synsets, class_names) if class_names is not None else None
+    if indices is None:
+        data.class_names = _readable_names(synsets)
     else:
         for part in data.splits.values():
-            part.labels = np.array(places, dtype=np.int64)[part.labels]
+            part.labels = np.array(indices, dtype=np.int64)[part.labels]
         data.class_names = list(class_names or ())
     return data
 
 
-def _readable(synsets: Sequence[str], whole: bool = True) -> list[str]:
-    """WordNet's words for each synset, or the first of them; with its number where two have the same."""
+def _readable_names(synsets: Sequence[str], whole: bool = True) -> list[str]:
+    """Return WordNet's words for each synset, or the first of them; with its number where two have the same."""
     words = [_lemmas().get(synset, synset) for synset in synsets]
     names = words if whole else [text.split(",")[0] for text in words]
-    often = Counter(names)
-    return [f"{name} ({synset})" if often[name] > 1 else name for synset, name in zip(synsets, names, strict=True)]
+    occurrences = Counter(names)
+    return [
+        f"{name} ({synset})" if occurrences[name] > 1 else name for synset, name in zip(synsets, names, strict=True)
+    ]
 
 
-def _places(synsets: Sequence[str], class_names: Sequence[str]) -> list[int] | None:
-    """The index in `class_names` of each synset; None if they are not to be found there under any usual name."""
+def _class_indices(synsets: Sequence[str], class_names: Sequence[str]) -> list[int] | None:
+    """Find the index in `class_names` of each synset; None if they are not there under any usual name."""
     for names in (
-        _readable(synsets),
+        _readable_names(synsets),
         synsets,
         [f"{synset} {_lemmas().get(synset, '')}" for synset in synsets],
-        _readable(synsets, whole=False),
+        _readable_names(synsets, whole=False),
     ):
         if set(names) <= set(class_names):
             return [class_names.index(name) for name in names]
     # all thousand in the usual order, where two may be called "crane"
-    standard = _standard()
+    standard = _standard_synsets()
     if len(class_names) == len(standard) and set(synsets) <= set(standard):
-        places = [standard.index(synset) for synset in synsets]
+        indices = [standard.index(synset) for synset in synsets]
         words = ([synset, *_lemmas().get(synset, "").split(", ")] for synset in synsets)
-        if all(class_names[k].split(",")[0] in known for k, known in zip(places, words, strict=True)):
-            return places
+        if all(class_names[k].split(",")[0] in known for k, known in zip(indices, words, strict=True)):
+            return indices
     return None
 
 
 @functools.cache
 def _lemmas() -> dict[str, str]:
-    """WordNet's words for each synset, as timm has them."""
+    """Read WordNet's words for each synset from timm's table."""
     rows = (line.split("\t", 1) for line in _table("imagenet_synset_to_lemma.txt"))
     return {row[0]: row[1].strip() for row in rows if len(row) == 2}
 
 
 @functools.cache
-def _standard() -> list[str]:
-    """The thousand synsets of ImageNet-1k, in the order of every published model."""
+def _standard_synsets() -> list[str]:
+    """Read the thousand synsets of ImageNet-1k, in the order of every published model."""
     return _table("imagenet_synsets.txt")
 
 
 def _table(name: str) -> list[str]:
-    """The lines of one of timm's tables, read as a file: timm is not imported.  Without timm, none."""
+    """Read the lines of one of timm's tables as a file: timm is not imported. Without timm, none."""
     spec = importlib.util.find_spec("timm")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(place) / "data" / "_info" / name
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / "data" / "_info" / name
         if path.is_file():
             return path.read_text("utf-8").splitlines()
     return []

@@ -1,4 +1,4 @@
-"""Labels that a program hands over, texts or whole numbers, as class names."""
+"""Converts labels from a program, texts or whole numbers, to class names."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def name_labels(
         if names is None or int not in kinds:
             labels[split] = [str(value) for value in values]
             continue
-        often = Counter(names)  # ImageNet has two cranes
-        named = [f"{name} ({k})" if often[name] > 1 else name for k, name in enumerate(names)]
+        occurrences = Counter(names)  # ImageNet has two cranes
+        named = [f"{name} ({k})" if occurrences[name] > 1 else name for k, name in enumerate(names)]
         if wrong := [value for value in values if not 0 <= value < len(named)]:
             raise VitError(f"{split}: label {wrong[0]}, but there are {len(named)} class names")
         class_names = class_names or named

@@ -26,7 +26,7 @@ from vit.data.dataset import Split
 from vit.data.preprocess import Preprocessing
 from vit.data.resident import ResidentImages, resident_bytes
 from vit.data.scan import cache_root
-from vit.data.store import Recipe, Store, open_store
+from vit.data.store import StorageSpec, Store, open_store
 from vit.data.stored import StoredImages
 from vit.data.streaming import RandomCrop, StreamedImages, worker_count
 from vit.errors import VitError
@@ -81,13 +81,13 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
-    again: bool = False,
+    reused: bool = False,
 ) -> EvalLoader:
     """Make the loader of a split to evaluate on; see `EvalLoader` for what processes get. An empty split is fine.
 
-    `again`: it will be read many times, so that `data.cache` pays; what it yields is the same.
+    `reused`: it will be read many times, so that `data.cache` pays off; the batches are the same.
     """
-    store = _store(split, preprocessing, config, crops=False) if again else None
+    store = _store(split, preprocessing, config, crops=False) if reused else None
     resident = store is None and _resident(split, preprocessing, config)
     source = _source(split, preprocessing, config, None, store, resident, world_size, device)
     return EvalLoader(source, config.eval_batch_size, rank=rank, world_size=world_size)
@@ -115,43 +115,44 @@ def _source(
 def store_images(
     splits: Mapping[str, Split], preprocessing: Preprocessing, config: DataConfig, augment: AugmentConfig
 ) -> None:
-    """Decode now what `data.cache` keeps for training and validation; the loaders made later find it.
+    """Decode the images of training and validation for `data.cache` now; the loaders made later find them.
 
-    For before further processes are started, which would wait for the one that decodes. Without the key, nothing.
+    Call it before other processes are started, which would wait for the one that decodes. Without the key, do nothing.
     """
     _store(splits["train"], preprocessing, config, crops=augment.random_resized_crop)
     _store(splits["val"], preprocessing, config, crops=False)
 
 
 def _store(split: Split, preprocessing: Preprocessing, config: DataConfig, *, crops: bool) -> Store | None:
-    """The decoded images of a split, whole for random crops; None where they are not wanted, or in no files."""
+    """Open the store of a split, of whole images for random crops; None where none is wanted, or there are no files."""
     if not config.cache:
         return None
     side = config.cache_side or -(-max(preprocessing.image_size) * 8 // 7)
-    recipe = Recipe(preprocessing, side if crops else None)
-    if recipe not in split.stores:
+    spec = StorageSpec(preprocessing, side if crops else None)
+    if spec not in split.stores:
         root = Path(config.cache_folder) if config.cache_folder else cache_root() / "images"
-        of = f"{config.name} {os.path.abspath(config.root or config.name)}"
-        split.stores[recipe] = open_store(split, recipe, root, of)
-        if split.stores[recipe] is None and len(split):
+        dataset = f"{config.name} {os.path.abspath(config.root or config.name)}"
+        split.stores[spec] = open_store(split, spec, root, dataset)
+        if split.stores[spec] is None and len(split):
             log.info("data.cache=true: %d images are in no files, there is nothing to decode", len(split))
-    return split.stores[recipe]
+    return split.stores[spec]
 
 
 def _resident(split: Split, preprocessing: Preprocessing, config: DataConfig, level: int = logging.DEBUG) -> bool:
+    """Say whether a split is held on the device."""
     wanted = str(config.resident).lower()
     if wanted not in ("auto", "true", "false"):
         raise VitError(f"data.resident: {config.resident!r}; choose from auto, true, false")
     size = resident_bytes(split, preprocessing)
-    suits = split.native_size is not None and size <= RESIDENT_LIMIT
-    taken = suits if wanted == "auto" else wanted == "true"
+    fits = split.native_size is not None and size <= RESIDENT_LIMIT
+    resident = fits if wanted == "auto" else wanted == "true"
     log.log(
         level,
         "%d images %s (data.resident=%s, %.0f MiB at %dx%d)",
         len(split),
-        "held on the device" if taken else "streamed",
+        "held on the device" if resident else "streamed",
         wanted,
         size / 2**20,
         *preprocessing.image_size,
     )
-    return taken
+    return resident

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vit")
 
 NAME = "memory"
-"""What such data is called where a catalogue name stands."""
+"""The name of such data, in place of one of the catalogue."""
 
 EXPECTED = (
     "the name of a data set, a folder, a list of (path, label), (images, labels) with an array of images, a torch "
@@ -52,9 +52,9 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Gathered:
-    """Images given from Python, in the order train, val, test.
+    """Holds images given from Python, in the order train, val, test.
 
-    Attributes
+    Attributes:
         images: where they are.
         labels: the class name of each, by split.
         class_names: the class map.
@@ -91,7 +91,7 @@ class Gathered:
 
 @dataclass
 class _Part:
-    """One split, as it was given."""
+    """Holds one split, as it was given."""
 
     images: Images
     labels: list[Any]
@@ -104,7 +104,7 @@ class _Part:
 
 
 def gather(data: Any, *, image_column: str | None = None, label_column: str | None = None) -> Gathered:
-    """Check what was given, and bring it into one form.
+    """Check the given data, and convert it to one form.
 
     Args:
         data: see `EXPECTED`; arrays of images are (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floating point from
@@ -237,7 +237,7 @@ def _part(data: Any, where: str, columns: Any) -> _Part:
 
 
 def _items(data: Any, where: str) -> Iterator[tuple[Any, Any]]:
-    """The items of a data set, under a progress bar."""
+    """Yield the items of a data set, under a progress bar."""
     with progress("Reading images", len(data)) as advance:
         for i in range(len(data)):
             try:
@@ -305,7 +305,7 @@ def _hub(data: Any, hub: Any, where: str, columns: Any) -> _Part:
     digests: list[bytes] = [b""] * len(data)
     reasons: dict[int, str] = {}
 
-    def one(i: int) -> None:
+    def read_one(i: int) -> None:
         try:
             source = images.source(i)
             digests[i] = _digest(source) if isinstance(source, bytes) else file_content(source).encode()
@@ -313,13 +313,13 @@ def _hub(data: Any, hub: Any, where: str, columns: Any) -> _Part:
         except ImageError as error:
             reasons[i] = error.reason
 
-    for_each(one, range(len(data)), len(data), "Checking images")
+    for_each(read_one, range(len(data)), len(data), "Checking images")
     names = None if found.names is None else list(found.names)
     return _Part(images, list(plain[found.label]), names, sizes, dict(sorted(reasons.items())), b"".join(digests))
 
 
 def _is_missing(label: Any, names: Sequence[str] | None) -> bool:
-    """Whether there is no label; where classes have names, -1 says so."""
+    """Say whether a label is missing; where classes have names, -1 means that."""
     return label is None or (names is not None and np.ndim(label) == 0 and bool(label == -1))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vit.data.regions import coverage, pasted_boxes
 
-NUMBERS = 5  # what a pair spends: whether, which, how much, and the rectangle's centre
+NUMBERS = 5  # draws of a pair: whether, which, how much, and the rectangle's centre
 _KNOTS = 1024
 
 
@@ -39,8 +39,8 @@ class BetaQuantiles:
         mass = torch.cat((density.new_zeros(1), density.cumsum(0)))
         levels = torch.linspace(0, 1, _KNOTS + 1, dtype=torch.float64) ** alpha * mass[-1]
         above = torch.searchsorted(mass, levels).clamp(1, steps)
-        share = (levels - mass[above - 1]) / (mass[above] - mass[above - 1])
-        x = torch.lerp(edges[above - 1], edges[above], share) ** power
+        fraction = (levels - mass[above - 1]) / (mass[above] - mass[above - 1])
+        x = torch.lerp(edges[above - 1], edges[above], fraction) ** power
         self._knots = x.float().to(device)  # a GPU may have no float64
 
     def __call__(self, uniform: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class BetaQuantiles:
 
 
 class Mixing:
-    """Mixup with Beta(`mixup`, `mixup`), CutMix with Beta(`cutmix`, `cutmix`); either may be 0, for never.
+    """Mixes pairs: mixup with Beta(`mixup`, `mixup`), CutMix with Beta(`cutmix`, `cutmix`); 0 turns either off.
 
     A pair is mixed with probability `prob`; where both kinds are on, either with probability one half, as timm's
     `switch_prob`.
@@ -67,51 +67,51 @@ class Mixing:
     def __call__(self, images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Mix float images (B, C, H, W), in place, by the draws (B // 2, 5) of their pairs.
 
-        Returns the images, and what each keeps of itself, float32 (B,): the weight of its own label; the rest belongs
-        to its neighbour's. For CutMix that is the true share of pixels, after the rectangle was cut at the borders.
+        Returns the images, and the weight of each one's own label, float32 (B,); the rest is the weight of its
+        neighbour's. For CutMix that is the true fraction of pixels, after the rectangle was cut at the borders.
         """
         pairs, size = len(numbers), (images.shape[2], images.shape[3])
-        lost, weight = self._weights(numbers, size)
+        exchanged, weight = self._weights(numbers, size)
         first, second = images[: 2 * pairs].unflatten(0, (pairs, 2)).unbind(1)
-        # each of two moves towards the other by the same step
+        # each of the two moves towards the other by the same step
         step = (second - first).mul_(weight)
         first.add_(step)
         second.sub_(step)
-        kept = (1 - lost).repeat_interleave(2, output_size=2 * pairs)
-        return images, torch.cat((kept, kept.new_ones(len(images) - 2 * pairs)))
+        own_weight = (1 - exchanged).repeat_interleave(2, output_size=2 * pairs)
+        return images, torch.cat((own_weight, own_weight.new_ones(len(images) - 2 * pairs)))
 
     def _weights(self, numbers: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What each pair exchanges: overall (pairs,), and at each pixel, broadcasting over (pairs, C, H, W)."""
+        """Compute the fraction that each pair exchanges: overall (pairs,), and per pixel, for (pairs, C, H, W)."""
         mixed = numbers[:, 0] < self.prob
         uniform = numbers[:, 2]  # serves either kind: only one of the two is used
         if self._cutmix is None:
             assert self._mixup is not None
-            lost = (1 - self._mixup(uniform)) * mixed
-            return lost, lost[:, None, None, None]
+            exchanged = (1 - self._mixup(uniform)) * mixed
+            return exchanged, exchanged[:, None, None, None]
         boxes, covered = pasted_boxes(numbers[:, 3:5], (1 - self._cutmix(uniform)) * mixed, size)
         if self._mixup is None:
             return covered, coverage(boxes, size)
         pastes = numbers[:, 1] < 0.5
-        lost = torch.where(pastes, covered, (1 - self._mixup(uniform)) * mixed)
+        exchanged = torch.where(pastes, covered, (1 - self._mixup(uniform)) * mixed)
         # mixing all of an image is pasting all of it, thinly
         whole = boxes.new_zeros(4)
         whole[2], whole[3] = size[1], size[0]
         boxes = torch.where(pastes[:, None], boxes, whole)
-        return lost, coverage(boxes, size, torch.where(pastes, 1.0, lost))
+        return exchanged, coverage(boxes, size, torch.where(pastes, 1.0, exchanged))
 
 
-def soft_targets(labels: Tensor, classes: int, smoothing: float, kept: Tensor | None = None) -> Tensor:
+def soft_targets(labels: Tensor, classes: int, smoothing: float, own_weight: Tensor | None = None) -> Tensor:
     """Make target distributions float32 (B, K) of labels int64 (B,).
 
-    `smoothing` s gives every class s / K and the rest to the label's, as torch's cross-entropy and timm do. `kept`
-    (B,), from `Mixing`, gives the neighbour's label what the image's own does not keep.
+    `smoothing` s gives every class s / K and the rest to the label's, as torch's cross-entropy and timm do.
+    `own_weight` (B,), from `Mixing`, is the weight of the image's own label; the rest is its neighbour's.
     """
     targets = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
-    own = torch.full_like(targets[:, 0], 1 - smoothing) if kept is None else kept * (1 - smoothing)
+    own = torch.full_like(targets[:, 0], 1 - smoothing) if own_weight is None else own_weight * (1 - smoothing)
     targets.scatter_add_(1, labels[:, None], own[:, None])
-    if kept is not None:
+    if own_weight is not None:
         pairs = len(labels) // 2
         others = labels[: 2 * pairs].view(pairs, 2).flip(1).reshape(-1, 1)
-        rest = ((1 - kept) * (1 - smoothing))[: 2 * pairs, None]
+        rest = ((1 - own_weight) * (1 - smoothing))[: 2 * pairs, None]
         targets[: 2 * pairs].scatter_add_(1, others, rest)
     return targets

@@ -1,6 +1,6 @@
-"""Many images at once, in threads, with a progress bar for the person waiting.
+"""Processes many images in threads, under a progress bar.
 
-Threads, not processes: Pillow lets go of Python's lock while it decodes and resizes, nothing has to be pickled, and
+Threads, not processes: Pillow releases Python's lock while it decodes and resizes, nothing has to be pickled, and
 results land in shared memory.  The bar goes to standard error, and only where that is a terminal.
 """
 
@@ -18,7 +18,7 @@ _CHUNK = 64  # images a task: long enough to hide the cost of handing it out
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar while the body runs; the body calls what it is given with the number done since the last call."""
+    """Show a progress bar; call the function that is yielded with the number done since the last call."""
     if not sys.stderr.isatty() or total == 0:
         yield lambda done: None
         return

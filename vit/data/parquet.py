@@ -1,4 +1,4 @@
-"""Images in Parquet files, in the layout of the Hugging Face hub: `image.bytes` and a label.
+"""Opens images in Parquet files, in the layout of the Hugging Face hub: `image.bytes` and a label.
 
 Notable:
 - One file, several, or a folder of shards; splits are recognised by the files' names (train-*, validation-*, test-*).
@@ -40,12 +40,12 @@ LAYOUT = "expected a .parquet file, or a folder of them named train-*.parquet, v
 _SPLIT_NAME = re.compile(r"(?:^|[-_.])(train|validation|valid|val|test)(?=$|[-_.\d])")
 _SHARD = re.compile(r"^(.*)-(\d+)-of-(\d+)")
 _LABEL_NAMES = ("label", "labels", "class", "target", "fine_label", "category")
-_GROUPS_HELD = 8
+_MAX_GROUPS = 8
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What to read: `image` is a leaf such as "image.bytes"; `names` the classes, where the schema has them."""
+    """Names the columns to read: `image` is a leaf such as "image.bytes"; `names` are the schema's classes, if any."""
 
     image: str
     label: str
@@ -53,10 +53,10 @@ class Columns:
 
 
 class ParquetImages:
-    """Encoded images in row groups, read when first asked for.  Safe for threads, cheap to send to a process."""
+    """Reads encoded images from row groups on first use. Safe for threads, cheap to send to a process."""
 
-    def __init__(self, groups: list[tuple[str, int, int]], column: str, held: int | None) -> None:
-        """`groups`: (file, row group, its rows) in order; `held`: how many groups to keep in memory, None for all."""
+    def __init__(self, groups: list[tuple[str, int, int]], column: str, max_groups: int | None) -> None:
+        """Read `groups`, (file, row group, its rows) in order; keep at most `max_groups` in memory, None for all."""
         self._groups = groups
         self._starts = np.cumsum([0] + [rows for _, _, rows in groups])
         first_of: dict[str, int] = {}
@@ -65,7 +65,7 @@ class ParquetImages:
         self._first_of = first_of
         self._column = column
         self._contents: dict[str, str] = {}
-        self._held = held
+        self._max_groups = max_groups
         self._cache: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -81,14 +81,14 @@ class ParquetImages:
         return f"{path}, row {i - self._first_of[path]}"
 
     def content(self, i: int) -> str:
-        """See `vit.data.run_splits`."""
+        """Return the checksum by which `vit.data.run_splits` recognises the image."""
         path = self._groups[self._group_of(i)][0]
         if path not in self._contents:
             self._contents[path] = file_content(path)
         return f"{self._contents[path]}/{i - self._first_of[path]}"
 
     def encoded(self, i: int) -> bytes:
-        """The bytes of image `i` as they are in the file; raises `ImageError` where there are none."""
+        """Return the bytes of image `i` as they are in the file. Raises `ImageError` where there are none."""
         group = self._group_of(i)
         try:
             value = self._rows(group)[i - int(self._starts[group])].as_py()
@@ -104,13 +104,13 @@ class ParquetImages:
         except ImageError as error:
             raise ImageError(error.reason, printable(self.name(i))) from error
 
-    def prints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `vit.data.dataset.Filed`; a row is in the state that its file is in."""
-        names = _numbered(self._groups, lambda path: name_fingerprint(f"{path}\0{self._column}"))
-        return names[rows], _numbered(self._groups, lambda path: file_fingerprint(path, channels))[rows]
+    def fingerprints(self, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `vit.data.dataset.FileBacked`; a row has the state of its file."""
+        names = _row_fingerprints(self._groups, lambda path: name_fingerprint(f"{path}\0{self._column}"))
+        return names[rows], _row_fingerprints(self._groups, lambda path: file_fingerprint(path, channels))[rows]
 
     def size(self, i: int, channels: int) -> tuple[int, int]:
-        """(H, W) of image `i`, after decoding all of it; raises `ImageError`."""
+        """Return (H, W) of image `i` after decoding all of it. Raises `ImageError`."""
         return measure(self.encoded(i), channels=channels)
 
     def _group_of(self, i: int) -> int:
@@ -127,13 +127,13 @@ class ParquetImages:
             rows = column.combine_chunks()
             rows = rows.chunk(0) if hasattr(rows, "chunk") else rows
             self._cache[group] = rows
-            if self._held is not None and len(self._cache) > self._held:
+            if self._max_groups is not None and len(self._cache) > self._max_groups:
                 self._cache.popitem(last=False)
             return rows
 
 
 def parquet(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """The data set in `data.root`: a Parquet file or a folder of them."""
+    """Open the data set in `data.root`: a Parquet file or a folder of them."""
     try:
         import pyarrow  # noqa: F401
     except ImportError as error:
@@ -185,9 +185,9 @@ def parquet(config: DataConfig, class_names: list[str] | None, scan_limit: int |
     fits = memory is None or weight < memory / 2
     if not fits:
         log.warning("%s does not fit in memory: images in random order will come slowly; a folder is faster", shown)
-    images = ParquetImages(groups, columns.image, None if fits else _GROUPS_HELD)
+    images = ParquetImages(groups, columns.image, None if fits else _MAX_GROUPS)
     sizes, reasons = scan(
-        _numbered(groups, lambda path: file_fingerprint(path, config.channels)),
+        _row_fingerprints(groups, lambda path: file_fingerprint(path, config.channels)),
         lambda i: images.size(i, config.channels),
         f"parquet\0{os.path.abspath(config.root)}",
         "Checking images",
@@ -228,7 +228,7 @@ def _leaf(column: Any) -> Any:
 
 
 def _find(root: str, shown: str) -> dict[str, list[str]]:
-    """The Parquet files of each split."""
+    """Find the Parquet files of each split."""
     if os.path.isfile(root):
         return {"train": [root]}
     if not os.path.isdir(root):
@@ -323,7 +323,7 @@ def find_columns(schema: Any, config: Any, shown: str) -> Columns:
 
 
 def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
-    """What the labels 0, 1, ... of a file are called, where it says so.  Names that repeat get their number."""
+    """Read the names of the labels 0, 1, ... of a file, where it has them. Names that repeat get their number."""
     import pyarrow as pa
 
     names = _features(schema).get(label, {}).get("names")
@@ -336,7 +336,7 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...] | None:
 
 
 def _named(labels: list[int | None], names: Sequence[str], shown: str) -> list[Any]:
-    """Labels as class names; those that are missing (None, -1) as they are."""
+    """Turn labels into class names; missing ones (None, -1) stay."""
     good = {None, *range(-1, len(names))}
     wrong = [label for label in labels if label not in good]
     if wrong:
@@ -345,7 +345,7 @@ def _named(labels: list[int | None], names: Sequence[str], shown: str) -> list[A
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """What the `datasets` library noted about the columns; empty where there is nothing, or nothing sensible."""
+    """Read what the `datasets` library wrote about the columns; empty where there is nothing valid."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
@@ -354,7 +354,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _names(raw: dict[str, list[Any]], columns: Columns) -> tuple[dict[str, list[str]], list[str] | None]:
-    """Class names for every row, and the class map where it is not simply the sorted names of train."""
+    """Return the class name of every row, and the class map where it is not the sorted names of train."""
     named = {split: [str(value) for value in values] for split, values in raw.items()}
     train = set(raw.get("train", ()))
     if columns.names is not None:
@@ -364,20 +364,20 @@ def _names(raw: dict[str, list[Any]], columns: Columns) -> tuple[dict[str, list[
     return named, [str(value) for value in sorted(train)] if numbers else None
 
 
-def _numbered(groups: list[tuple[str, int, int]], print_of: Callable[[str], int]) -> np.ndarray:
-    """A fingerprint for each row: the file's, moved on by an odd constant a row."""
-    prints: list[np.ndarray] = []
+def _row_fingerprints(groups: list[tuple[str, int, int]], fingerprint_of: Callable[[str], int]) -> np.ndarray:
+    """Compute a fingerprint for each row: the file's, plus an odd constant a row."""
+    fingerprints: list[np.ndarray] = []
     row_of: dict[str, int] = {}
     for path, _, rows in groups:
         first = row_of.get(path, 0)
         row_of[path] = first + rows
-        base = np.uint64(print_of(path))
-        prints.append(base + np.arange(first, first + rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return np.concatenate(prints)
+        base = np.uint64(fingerprint_of(path))
+        fingerprints.append(base + np.arange(first, first + rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.concatenate(fingerprints)
 
 
 def total_memory() -> int | None:
-    """Bytes of memory in this machine, where the system says."""
+    """Return the bytes of memory in this machine, None where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

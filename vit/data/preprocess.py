@@ -1,4 +1,4 @@
-"""From a decoded image to the model's input: resize, crop, normalise; the same numbers as timm's evaluation path.
+"""Preprocessing: resizes, crops and normalises a decoded image, with the same numbers as timm's evaluation path.
 
 Notable:
 - `center`, `squash` and `border` round, crop and pad as `timm.data.create_transform` does (which in turn follows
@@ -38,7 +38,7 @@ _MOST_PIXELS = 65_535
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become inputs.
+    """Turns a decoded image into the model's input.
 
     Attributes:
         image_size: (H, W) of the model's input.
@@ -88,18 +88,18 @@ class Preprocessing:
 
     @property
     def resize_target(self) -> tuple[int, int]:
-        """(H, W) before the crop; what to give `decode` as `target`."""
+        """Return (H, W) before the crop, the `target` for `decode`."""
         height, width = self.image_size
         return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
 
     @property
     def geometry(self) -> dict[str, Any]:
-        """What `resize` depends on, as plain JSON types."""
+        """Return all that `resize` depends on, as plain JSON types."""
         geometry = {key: value for key, value in self.to_dict().items() if key not in ("mean", "std")}
         return geometry | {"fill": list(self.mean)} if self.crop_mode == "border" else geometry
 
-    def keeps(self, size: tuple[int, int]) -> bool:
-        """Whether an image of `size` (H, W) passes `resize` unchanged."""
+    def leaves_unchanged(self, size: tuple[int, int]) -> bool:
+        """Say whether `resize` returns an image of `size` (H, W) unchanged."""
         return size == self.image_size == self.resize_target
 
     def resize(self, image: Image.Image | np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ class Preprocessing:
             and image.dtype == np.uint8
             and image.ndim == 3
             and image.shape[2] == self.channels
-            and self.keeps((image.shape[0], image.shape[1]))
+            and self.leaves_unchanged((image.shape[0], image.shape[1]))
         ):
             return image
         from PIL import Image
@@ -121,7 +121,7 @@ class Preprocessing:
 
         pixels = decode(image, channels=self.channels)
         if isinstance(pixels, np.ndarray):
-            if self.keeps((pixels.shape[0], pixels.shape[1])):
+            if self.leaves_unchanged((pixels.shape[0], pixels.shape[1])):
                 return pixels
             # Pillow resizes one band as it would several
             bands = [self._fit(Image.fromarray(pixels[:, :, c]), (c,)) for c in range(self.channels)]
@@ -130,7 +130,7 @@ class Preprocessing:
         return fitted[:, :, None] if fitted.ndim == 2 else fitted
 
     def normalise(self, images: np.ndarray) -> np.ndarray:
-        """(..., H, W, C) uint8 -> (..., C, H, W) float32, `(value / 255 - mean) / std`."""
+        """Compute `(value / 255 - mean) / std`: (..., H, W, C) uint8 -> (..., C, H, W) float32."""
         scale = 1.0 / (255.0 * np.asarray(self.std))
         shift = -np.asarray(self.mean) / np.asarray(self.std)
         moved = np.moveaxis(images, -1, -3)
@@ -140,11 +140,11 @@ class Preprocessing:
         return out
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """The model's input for one image: float32 (C, H, W)."""
+        """Make the model's input of one image: float32 (C, H, W)."""
         return self.normalise(self.resize(image))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types."""
+        """Return the fields as plain JSON types."""
         return {
             "image_size": list(self.image_size),
             "channels": self.channels,
@@ -157,7 +157,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Any) -> Preprocessing:
-        """The inverse of `to_dict`; raises `VitError` on anything that is not such a dictionary."""
+        """Invert `to_dict`. Raises `VitError` for anything that is not such a dictionary."""
         if not isinstance(values, Mapping):
             raise VitError(f"preprocessing: expected a dictionary, got {type(values).__name__}")
         known = [field.name for field in fields(cls)]
@@ -201,7 +201,7 @@ class Preprocessing:
 
 
 def scaled(image: Image.Image | np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """All of a decoded image at `size` (H, W), whatever its proportions: uint8 (H, W, C)."""
+    """Resize all of a decoded image to `size` (H, W), whatever its proportions: uint8 (H, W, C)."""
     from PIL import Image
 
     height, width = size

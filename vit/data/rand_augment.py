@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vit.data import colour
 
-NUMBERS = 2  # what a round spends: which operation (or none), and which way
+NUMBERS = 2  # draws of a round: which operation (or none), and in which direction
 OPERATIONS = (
     "invert",
     "posterize",

@@ -1,4 +1,4 @@
-"""Random numbers as a function of what they are for, not of when they were asked for.
+"""Counter-based random numbers in torch: a function of their purpose, not of when they are drawn.
 
 Notable:
 - A value is `f(seed, epoch, sample index, stream, k)`. Worker count, process count, batch size and resuming cannot
@@ -25,8 +25,11 @@ _STREAM_BITS = 20
 
 
 class Stream(enum.IntEnum):
-    """What numbers are drawn for. One list, so that no two uses share a stream; a number once given never changes,
-    because a run resumed later must draw the same."""
+    """Names the purposes of random numbers.
+
+    One list, so that no two uses share a stream; a number once given never changes, because a run resumed later must
+    draw the same.
+    """
 
     ORDER = 0
     CROP = 1
@@ -45,7 +48,7 @@ def uniform(seed: int, epoch: int, index: Tensor, stream: int, n: int) -> Tensor
     Args:
         seed: the run's seed, any integer (taken modulo 2^64).
         epoch: from 0.
-        index: int64 (B,), each sample's place in its data set; the result lives on its device.
+        index: int64 (B,), each sample's index in its data set; the result lives on its device.
         stream: what the numbers are for (`Stream`, or any of 0 to 2^20 - 1); two streams are independent of each other.
         n: how many, at most 2^20. The first of `n` numbers are the same for every larger `n`.
 

@@ -1,4 +1,4 @@
-"""Random rectangles, a batch at a time: what to crop, what to erase, what to paste.
+"""Draws random rectangles, a batch at a time: to crop, to erase, to paste.
 
 Notable:
 - "Try ten rectangles, take the first that fits" is drawn as ten rectangles at once, so there is no loop that waits for
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TRIES = 10
-NUMBERS = 2 * TRIES + 2  # what a random rectangle spends: areas, ratios, and where it lies
+NUMBERS = 2 * TRIES + 2  # draws of a random rectangle: areas, ratios, and its position
 
 
 def crop_boxes(
@@ -29,7 +29,7 @@ def crop_boxes(
     Args:
         numbers: (B, 22) uniform draws.
         height, width: of the images, in pixels; (B,) where they differ.
-        scale: least and greatest share of the image's area.
+        scale: least and greatest fraction of the image's area.
         ratio: least and greatest width over height; its logarithm is uniform.
 
     Returns:
@@ -68,21 +68,21 @@ def erased_boxes(
     return torch.stack((_whole(numbers[:, -1], width - w + 1), _whole(numbers[:, -2], height - h + 1), w, h), dim=1)
 
 
-def pasted_boxes(numbers: Tensor, share: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Draw the rectangles of CutMix (Yun et al. 2019): of area `share` (B,), centred anywhere, cut at the borders.
+def pasted_boxes(numbers: Tensor, fraction: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Draw the rectangles of CutMix (Yun et al. 2019): of area `fraction` (B,), centred anywhere, cut at the borders.
 
     Takes (B, 2) uniform draws for the centre; returns float32 (B, 4) left, top, width, height in whole pixels, and
-    the share of the image that the rectangle really covers, (B,).
+    the fraction of the image that the rectangle really covers, (B,).
     """
     height, width = size
-    side = share.sqrt()
+    side = fraction.sqrt()
     left, w = _span(numbers[:, 1], (side * width).floor(), width)
     top, h = _span(numbers[:, 0], (side * height).floor(), height)
     return torch.stack((left, top, w, h), dim=1), w * h / (height * width)
 
 
 def coverage(boxes: Tensor, size: tuple[int, int], weight: Tensor | None = None) -> Tensor:
-    """Draw each rectangle of (B, 4): float32 (B, 1, H, W), its `weight` (B,; 1 if not given) inside, 0 outside."""
+    """Draw a mask of each rectangle (B, 4): float32 (B, 1, H, W), its `weight` (B,; default 1) inside, 0 outside."""
     left, top, w, h = (boxes[:, k, None] for k in range(4))
     x = torch.arange(size[1], device=boxes.device)
     y = torch.arange(size[0], device=boxes.device)
@@ -102,7 +102,7 @@ def _first_fit(
     ratio: tuple[float, float],
     inside: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether any of the tries fits (B,), and the sides of the first that does: bool, width, height."""
+    """Find the first try that fits, for each image: whether there is one, bool (B,), and its width and height."""
     if isinstance(height, Tensor) and isinstance(width, Tensor):
         height, width = height[:, None], width[:, None]
     area = (scale[0] + (scale[1] - scale[0]) * numbers[:, :TRIES]) * (height * width)
@@ -116,13 +116,13 @@ def _first_fit(
 
 
 def _whole(number: Tensor, count: Tensor | int) -> Tensor:
-    """A whole number of 0 to `count` - 1. The product may round up to `count`, hence the clamp."""
+    """Turn a draw into a whole number of 0 to `count` - 1. The product may round up to `count`, hence the clamp."""
     value = (number * count).floor()
     return torch.minimum(value, count - 1) if isinstance(count, Tensor) else value.clamp_(max=count - 1)
 
 
 def _span(number: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Start and length of a span about a random centre, cut to 0 .. `limit`."""
+    """Return start and length of a span about a random centre, cut to 0 .. `limit`."""
     centre = _whole(number, limit)
     start = (centre - (length / 2).floor()).clamp_(min=0)
     stop = (centre + ((length + 1) / 2).floor()).clamp_(max=limit)

@@ -1,9 +1,9 @@
-"""Which image is in which split of a run: the file `splits.csv` in its folder, and the same splits cut from it again.
+"""Writes which image is in which split of a run to `splits.csv` in its folder, and restores the same splits from it.
 
 Notable:
 - A split made by seed depends on every name in a folder, so a run that goes on, or is evaluated, uses what was written
   down: images that came since are left out, whatever else happened to the files.
-- An image is known again by its content, wherever it is and whatever it is called.  A file's content is its size and a
+- An image is recognised by its content, wherever it is and whatever its name.  A file's content is its size and a
   CRC-32 of 4 KiB at its start, middle and end: three short reads, where a hash of ImageNet would read 150 GB.  A file
   whose size and time of change are those written down is not read again.  An array's is a CRC-32 of all of it, a
   Parquet row's its file's and its number; of generated images there is none, and their names count.
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vit.data.assemble import listing
+from vit.data.assemble import quote_names
 from vit.data.dataset import SPLITS, ImageData, Images, Split
 from vit.data.parallel import for_each
 from vit.errors import VitError, printable
@@ -48,7 +48,7 @@ def write_splits(path: str | os.PathLike[str], data: ImageData) -> None:
         for name, split in data.splits.items():
             assert split.rows is not None
             rows = split.rows.tolist()
-            known = [_all(split.images, rows, kind) for kind in ("content", "stamp")]
+            known = [_identify(split.images, rows, kind) for kind in ("content", "stamp")]
             labels = (data.class_names[label] for label in split.labels)
             paths = (_relative(split.images.name(i), data.source.get("root")) for i in rows)
             table.writerows(zip([name] * len(rows), labels, paths, *known, strict=True))
@@ -57,7 +57,7 @@ def write_splits(path: str | os.PathLike[str], data: ImageData) -> None:
 def restore_splits(path: str | os.PathLike[str], data: ImageData) -> ImageData:
     """Cut `data`, all of whose splits count as one, into the splits that `write_splits` wrote to `path`.
 
-    Every image stays in its split and in its place there, under its present label.  What is new is left out.  One line
+    Every image keeps its split and its position there, with its present label. New images are left out. One line
     each is logged for images that are new, changed, renamed or gone.
 
     Raises:
@@ -73,52 +73,52 @@ def restore_splits(path: str | os.PathLike[str], data: ImageData) -> ImageData:
     ]
     by_name = {name: k for k, name in enumerate(names)}
 
-    def values(kind: str, places: Iterable[int]) -> dict[int, str]:
+    def identify(kind: str, indices: Iterable[int]) -> dict[int, str]:
         found: dict[int, str] = {}
         for images in {id(split.images): split.images for split in data.splits.values()}.values():
-            here = [k for k in places if pool[k][0].images is images]
-            found |= zip(here, _all(images, [rows[k] for k in here], kind), strict=True)
+            here = [k for k in indices if pool[k][0].images is images]
+            found |= zip(here, _identify(images, [rows[k] for k in here], kind), strict=True)
         return found
 
-    place = np.array([by_name.get(row[2], -1) for row in stored], dtype=np.int64)
-    named = np.flatnonzero(place >= 0)
-    stamps = values("stamp", place[named].tolist())
-    doubtful = [k for k in named.tolist() if not stamps[place[k]] or stamps[place[k]] != stored[k][4]]
-    contents = values("content", [int(place[k]) for k in doubtful])
-    lost = [k for k in doubtful if contents[int(place[k])] != stored[k][3]]
-    lost += np.flatnonzero(place < 0).tolist()
-    same_name = {k: int(place[k]) for k in lost if place[k] >= 0}
-    place[lost] = -1
-    free = set(range(len(pool))) - set(place.tolist())
+    matched = np.array([by_name.get(row[2], -1) for row in stored], dtype=np.int64)
+    named = np.flatnonzero(matched >= 0)
+    stamps = identify("stamp", matched[named].tolist())
+    doubtful = [k for k in named.tolist() if not stamps[matched[k]] or stamps[matched[k]] != stored[k][4]]
+    contents = identify("content", [int(matched[k]) for k in doubtful])
+    lost = [k for k in doubtful if contents[int(matched[k])] != stored[k][3]]
+    lost += np.flatnonzero(matched < 0).tolist()
+    same_name = {k: int(matched[k]) for k in lost if matched[k] >= 0}
+    matched[lost] = -1
+    free = set(range(len(pool))) - set(matched.tolist())
     renamed = changed = 0
     if lost:
-        contents |= values("content", [k for k in free if k not in contents])
+        contents |= identify("content", [k for k in free if k not in contents])
         found = defaultdict(list)
         for k in sorted(free, reverse=True):
             found[contents[k]].append(k)
         for k in sorted(lost):
             if stored[k][3] and found[stored[k][3]]:
-                place[k] = found[stored[k][3]].pop()
-                free.discard(int(place[k]))
+                matched[k] = found[stored[k][3]].pop()
+                free.discard(int(matched[k]))
                 renamed += 1
         for k in sorted(lost):
-            if place[k] < 0 and same_name.get(k, -1) in free:  # another picture of that name, at least
-                place[k] = same_name[k]
+            if matched[k] < 0 and same_name.get(k, -1) in free:  # another picture of that name, at least
+                matched[k] = same_name[k]
                 free.discard(same_name[k])
                 changed += 1
-    gone = [row[2] for row, at in zip(stored, place, strict=True) if at < 0]
+    gone = [row[2] for row, at in zip(stored, matched, strict=True) if at < 0]
     _report(str(where), len(stored), renamed, changed, gone, [names[k] for k in sorted(free)])
 
     splits = {}
     of = np.array([SPLITS.index(row[0]) for row in stored], dtype=np.int64)
     for number, name in enumerate(SPLITS):
-        picked = place[(of == number) & (place >= 0)]
+        picked = matched[(of == number) & (matched >= 0)]
         if not len(picked) and (of == number).any():
             raise VitError(
                 f"{printable(where)}: none of the images of the run's {name} split is there: data.root=FOLDER says "
                 "where they are now"
             )
-        splits[name] = _picked([pool[k] for k in picked], data.splits[name])
+        splits[name] = _select([pool[k] for k in picked], data.splits[name])
     return dataclasses.replace(data, splits=splits)
 
 
@@ -133,16 +133,16 @@ def _read(path: str | os.PathLike[str]) -> list[list[str]]:
     return rows
 
 
-def _all(images: Images, rows: list[int], kind: str) -> list[str]:
-    """`images.content(i)` or `images.stamp(i)` for all of `rows`; empty text where there is no such thing."""
+def _identify(images: Images, rows: list[int], kind: str) -> list[str]:
+    """Call `images.content(i)` or `images.stamp(i)` for all of `rows`; empty text where there is no such method."""
     method: Callable[[int], str] | None = getattr(images, kind, None)
     out = [""] * len(rows)
     if method is not None:
 
-        def one(k: int) -> None:
+        def identify_one(k: int) -> None:
             out[k] = method(rows[k])
 
-        for_each(one, range(len(rows)), len(rows), "Identifying images")
+        for_each(identify_one, range(len(rows)), len(rows), "Identifying images")
     return out
 
 
@@ -157,16 +157,16 @@ def _report(where: str, total: int, renamed: int, changed: int, gone: list[str],
     for count, level, text in (
         (renamed, logging.INFO, "have another name or place; they stay in their splits"),
         (changed, logging.WARNING, "have changed; they stay in their splits"),
-        (len(gone), logging.WARNING, f"are gone or cannot be read: {listing(gone, 3)}"),
+        (len(gone), logging.WARNING, f"are gone or cannot be read: {quote_names(gone, 3)}"),
     ):
         if count:
             log.log(level, "%s: of the run's %d images %d %s", printable(where), total, count, text)
     if new:
-        log.info("%s: %d other images, which the run does not use: %s", printable(where), len(new), listing(new, 3))
+        log.info("%s: %d other images, which the run does not use: %s", printable(where), len(new), quote_names(new, 3))
 
 
-def _picked(pool: list[tuple[Split, int]], empty: Split) -> Split:
-    """A split of these images of other splits, in this order."""
+def _select(pool: list[tuple[Split, int]], empty: Split) -> Split:
+    """Make a split of these images of other splits, in this order."""
     parts = list({id(split): split for split, _ in pool}.values())
     if len(parts) < 2:
         return (parts[0] if parts else empty).subset([i for _, i in pool])

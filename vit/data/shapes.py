@@ -1,11 +1,11 @@
-"""Generated images whose class is the kind of one coloured shape on noise, and whose boxes say where it is.
+"""Generates images of coloured shapes on noise: the class is the kind of one shape, and boxes say where it is.
 
 Ground truth for attention: a map that is right points into the box.
 
 Notable:
 - Image i of a split is a function of (split_seed, split, i) and the sizes asked for.  No other image, no number of
   images, and no library's random generator takes part: the draws are a counter through a 64-bit mixing function.
-- Everything about an image but its pixels (place, size, turn, colour, boxes) is worked out at once for all images
+- Everything about an image but its pixels (position, size, turn, colour, boxes) is computed at once for all images
   when the data set is opened; pixels are drawn when they are read, thousands a second on one core.
 - With `clutter`, the class is set by one object among others of kinds that are never a class, so an explanation has
   to choose.  With `objects=2` two classes are in the picture, and the larger one names it.
@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vit.data.counter_rng import keys, uniform
 from vit.data.dataset import ImageData, Split
 from vit.data.decode import decode
-from vit.data.draws import keys, uniform
 from vit.errors import VitError, did_you_mean
 
 if TYPE_CHECKING:
     from vit.data.catalogue import DataConfig
 
-_TRIES = 48  # places thrown for an object; the first that touches no earlier object is taken
-_SECOND = 0.6  # side of the second object, as a share of the first's
+_TRIES = 48  # positions drawn for an object; the first that touches no earlier object is taken
+_SECOND = 0.6  # side of the second object, as a fraction of the first's
 _SMOOTH = 4  # shapes are drawn this much larger and averaged down: soft edges
 _TURN = 15.0  # degrees, either way
-_SIZE = 0.12  # sides vary by this share, either way
+_SIZE = 0.12  # sides vary by this fraction, either way
 _FULLEST = 0.6  # objects cover at most this much of the image, or they would not fit beside each other
 
 
@@ -85,7 +85,7 @@ DISTRACTORS: dict[str, list[np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in each image of a split; of its M objects, object 0 names the class and lies on top.
+    """Describes each image of a split; of its M objects, object 0 names the class and lies on top.
 
     Attributes:
         kinds: int64 (N, M), which outline; class kinds first, distractors after them.
@@ -105,7 +105,7 @@ class Scene:
 
 
 class ShapeImages:
-    """Images drawn from their scenes when they are read."""
+    """Draws images from their scenes when they are read."""
 
     def __init__(self, scene: Scene, outlines: list[list[np.ndarray]], size: tuple[int, int], label: str) -> None:
         self._scene, self._outlines, self._size, self._label = scene, outlines, size, label
@@ -117,7 +117,7 @@ class ShapeImages:
         return decode(self.draw(i), channels=channels)
 
     def draw(self, i: int) -> Image.Image | np.ndarray:
-        """Image `i`: a Pillow image for one or three channels, else uint8 (H, W, C)."""
+        """Draw image `i`: a Pillow image for one or three channels, else uint8 (H, W, C)."""
         scene = self._scene
         height, width = self._size
         channels = scene.colours.shape[2]
@@ -139,7 +139,7 @@ class ShapeImages:
         return layers[0] if len(layers) == 1 else np.stack([np.asarray(layer) for layer in layers], axis=2)
 
     def _mask(self, i: int, m: int) -> tuple[Image.Image, tuple[int, int]]:
-        """How much of each pixel object `m` covers, and where the mask's upper left corner lies in the image."""
+        """Draw the coverage mask of object `m`; return it and its upper left corner in the image."""
         scene = self._scene
         x0, y0, x1, y1 = scene.boxes[i, m].tolist()
         left, top = math.floor(x0), math.floor(y0)
@@ -159,7 +159,7 @@ class ShapeImages:
 
 
 def shapes(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """The generated data set: `data.train_images`, `val_images`, `test_images` of `data.image_size`."""
+    """Generate the data set: `data.train_images`, `val_images`, `test_images` of `data.image_size`."""
     classes = list(config.kinds or CLASS_KINDS)
     for kind in classes:
         if kind not in KINDS:
@@ -206,7 +206,7 @@ def _split(config: DataConfig, classes: list[str], number: int, name: str, count
     turns = _TURN * (2 * uniform(key, 4, m) - 1)
     outlines = [*(KINDS[kind] for kind in classes), *DISTRACTORS.values()]
     bounds = _bounds(outlines, kinds, sides, turns)
-    centres = _places(key, bounds, height, width)
+    centres = _draw_centres(key, bounds, height, width)
     boxes = bounds + np.concatenate([centres, centres], axis=2)
     scene = Scene(kinds, centres, sides, turns, _colours(key, m, config.channels), boxes.astype(np.float32), key)
     return Split(
@@ -220,7 +220,7 @@ def _split(config: DataConfig, classes: list[str], number: int, name: str, count
 
 
 def _bounds(outlines: list[list[np.ndarray]], kinds: np.ndarray, sides: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """x0 y0 x1 y1 of every outline about its own centre: float64 (N, M, 4)."""
+    """Compute x0 y0 x1 y1 of every outline about its own centre: float64 (N, M, 4)."""
     out = np.empty((*kinds.shape, 4))
     for kind, (outer, *_) in enumerate(outlines):
         here = kinds == kind
@@ -232,28 +232,28 @@ def _bounds(outlines: list[list[np.ndarray]], kinds: np.ndarray, sides: np.ndarr
     return out
 
 
-def _places(key: np.ndarray, bounds: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centres: float64 (N, M, 2), every object inside the image and, as far as there is room, clear of the others."""
+def _draw_centres(key: np.ndarray, bounds: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Draw centres, float64 (N, M, 2): objects lie inside the image and, as far as there is room, apart."""
     count, m, _ = bounds.shape
     size = np.array([width, height], dtype=np.float64)
     low, high = -bounds[:, :, :2], size - bounds[:, :, 2:]
     high = np.maximum(low, high)
     centres = np.empty((count, m, 2))
     for j in range(m):
-        thrown = uniform(key, 16 + j, 2 * _TRIES).reshape(count, _TRIES, 2)
-        tries = low[:, None, j] + thrown * (high - low)[:, None, j]
+        drawn = uniform(key, 16 + j, 2 * _TRIES).reshape(count, _TRIES, 2)
+        tries = low[:, None, j] + drawn * (high - low)[:, None, j]
         overlap = np.zeros((count, _TRIES))
         for k in range(j):
             a0, a1 = tries + bounds[:, None, j, :2], tries + bounds[:, None, j, 2:]
             b0, b1 = (centres[:, None, k] + bounds[:, None, k, at : at + 2] for at in (0, 2))
             overlap += (np.minimum(a1, b1) - np.maximum(a0, b0)).clip(min=0).prod(axis=2)
-        # argmin gives the first of equals: the first place that is clear, or the one that covers least
+        # argmin gives the first of equals: the first free position, or the one that covers least
         centres[:, j] = tries[np.arange(count), overlap.argmin(axis=1)]
     return centres
 
 
 def _colours(key: np.ndarray, m: int, channels: int) -> np.ndarray:
-    """uint8 (N, M, C): a pure hue for three channels; else near white or near black, which the noise never is."""
+    """Draw colours, uint8 (N, M, C): a pure hue for three channels; else near white or near black, unlike the noise."""
     draws = uniform(key, 5, m)
     if channels == 3:
         # hue to RGB at full saturation and value

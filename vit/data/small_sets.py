@@ -36,19 +36,19 @@ DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's pac
 
 
 def array_split(pixels: np.ndarray, labels: np.ndarray, label: str, channels: int) -> Split:
-    """A split whose images are `pixels`, uint8 (N, H, W, C)."""
+    """Make a split whose images are `pixels`, uint8 (N, H, W, C)."""
     return Split(labels, ArrayImages(pixels, label), channels, native_size=(pixels.shape[1], pixels.shape[2]))
 
 
 def with_validation(name: str, class_names: Sequence[str], train: Split, test: Split, config: DataConfig) -> ImageData:
     """Cut validation out of the training images of a data set that has a test split of its own."""
-    kept, val = stratified(train.labels, (config.val_fraction,), config.split_seed)
-    splits = {"train": train.subset(kept), "val": train.subset(val), "test": test}
+    train_rows, val = stratified(train.labels, (config.val_fraction,), config.split_seed)
+    splits = {"train": train.subset(train_rows), "val": train.subset(val), "test": test}
     return ImageData(name, list(class_names), splits, channels=config.channels)
 
 
 def digits(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """scikit-learn's digits: values 0 to 16 become uint8 by `round(value * 255 / 16)`; no official split."""
+    """Open scikit-learn's digits: values 0 to 16 become uint8 by `round(value * 255 / 16)`; no official split."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -60,14 +60,14 @@ def digits(config: DataConfig, class_names: list[str] | None, scan_limit: int | 
 
 
 def fashion_mnist(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """Fashion-MNIST, from files in torchvision's or Debian's layout, or downloaded."""
+    """Open Fashion-MNIST, from files in torchvision's or Debian's layout, or downloaded."""
     from vit.data.torchvision_sets import fetch, root_of
 
     root = root_of(config)
-    places = [root, root / "raw", root / "FashionMNIST" / "raw"]
+    candidates = [root, root / "raw", root / "FashionMNIST" / "raw"]
     if config.root is None:
-        places.append(DEBIAN_FASHION)
-    folder = next((place for place in places if all(_idx_path(place, name) for name in FASHION_FILES)), None)
+        candidates.append(DEBIAN_FASHION)
+    folder = next((path for path in candidates if all(_idx_path(path, name) for name in FASHION_FILES)), None)
     if folder is None:
         fetch("FashionMNIST", root, config, [f"FashionMNIST/raw/{name}.gz" for name in FASHION_FILES])
         folder = root / "FashionMNIST" / "raw"
@@ -88,7 +88,7 @@ def _idx_path(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An idx file of bytes: two zeros, the type (8), the number of dimensions, each as a big-endian int32, the data."""
+    """Read an idx file of bytes: two zeros, type 8, the number of dimensions, each as a big-endian int32, the data."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             raw = file.read()

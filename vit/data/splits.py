@@ -1,4 +1,4 @@
-"""Which image goes where: stratified splits that depend on labels and a seed, and on nothing else.
+"""Stratified splits, which depend on labels and a seed, and on nothing else.
 
 Notable:
 - Every class keeps at least one image in train: a class that is only in the test split cannot be learned.
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from vit.data.draws import shuffled
+from vit.data.counter_rng import shuffled
 
 _PARTS, _CAP, _MEMBERS = 1, 100, 1000  # streams of random numbers; one of the last for each class
 
 
-def _share(counts: np.ndarray, fraction: float, room: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """How many of each class to take: its fraction, rounded up or down so that the sum is right (largest remainder).
+def _class_counts(counts: np.ndarray, fraction: float, room: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Count how many of each class to take: its fraction, rounded so that the sum is right (largest remainder).
 
     At most `room` of each.  `order` is random and settles equal remainders, so that it is not always the first classes
     that give more.
@@ -36,7 +36,7 @@ def stratified(labels: np.ndarray, fractions: tuple[float, ...], seed: int) -> l
 
     Args:
         labels: int64 (N,).
-        fractions: the share of the whole that each held-out part takes, class by class.
+        fractions: of the whole, for each held-out part; the same in every class.
         seed: the only randomness.
 
     Returns:
@@ -46,38 +46,38 @@ def stratified(labels: np.ndarray, fractions: tuple[float, ...], seed: int) -> l
     labels = np.asarray(labels, dtype=np.int64)
     classes, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     room = counts - 1
-    shares = []
+    taken_by_part = []
     for part, fraction in enumerate(fractions):
-        share = _share(counts, fraction, room, shuffled(len(classes), seed, _PARTS + part))
-        room = room - share
-        shares.append(share)
+        taken = _class_counts(counts, fraction, room, shuffled(len(classes), seed, _PARTS + part))
+        room = room - taken
+        taken_by_part.append(taken)
     by_class = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1]) if len(classes) else []
     parts: list[list[np.ndarray]] = [[] for _ in range(len(fractions) + 1)]
     for c, members in enumerate(by_class):
         # the class's own number picks its shuffle: other classes growing does not move its images
         members = members[shuffled(len(members), seed, _MEMBERS + int(classes[c]))]
-        ends = np.cumsum([share[c] for share in shares])
+        ends = np.cumsum([taken[c] for taken in taken_by_part])
         *held, rest = np.split(members, ends)
         for part, indices in enumerate([rest, *held]):
             parts[part].append(indices)
     return [np.sort(np.concatenate(part)) if part else np.empty(0, dtype=np.int64) for part in parts]
 
 
-def cap(labels: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """Indices of `most` images, stratified: every class keeps its share, and at least one where `most` allows."""
-    if len(labels) <= most:
+def stratified_sample(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """Choose `limit` indices, stratified: a class keeps its fraction, and one image at least where `limit` allows."""
+    if len(labels) <= limit:
         return np.arange(len(labels))
     _, inverse, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
     draw = shuffled(len(counts), seed, _CAP)
-    if most >= len(counts):
-        # one of each class first, then shares of what is left
-        extra = _share(counts - 1, (most - len(counts)) / max(len(labels) - len(counts), 1), counts - 1, draw)
-        share = 1 + extra
+    if limit >= len(counts):
+        # one of each class first, then a fraction of the rest
+        extra = _class_counts(counts - 1, (limit - len(counts)) / max(len(labels) - len(counts), 1), counts - 1, draw)
+        taken = 1 + extra
     else:
-        share = np.zeros_like(counts)
-        share[draw[:most]] = 1
+        taken = np.zeros_like(counts)
+        taken[draw[:limit]] = 1
     order = shuffled(len(labels), seed, _CAP + 1)
     order = order[np.argsort(inverse[order], kind="stable")]
     starts = np.cumsum(counts) - counts
-    picked = [order[start : start + n] for start, n in zip(starts, share, strict=True)]
+    picked = [order[start : start + n] for start, n in zip(starts, taken, strict=True)]
     return np.sort(np.concatenate(picked))

@@ -1,11 +1,11 @@
-"""Decoded images on the disk: each decoded once, all of them in one memory-mapped file of uint8.
+"""Stores decoded images on the disk: each is decoded once, all are in one memory-mapped file of uint8.
 
 Notable:
 - A store is a folder: `pixels`, image after image, of any sizes; `index`, a record of 40 bytes an image; `about.json`,
-  for people. The index is a journal: pixels are on the disk before their record is, and only a record makes an image.
-  So building, going on after any interruption, and taking in what has changed are one thing: what has no valid record
+  for people. The index is a journal: pixels are written to the disk before their record is, and only a record makes an
+  image. So building, continuing after an interruption and updating are one operation: an image without a valid record
   for the present state of its file is decoded and appended.
-- Nothing that a record points to is overwritten, so one process may add while others read. One at a time adds; the
+- Nothing that a record points to is overwritten, so one process may write while others read. One at a time writes; the
   lock is the kernel's, which frees it however its holder ends.
 - Every image has a checksum, compared when a process first reads it. One that is damaged is decoded again from its
   file and appended, and the log says so.
@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.data.dataset import Filed, Split
+from vit.data.dataset import FileBacked, Split
 from vit.data.decode import ImageError, printable
 from vit.data.journal import Index, record
 from vit.data.parallel import for_each
@@ -54,78 +54,78 @@ _SPARE = 256 * 2**20  # bytes that a disk must have beside what is stored
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is stored of an image.
+class StorageSpec:
+    """Says what is stored of an image.
 
     Attributes:
         preprocessing: the model's.
-        side: the whole image, its shorter side brought down to this many pixels where it is longer; None: what
-            `Preprocessing.resize` makes of it, bit for bit.
+        side: store the whole image, its shorter side reduced to this many pixels where it is longer; None: store the
+            result of `Preprocessing.resize`, bit for bit.
     """
 
     preprocessing: Preprocessing
     side: int | None
 
     def describe(self) -> dict[str, Any]:
-        """What decides the stored pixels, as plain JSON types."""
+        """Return all that decides the stored pixels, as plain JSON types."""
         if self.side is None:
             return self.preprocessing.geometry
-        kept = ("channels", "interpolation")
-        return {"side": self.side, **{key: getattr(self.preprocessing, key) for key in kept}}
+        p = self.preprocessing
+        return {"side": self.side, "channels": p.channels, "interpolation": p.interpolation}
 
-    def make(self, split: Split, i: int) -> np.ndarray:
+    def decode(self, split: Split, i: int) -> np.ndarray:
         """Decode image `i`: uint8 (H, W, C), contiguous. Raises `ImageError`."""
         if self.side is None:
             return np.ascontiguousarray(split.resized(i, self.preprocessing))
         image = split.image(i, (self.side, self.side))
         size = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-        height, width = self.shapes(np.array([size]))[0].tolist()
+        height, width = self.resized_sizes(np.array([size]))[0].tolist()
         return np.ascontiguousarray(scaled(image, (height, width), self.preprocessing.interpolation))
 
-    def shapes(self, sizes: np.ndarray) -> np.ndarray:
-        """(H, W) in the store of images of `sizes` (N, 2): int64 (N, 2)."""
+    def resized_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Compute the stored (H, W) of images of `sizes` (N, 2): int64 (N, 2)."""
         sizes = sizes.astype(np.int64)
         if self.side is None:
             return np.broadcast_to(np.array(self.preprocessing.image_size, np.int64), sizes.shape)
         short = sizes.min(axis=1, keepdims=True)
         return np.where(short > self.side, (sizes * self.side + short // 2) // short, sizes)
 
-    def bytes_of(self, split: Split, which: np.ndarray) -> int:
-        """What the images at `which` take in the store; where sizes are not known, as of 4:3 images."""
+    def estimate_bytes(self, split: Split, indices: np.ndarray) -> int:
+        """Estimate the bytes that these images take in the store; where sizes are not known, as for 4:3 images."""
         if split.sizes is None and self.side is not None:
-            return len(which) * self.side * (self.side * 4 // 3) * self.preprocessing.channels
-        sizes = np.zeros((len(which), 2), np.int64) if split.sizes is None else split.sizes[which]
-        return int(self.shapes(sizes).prod(axis=1).sum()) * self.preprocessing.channels
+            return len(indices) * self.side * (self.side * 4 // 3) * self.preprocessing.channels
+        sizes = np.zeros((len(indices), 2), np.int64) if split.sizes is None else split.sizes[indices]
+        return int(self.resized_sizes(sizes).prod(axis=1).sum()) * self.preprocessing.channels
 
 
 class Store:
-    """The stored images of one split, opened for reading; any number of threads may.
+    """Reads the stored images of one split, from any number of threads.
 
     Made by `open_store`.
     """
 
-    def __init__(self, folder: Path, split: Split, recipe: Recipe, names: np.ndarray, states: np.ndarray) -> None:
-        self.folder, self.split, self.recipe = folder, split, recipe
+    def __init__(self, folder: Path, split: Split, spec: StorageSpec, names: np.ndarray, states: np.ndarray) -> None:
+        self.folder, self.split, self.spec = folder, split, spec
         self._names, self._states = names, states
-        self._channels = recipe.preprocessing.channels
+        self._channels = spec.preprocessing.channels
         self._lock = threading.Lock()
-        self._seen = np.zeros(len(split), dtype=bool)
+        self._checked = np.zeros(len(split), dtype=bool)
         self._open()
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def sizes_of(self, places: Sequence[int]) -> list[tuple[int, int]]:
-        """(H, W) in the store of the images at `places`."""
-        entries = self._entries[places]
+    def stored_sizes(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the stored (H, W) of the images at `indices`."""
+        entries = self._entries[indices]
         return list(zip(entries["height"].tolist(), entries["width"].tolist(), strict=True))
 
     def read(self, i: int) -> Tensor:
-        """Image `i`, uint8 (H, W, C): a view of the file, which must not be written to.
+        """Return image `i`, uint8 (H, W, C): a view of the file, which must not be written to.
 
         Raises `ImageError`, naming the file, where a damaged image cannot be decoded again.
         """
-        if not self._seen[i]:
+        if not self._checked[i]:
             self._check(i)
         return self._view(i)
 
@@ -136,21 +136,21 @@ class Store:
         return flat[start : start + length].view(height, width, self._channels)
 
     def _check(self, i: int) -> None:
-        if not self._sound(i):
+        if not self._is_intact(i):
             with self._lock:
-                if not self._sound(i):  # nobody else has seen to it
-                    self._mend(i)
-        self._seen[i] = True
+                if not self._is_intact(i):  # no other thread was first
+                    self._decode_again(i)
+        self._checked[i] = True
 
-    def _sound(self, i: int) -> bool:
+    def _is_intact(self, i: int) -> bool:
         return zlib.crc32(self._view(i).numpy().data) == self._entries[i]["crc"]
 
-    def _mend(self, i: int) -> None:
+    def _decode_again(self, i: int) -> None:
         folder, name = printable(self.folder), printable(self.split.name(i))
         log.warning("%s: the stored image of %s is damaged; it is decoded again", folder, name)
         with hold_lock(self.folder / "lock"):
-            writer = _Writer(self.folder, self.split, self.recipe, self._names, self._states)
-            # another process may have begun the store anew
+            writer = _Writer(self.folder, self.split, self.spec, self._names, self._states)
+            # another process may have started the store anew
             writer.add(np.union1d(writer.missing(), [i]))
             self._open()
 
@@ -167,12 +167,12 @@ class Store:
         self._flat, self._entries = flat, entries
 
 
-def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | None:
+def open_store(split: Split, spec: StorageSpec, root: Path, dataset: str) -> Store | None:
     """Open the store of a data set for the images of `split`, after decoding what it lacks.
 
     Args:
         root: the folder of all stores.
-        of: what tells the data set from any other.
+        dataset: a text that identifies the data set.
 
     Returns:
         The store; None where the images do not come from files, so that there is nothing to decode.
@@ -181,18 +181,18 @@ def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | Non
         VitError: a disk that is too small or a folder that cannot be written, before anything is; a file that cannot
             be read any more. What was stored until then is kept.
     """
-    if not isinstance(split.images, Filed) or not len(split):
+    if not isinstance(split.images, FileBacked) or not len(split):
         return None
-    about = {"format": _FORMAT, "data": of, "stored": recipe.describe()}
+    about = {"format": _FORMAT, "data": dataset, "stored": spec.describe()}
     folder = root / f"{name_fingerprint(json.dumps(about, sort_keys=True)):016x}"
     assert split.rows is not None
-    names, states = split.images.prints(split.rows, split.channels)
+    names, states = split.images.fingerprints(split.rows, split.channels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitError(f"data.cache_folder: cannot make {printable(folder)}: {error.strerror or error}") from error
     with hold_lock(folder / "lock"):
-        writer = _Writer(folder, split, recipe, names, states)
+        writer = _Writer(folder, split, spec, names, states)
         missing = writer.missing()
         if len(missing):
             if not (folder / "about.json").exists():
@@ -200,40 +200,47 @@ def open_store(split: Split, recipe: Recipe, root: Path, of: str) -> Store | Non
             _build(writer, missing)
         else:
             log.info("%d decoded images in %s", len(split), printable(folder))
-        return Store(folder, split, recipe, names, states)
+        return Store(folder, split, spec, names, states)
 
 
 def _build(writer: _Writer, missing: np.ndarray) -> None:
     folder, total = printable(writer.folder), len(writer.names)
-    needed = writer.recipe.bytes_of(writer.split, missing)
+    needed = writer.spec.estimate_bytes(writer.split, missing)
     free = shutil.disk_usage(writer.folder).free
     if needed + _SPARE > free:
         raise VitError(
-            f"data.cache=true: {len(missing)} decoded images need {_size(needed)} in {folder}, where {_size(free)} are "
+            f"data.cache=true: {len(missing)} decoded images need {_gib(needed)} in {folder}, where {_gib(free)} are "
             "free; data.cache_folder=FOLDER keeps them elsewhere, a smaller data.cache_side makes them smaller"
         )
     known = f", {total - len(missing)} are there" if len(missing) < total else ""
-    log.info("decoding %d images into %s: %s of %s free%s", len(missing), folder, _size(needed), _size(free), known)
+    log.info(
+        "decoding %d images into %s: %s of %s free%s",
+        len(missing),
+        folder,
+        _gib(needed),
+        _gib(free),
+        known,
+    )
     began = time.monotonic()
     writer.add(missing)
     log.info("%d images decoded in %.0f s", len(missing), time.monotonic() - began)
 
 
 class _Writer:
-    """Adds images of a split to its store. To be used by who holds the store's lock."""
+    """Adds images of a split to its store. The caller holds the store's lock."""
 
-    def __init__(self, folder: Path, split: Split, recipe: Recipe, names: np.ndarray, states: np.ndarray) -> None:
-        self.folder, self.split, self.recipe = folder, split, recipe
+    def __init__(self, folder: Path, split: Split, spec: StorageSpec, names: np.ndarray, states: np.ndarray) -> None:
+        self.folder, self.split, self.spec = folder, split, spec
         self.names, self.states = names, states
         self._read()
 
     def _read(self) -> None:
-        self._index = Index(self.folder, self.recipe.preprocessing.channels)
+        self._index = Index(self.folder, self.spec.preprocessing.channels)
 
     def missing(self) -> np.ndarray:
-        """Places in the split whose image is to be decoded: int64.
+        """Return the indices of the images that are not stored yet: int64.
 
-        A store of which more than half is of no use any more is begun anew.
+        A store of which more than half is superseded is deleted and started anew.
         """
         index = self._index
         missing = np.flatnonzero(index.find(self.names, self.states) < 0)
@@ -242,23 +249,23 @@ class _Writer:
         if index.damaged:
             shown = printable(self.folder)
             log.warning("%s: %d stored images are damaged; they are decoded again", shown, index.damaged)
-        if 2 * index.useless(self.names[missing]) <= index.end:
+        if 2 * index.superseded_bytes(self.names[missing]) <= index.end:
             return missing
-        with _told(self.folder):
-            # whoever reads them keeps the files that it has open
+        with _disk_errors(self.folder):
+            # a process that reads them keeps its files open
             for name in ("index", "pixels"):
                 (self.folder / name).unlink(missing_ok=True)
         self._read()
         return np.arange(len(self.names))
 
-    def add(self, which: np.ndarray) -> None:
-        """Decode the images at `which` and store them; what is stored when anything goes wrong, stays.
+    def add(self, indices: np.ndarray) -> None:
+        """Decode the images at `indices` and store them; after a failure, those stored before it remain.
 
         Raises `ImageError`, naming the file, or `VitError` for a disk that is full or cannot be written.
         """
         index, lock = self._index, threading.Lock()
         end, waiting, weight = index.end, [], 0
-        if not index.whole:
+        if not index.clean:
             with atomic_write(self.folder / "index") as part:
                 part.write_bytes(index.valid.tobytes())
 
@@ -267,10 +274,10 @@ class _Writer:
             with lock:
                 _write(journal, np.concatenate(records).tobytes())
 
-        def one(i: int) -> None:
+        def decode_one(i: int) -> None:
             nonlocal end, waiting, weight
             try:
-                image = self.recipe.make(self.split, i)
+                image = self.spec.decode(self.split, i)
             except ImageError as error:
                 name = error.name or printable(self.split.name(i))
                 raise ImageError(f"{error.reason} (it could be read when the data was scanned)", name) from error
@@ -288,21 +295,21 @@ class _Writer:
             if full:
                 commit(full)
 
-        with _told(self.folder), contextlib.ExitStack() as files:
+        with _disk_errors(self.folder), contextlib.ExitStack() as files:
             pixels = os.open(self.folder / "pixels", os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
             files.callback(os.close, pixels)
             journal = os.open(self.folder / "index", os.O_WRONLY | os.O_CREAT | os.O_APPEND | _BINARY, 0o666)
             files.callback(os.close, journal)
             try:
-                for_each(one, (int(i) for i in which), len(which), "Decoding images")
+                for_each(decode_one, (int(i) for i in indices), len(indices), "Decoding images")
             finally:
                 if waiting:
                     commit(waiting)
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """What a disk refuses inside leaves as a `VitError`."""
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into a `VitError`."""
     try:
         yield
     except OSError as error:
@@ -324,5 +331,5 @@ def _write(file: int, data: Sequence[int] | memoryview | bytes, start: int | Non
         start = None if start is None else start + written
 
 
-def _size(count: int) -> str:
+def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

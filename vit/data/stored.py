@@ -56,7 +56,7 @@ class StoredImages:
         self.index_device = torch.device("cpu")
         self._resize_on_device = self._device.type != "cpu" if resize_on_device is None else resize_on_device
         self._labels = torch.tensor(np.asarray(store.split.labels), dtype=torch.int64)
-        preprocessing = store.recipe.preprocessing
+        preprocessing = store.spec.preprocessing
         self._size, self._channels = preprocessing.image_size, preprocessing.channels
         self._interpolation = preprocessing.interpolation
 
@@ -119,7 +119,7 @@ class StoredImages:
     def _boxes(self, epoch: int, index: Tensor) -> tuple[list[int], list[list[int]]]:
         assert self._crop is not None
         indices = index.tolist()
-        return indices, self._crop.boxes(epoch, indices, self._store.sizes_of(indices))
+        return indices, self._crop.boxes(epoch, indices, self._store.stored_sizes(indices))
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")

@@ -1,8 +1,7 @@
-"""The field's downloadable data sets: torchvision's downloader, in torchvision's layout.
+"""Opens downloadable data sets with torchvision's downloader, in torchvision's layout.
 
 Notable:
-- Files already in place are used as they are, and nothing is asked of the network; a downloaded archive that is only
-  lying there is unpacked.
+- Files that are there are used as they are, without the network; a downloaded archive that is there is unpacked.
 - Without a network, or with `data.download=false`, the error names every file that is needed and where it belongs.
 - One process downloads; others that want the same data set at the same time wait for it.
 """
@@ -34,7 +33,7 @@ Files = dict[str, tuple[list[str], list[str]]]  # paths and class names, by spli
 
 
 def root_of(config: DataConfig) -> Path:
-    """`data.root`, or the folder in the user's cache where downloads go."""
+    """Return `data.root`, or the folder in the user's cache where downloads go."""
     return Path(config.root) if config.root is not None else cache_root() / "datasets"
 
 
@@ -64,7 +63,7 @@ def fetch(kind: str, root: Path, config: DataConfig, archives: Sequence[str], **
             raise VitError(f"data={config.name} is not in {printable(root)} ({why}): {how}") from error
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with hold_lock(root / ".download.lock"), _seconds_of_silence(60):
+        with hold_lock(root / ".download.lock"), _socket_timeout(60):
             return build(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError) as error:
         # torchvision's own text may run over several lines, one a mirror; the last says why
@@ -73,10 +72,10 @@ def fetch(kind: str, root: Path, config: DataConfig, archives: Sequence[str], **
 
 
 @contextlib.contextmanager
-def _seconds_of_silence(most: float) -> Iterator[None]:
-    """Give a server that stops answering up after so long: torchvision sets no limit."""
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Give up after so many seconds on a server that stops answering: torchvision sets no limit."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(before or most)
+    socket.setdefaulttimeout(before or seconds)
     try:
         yield
     finally:
@@ -84,12 +83,12 @@ def _seconds_of_silence(most: float) -> Iterator[None]:
 
 
 def cifar10(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """CIFAR-10 (Krizhevsky 2009)."""
+    """Open CIFAR-10 (Krizhevsky 2009)."""
     return _cifar("CIFAR10", "cifar-10-python.tar.gz", config)
 
 
 def cifar100(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """CIFAR-100 (Krizhevsky 2009), its fine labels."""
+    """Open CIFAR-100 (Krizhevsky 2009), its fine labels."""
     return _cifar("CIFAR100", "cifar-100-python.tar.gz", config)
 
 
@@ -104,7 +103,7 @@ def _cifar(kind: str, archive: str, config: DataConfig) -> ImageData:
 
 
 def stl10(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """STL-10 (Coates, Lee and Ng 2011): its 5,000 labelled training images and its 8,000 test images.
+    """Open STL-10 (Coates, Lee and Ng 2011): its 5,000 labelled training images and its 8,000 test images.
 
     The files are read here: torchvision first checks the 2.7 GB of unlabelled images beside them, every time.
     """
@@ -129,7 +128,7 @@ def stl10(config: DataConfig, class_names: list[str] | None, scan_limit: int | N
 
 
 def flowers102(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """102 Category Flower Dataset (Nilsback and Zisserman 2008), with its three official splits."""
+    """Open the 102 Category Flower Dataset (Nilsback and Zisserman 2008), with its three official splits."""
     root = root_of(config)
     folder = root / "flowers-102"
     needed = [folder / "jpg", folder / "imagelabels.mat", folder / "setid.mat"]
@@ -154,7 +153,7 @@ def flowers102(config: DataConfig, class_names: list[str] | None, scan_limit: in
 
 
 def oxford_pets(config: DataConfig, class_names: list[str] | None, scan_limit: int | None = None) -> ImageData:
-    """Oxford-IIIT Pet (Parkhi et al. 2012), 37 breeds; "trainval" is cut into train and val."""
+    """Open Oxford-IIIT Pet (Parkhi et al. 2012), 37 breeds; "trainval" is cut into train and val."""
     root = root_of(config)
     folder = root / "oxford-iiit-pet"
     lists = {"train": folder / "annotations" / "trainval.txt", "test": folder / "annotations" / "test.txt"}

@@ -1,4 +1,4 @@
-"""A walk through folders: each real folder once, in the order of full paths, and what is passed over is counted.
+"""Walks through folders: each real folder once, in the order of full paths, counting the files that it passes over.
 
 Notable:
 - Links are followed.  A folder is known by device and inode, so that folders which link to one another are walked
@@ -9,7 +9,7 @@ Notable:
   so is what is hidden.  The folder that a walk begins with is taken whatever its name: somebody asked for it.
 - A walk that takes long says so, after 2, 4, 8, ... seconds.
 
-Standard library only; Pillow where a file has to be looked into.
+Standard library only; Pillow where a file has to be opened.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ _KERNEL = {
     "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs", "fusectl",
     "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "rpc_pipefs", "securityfs", "selinuxfs", "sysfs", "tracefs",
 }  # fmt: skip
-_CHUNK = 1024  # files of a folder that are looked into before the first of them is given
-_PATIENCE = 2.0  # seconds
+_CHUNK = 1024  # files of a folder that are opened before the first of them is yielded
+_REPORT_AFTER = 2.0  # seconds
 
 FOLDER = "folder"
 
 
-class Found(NamedTuple):
-    """A file: an image where `kind` is None, else what it is (see `vit.data.filetype.file_kind`)."""
+class FoundFile(NamedTuple):
+    """Describes a file: an image where `kind` is None, else what it is (see `vit.data.filetype.file_kind`)."""
 
     path: str
     kind: str | None
 
 
-class Listing(NamedTuple):
-    """What is directly in a folder: names of folders and of other things, sorted, and counts of what is passed over."""
+class FolderListing(NamedTuple):
+    """Lists a folder: names of folders and of other things, sorted, and counts of names passed over."""
 
     folders: list[str]
     files: list[str]
@@ -65,11 +65,11 @@ class Listing(NamedTuple):
 
 
 def system_name(name: str) -> str | None:
-    """What to count a name under that is passed over wherever it is met; None for any other name."""
+    """Return the kind under which a name is counted that is always passed over; None for any other name."""
     return "hidden file or folder" if name.startswith(".") else SYSTEM.get(name.casefold())
 
 
-def listing(folder: str) -> Listing:
+def list_folder(folder: str) -> FolderListing:
     """List `folder`, with links to folders among the folders.  Raises `OSError`."""
     folders, files, passed = list[str](), list[str](), Counter[str]()
     with os.scandir(folder) as entries:
@@ -79,35 +79,35 @@ def listing(folder: str) -> Listing:
                 continue
             try:
                 is_folder = entry.is_dir()
-            except OSError:  # a link to itself, or to where nobody may look
+            except OSError:  # a link to itself, or to a folder without permission
                 is_folder = False
             (folders if is_folder else files).append(entry.name)
-    return Listing(sorted(folders), sorted(files), passed)
+    return FolderListing(sorted(folders), sorted(files), passed)
 
 
-def describe(passed_over: Mapping[str, int], most: int = 12) -> str:
-    """Counts of what was passed over as a phrase: "40 HEIC files (to read them: pip install pillow-heif), 1 @eaDir"."""
+def describe(passed_over: Mapping[str, int], limit: int = 12) -> str:
+    """Format counts of files passed over: "40 HEIC files (to read them: pip install pillow-heif), 1 @eaDir"."""
     from vit.data.filetype import UNDECODED
 
     ordered = sorted(passed_over.items(), key=lambda item: (item[0] not in UNDECODED, -item[1], item[0]))
     parts = []
-    for kind, count in ordered[:most]:
+    for kind, count in ordered[:limit]:
         help_ = UNDECODED.get(kind, "")
         if count != 1:
             kind = re.sub(r"(?<!\.)\b(file|folder|link|image)\b", r"\1s", kind)
             help_ = re.sub(r"\bit\b", "them", help_)
         parts.append(f"{count:,} {printable(kind)}" + (f" ({help_})" if help_ else ""))
-    if rest := sum(count for _, count in ordered[most:]):
+    if rest := sum(count for _, count in ordered[limit:]):
         parts.append(f"{rest:,} of other kinds")
     return ", ".join(parts)
 
 
 class Walk:
-    """One walk, over one folder or several.
+    """Walks over one folder or several.
 
     Attributes:
         channels: of the images; of other counts than 1 and 3, NumPy files are images, too.
-        passed_over: how many files and folders were passed over, by reason.  Who asks for files adds their kinds.
+        passed_over: how many files and folders were passed over, by reason. The caller of `files` adds their kinds.
     """
 
     def __init__(self, channels: int = 3, say: Callable[[str], None] | None = None, by_name: bool = False) -> None:
@@ -115,15 +115,15 @@ class Walk:
         self.passed_over: Counter[str] = Counter()
         self.channels = channels
         self._say, self._by_name = say, by_name
-        self._met: dict[tuple[int, int] | str, str] = {}
-        self._images, self._spent, self._patience = 0, 0.0, _PATIENCE
+        self._visited: dict[tuple[int, int] | str, str] = {}
+        self._images, self._seconds, self._next_report = 0, 0.0, _REPORT_AFTER
 
-    def met(self, folder: str) -> str | None:
-        """The path by which the walk has come to `folder` before, if it has.  Raises `OSError`."""
-        return self._met.get(_identity(folder, os.stat(folder)))
+    def first_path(self, folder: str) -> str | None:
+        """Return the path under which `folder` was visited before, or None. Raises `OSError`."""
+        return self._visited.get(_identity(folder, os.stat(folder)))
 
     def enter(self, folder: str) -> bool:
-        """Take note that `folder` is walked; False where it was already, or is no folder of files.
+        """Mark `folder` as visited; return False where it was already, or is no folder of files.
 
         Raises `OSError`.
         """
@@ -132,59 +132,59 @@ class Walk:
             self.passed_over["folder of the kernel"] += 1
             return False
         key = _identity(folder, status)
-        if key in self._met:
+        if key in self._visited:
             self.passed_over["folder linked a second time"] += 1
             return False
-        self._met[key] = folder
+        self._visited[key] = folder
         return True
 
-    def files(self, folder: str, recursive: bool = True) -> Iterator[Found | OSError]:
-        """The files under `folder` in plain order of full paths; an `OSError` for a folder that cannot be read."""
+    def files(self, folder: str, recursive: bool = True) -> Iterator[FoundFile | OSError]:
+        """Yield the files under `folder` in the order of full paths; an `OSError` for a folder that cannot be read."""
         todo = [self._inside(folder)]
         began = time.monotonic()
         while todo:
             found = next(todo[-1], None)
-            if (spent := self._spent + time.monotonic() - began) > self._patience and self._say:
+            if (seconds := self._seconds + time.monotonic() - began) > self._next_report and self._say:
                 self._say(
-                    f"still looking for images in {printable(folder)}: {len(self._met):,} folders and {self._images:,} "
-                    "images so far"
+                    f"still looking for images in {printable(folder)}: {len(self._visited):,} folders and "
+                    f"{self._images:,} images so far"
                 )
-                self._patience = 2 * spent
+                self._next_report = 2 * seconds
             if found is None:
                 todo.pop()
-            elif isinstance(found, Found) and found.kind == FOLDER:
+            elif isinstance(found, FoundFile) and found.kind == FOLDER:
                 if recursive:
                     todo.append(self._inside(found.path))
             else:
-                self._images += isinstance(found, Found) and found.kind is None
-                self._spent = spent
+                self._images += isinstance(found, FoundFile) and found.kind is None
+                self._seconds = seconds
                 yield found
                 began = time.monotonic()
-        self._spent += time.monotonic() - began
+        self._seconds += time.monotonic() - began
 
-    def kinds(self, folder: str, names: Sequence[str]) -> Iterator[Found]:
-        """The files of these names in `folder`, with what they are."""
+    def kinds(self, folder: str, names: Sequence[str]) -> Iterator[FoundFile]:
+        """Yield the files of these names in `folder`, with their kinds."""
         from vit.data.decode import named_as_image
         from vit.data.filetype import file_kind
 
         odd = [name for name in names if not self._by_name and not named_as_image(name, self.channels)]
-        look = functools.partial(file_kind, channels=self.channels)
+        read_kind = functools.partial(file_kind, channels=self.channels)
         paths = [os.path.join(folder, name) for name in odd]
         if len(paths) < 64:
-            kinds = dict(zip(odd, map(look, paths), strict=True))
+            kinds = dict(zip(odd, map(read_kind, paths), strict=True))
         else:
             from concurrent.futures import ThreadPoolExecutor
 
             with ThreadPoolExecutor(16) as pool:  # for file systems in a network, which answer late
-                kinds = dict(zip(odd, pool.map(look, paths), strict=True))
-        return (Found(os.path.join(folder, name), kinds.get(name)) for name in names)
+                kinds = dict(zip(odd, pool.map(read_kind, paths), strict=True))
+        return (FoundFile(os.path.join(folder, name), kinds.get(name)) for name in names)
 
-    def _inside(self, folder: str) -> Iterator[Found | OSError]:
-        """Files and folders directly in `folder`, once."""
+    def _inside(self, folder: str) -> Iterator[FoundFile | OSError]:
+        """Yield files and folders directly in `folder`; nothing the second time."""
         try:
             if not self.enter(folder):
                 return
-            folders, files, passed = listing(folder)
+            folders, files, passed = list_folder(folder)
         except OSError as error:
             yield error
             return
@@ -194,9 +194,10 @@ class Walk:
         names = sorted([*files, *ends])
         for start in range(0, len(names), _CHUNK):
             chunk = names[start : start + _CHUNK]
-            looked = self.kinds(folder, [name for name in chunk if name not in ends])
+            read = self.kinds(folder, [name for name in chunk if name not in ends])
             for name in chunk:
-                yield Found(os.path.join(folder, name[: -len(os.sep)]), FOLDER) if name in ends else next(looked)
+                is_folder = name in ends
+                yield FoundFile(os.path.join(folder, name[: -len(os.sep)]), FOLDER) if is_folder else next(read)
 
 
 def _identity(path: str, status: os.stat_result) -> tuple[int, int] | str:
@@ -206,7 +207,7 @@ def _identity(path: str, status: os.stat_result) -> tuple[int, int] | str:
 
 @functools.cache
 def _kernel_devices() -> frozenset[int]:
-    """Devices of file systems that show what the kernel knows, not what somebody stored (Linux: proc(5), mountinfo)."""
+    """Return the devices of the kernel's own file systems, which hold nobody's files (Linux: proc(5), mountinfo)."""
     found = set()
     try:
         with open("/proc/self/mountinfo", "rb") as file:

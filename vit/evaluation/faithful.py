@@ -63,7 +63,9 @@ def measure_faithfulness(
     """
     chosen = np.unique(np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(np.int64))
     device = next(model.parameters()).device
-    boxed = split.boxes is not None and split.native_size is not None and preprocessing.keeps(split.native_size)
+    boxed = (
+        split.boxes is not None and split.native_size is not None and preprocessing.leaves_unchanged(split.native_size)
+    )
     found: dict[str, dict[str, list[np.ndarray]]] = {method: {} for method in METHODS}
     chance: dict[str, list[np.ndarray]] = {}
     with progress("Measuring faithfulness", len(chosen)) as advance:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vit.data.catalogue import DataConfig, open_data
+from vit.data.counter_rng import shuffled
 from vit.data.dataset import ImageData, Split
 from vit.data.decode import ImageError, decode
-from vit.data.draws import shuffled
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.inference.description import Description

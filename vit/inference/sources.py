@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from vit.data.walk import Found, Walk, describe, system_name
+from vit.data.walk import FoundFile, Walk, describe, system_name
 from vit.errors import VitError, printable
 from vit.inference.classifier import Flush, InvalidInput
 
@@ -121,7 +121,7 @@ class _Sources:
             for top in sorted(tops):
                 start = os.path.join(top or os.curdir, "")
                 for found in walk.files(start) if os.path.isdir(start) else ():
-                    if isinstance(found, Found):
+                    if isinstance(found, FoundFile):
                         path = found.path.removeprefix(start)
                         if _matches_glob(path.split(os.sep), parts[depth:]):
                             yield top + path

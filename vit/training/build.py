@@ -85,7 +85,7 @@ def build_module(config: Config, data: ImageData, model: VisionTransformer, desc
         train_loader=functools.partial(
             train_loader, splits["train"], preprocessing, config.data, config.augment, seed=config.seed
         ),
-        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data, again=True)
+        eval_loader=functools.partial(eval_loader, splits["val"], preprocessing, config.data, reused=True)
         if validates
         else None,
         ema_decay=config.ema.decay,

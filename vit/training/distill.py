@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit.data.assemble import listing
+from vit.data.assemble import quote_names
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.model import VisionTransformer
@@ -139,14 +139,14 @@ def _match_classes(source: str, teacher_classes: Sequence[str], data_classes: Se
         return torch.arange(len(data_classes))
     if missing := [name for name in data_classes if name not in set(teacher_classes)]:
         raise VitError(
-            f"distill.teacher={source}: does not know {listing(missing)}; a teacher has to know every class of the "
-            f"data, by name, and this one knows {listing(list(teacher_classes), 5)}"
+            f"distill.teacher={source}: does not know {quote_names(missing)}; a teacher has to know every class of the "
+            f"data, by name, and this one knows {quote_names(list(teacher_classes), 5)}"
         )
     if duplicates := [
         name for name in dict.fromkeys(data_classes) if teacher_classes.count(name) > 1 or data_classes.count(name) > 1
     ]:
         raise VitError(
-            f"distill.teacher={source}: has several classes called {listing(duplicates)}, and names match them"
+            f"distill.teacher={source}: has several classes called {quote_names(duplicates)}, and names match them"
         )
     index = {name: k for k, name in enumerate(teacher_classes)}
     return torch.tensor([index[name] for name in data_classes])

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vit import shell
-from vit.data.assemble import listing
+from vit.data.assemble import quote_names
 from vit.data.dataset import ImageData
 from vit.data.run_splits import FILE, write_splits
 from vit.errors import VitError, command_name, printable
@@ -146,7 +146,7 @@ def print_closing_lines(
             k = metrics["knn"]["k"]
             lines.append(f"knn   {format_metrics(metrics['knn'], classes)}  ({k} nearest neighbour{'s' * (k != 1)})")
         if never_predicted := metrics["never_predicted"]:
-            lines.append(f"never predicted, of {classes} classes: {listing(never_predicted)}")
+            lines.append(f"never predicted, of {classes} classes: {quote_names(never_predicted)}")
         if chosen := metrics["chosen_on_validation"]:
             lines.append(f"chosen on validation data, which flatters its figures: {', '.join(chosen)}")
     # 0 if all features of a probe came from the cache

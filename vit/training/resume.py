@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from vit.data.assemble import listing
+from vit.data.assemble import quote_names
 from vit.data.run_splits import FILE
 from vit.errors import VitError
 from vit.options import format_value
@@ -179,15 +179,15 @@ def check_fits(
     where, values = f"resume={saved.path}", saved.values
     if saved.description.class_names != list(class_names):
         raise VitError(
-            f"{where}: that run learns {listing(saved.description.class_names, 5)}, and the data has "
-            f"{listing(class_names, 5)}: leave data.* as that run has it"
+            f"{where}: that run learns {quote_names(saved.description.class_names, 5)}, and the data has "
+            f"{quote_names(class_names, 5)}: leave data.* as that run has it"
         )
     before, now = ({key: tuple(each.shape) for key, each in state.items()} for state in (values["state_dict"], weights))
     differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differ:
         raise VitError(
-            f"{where}: that run trains other weights ({listing(differ)}): leave model.*, lora.*, ema.* and data.* as "
-            "it has them"
+            f"{where}: that run trains other weights ({quote_names(differ)}): leave model.*, lora.*, ema.* and data.* "
+            "as it has them"
         )
     if _steps(values["optimizer_states"][0]["param_groups"]) != _steps(optimizer.param_groups):
         raise VitError(
