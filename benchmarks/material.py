@@ -3,9 +3,9 @@
 `python -m benchmarks.material DIR [--photographs DIR]` makes it; benchmarks do so when it is not there.
 
 Notable
-- ViT-Ti/16 and ViT-S/16 at 224, and ViT-Ti/4 at 32 for small images, with random weights: speed does not depend on
-  their values.  The head is scaled and shifted so that photographs differ in their answers; without that, all have one
-  label, and a comparison of answers would not see a wrong image.
+- ViT-Ti/16, ViT-S/16 and nano/16 at 224, and ViT-Ti/4 at 32 for small images, with random weights: speed does not
+  depend on their values.  The head is scaled and shifted so that photographs differ in their answers; without that,
+  all have one label, and a comparison of answers would not see a wrong image.
 - Preprocessing that all tools have: the image squeezed to 224 x 224, bicubic.
 - 100 photographs from a camera where a folder of them is at hand (VIT_IMAGE_SAMPLE, or the sample beside this
   project's checkout); else as many images drawn here, and the results say so.
@@ -25,8 +25,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = Path(os.environ.get("VIT_IMAGE_SAMPLE", ROOT.parent / "shared/data/imagenet_sample"))
-MODELS = {"tiny": ("tiny", 16, 1000), "small": ("small", 16, 1000), "tiny32": ("tiny", 4, 10)}
+MODELS = {
+    "tiny": ("tiny", 16, 1000),
+    "small": ("small", 16, 1000),
+    "nano": ("nano", 16, 1000),
+    "tiny32": ("tiny", 4, 10),
+}
 """Size, patch and classes of each; the last one is for images of 32 x 32."""
+GRAIN = 4.0
+"""Standard deviation of the noise added to enlarged photographs: their files then have a camera's bytes a pixel."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +45,31 @@ class Material:
     def model(self, name: str) -> Path:
         return self.folder / name
 
-    def photographs(self, count: int) -> Path:
-        """A folder of `count` photographs; those that there are, again and again."""
-        there = self.folder / f"photographs-{count}"
+    def photographs(self, count: int, pixels: str | None = None) -> Path:
+        """A folder of `count` photographs; those that there are, again and again.
+
+        With `pixels`, "1600x1200" say, each is enlarged to that and grained first.
+        """
+        there = self.folder / f"photographs-{count}{f'-{pixels}' if pixels else ''}"
         if not there.is_dir():
-            originals = sorted(path for path in (self.folder / "originals").iterdir())
-            part = self.folder / f".photographs-{count}"
+            originals = sorted(path for path in self._originals(pixels).iterdir())
+            part = self.folder / f".{there.name}"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for number in range(count):
                 source = originals[number % len(originals)]
                 shutil.copy(source, part / f"{number:05}_{source.stem}.jpg")
             part.rename(there)
+        return there
+
+    def _originals(self, pixels: str | None) -> Path:
+        folder = self.folder / "originals"
+        if pixels is None:
+            return folder
+        if not (there := self.folder / f"originals-{pixels}").is_dir():
+            # in a process of its own: this one imports neither Pillow nor NumPy
+            command = [sys.executable, "-m", "benchmarks.material", str(folder), "--enlarge", pixels]
+            subprocess.run(command, check=True, cwd=ROOT)
         return there
 
     def flops(self, name: str) -> float:
@@ -104,6 +124,24 @@ def draw(folder: Path, count: int = 100) -> None:
         smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
         grained = (smooth + random.normal(0, 8, smooth.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(grained).save(folder / f"drawn{number:03}.jpg", quality=90)
+
+
+def enlarge(folder: Path, pixels: str) -> None:
+    """Write the photographs of `folder`, enlarged to `pixels` and grained, to a folder beside it."""
+    import numpy as np
+    from PIL import Image
+
+    width, height = (int(side) for side in pixels.split("x"))
+    random, there = np.random.default_rng(0), folder.with_name(f"{folder.name}-{pixels}")
+    part = there.with_name(f".{there.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for file in sorted(folder.iterdir()):
+        image = Image.open(file).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        values = np.asarray(image, dtype=np.float32)
+        values = (values + random.normal(0, GRAIN, values.shape)).clip(0, 255)
+        Image.fromarray(values.astype(np.uint8)).save(part / file.name, quality=90)
+    part.rename(there)
 
 
 def _model(folder: Path, name: str, image_size: int) -> None:
@@ -204,5 +242,9 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser()
     options.add_argument("folder", type=Path)
     options.add_argument("--image-size", type=int, default=224)
+    options.add_argument("--enlarge", metavar="WxH", help="enlarge the photographs of the folder instead")
     given = options.parse_args()
-    make(given.folder, given.image_size)
+    if given.enlarge:
+        enlarge(given.folder, given.enlarge)
+    else:
+        make(given.folder, given.image_size)

@@ -6,13 +6,14 @@ The answer is the mean loss of a few photographs' central squares before any ste
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from crops import SQUARE, TIMM_SQUARE, Loaded, timm_loader
+from crops import MEAN, SQUARE, STD, TIMM_SQUARE, Loaded, timm_loader
 from served import serve
 from step import own, timms
 
@@ -72,6 +73,91 @@ def timm(model: str, folder: str, few: str, size: int, batch: int, workers: int)
     return contestant(*timms(model), images_of(lambda: iter(loader)), images_of(lambda: iter(part))())
 
 
+def normalising(loaded: Callable[[], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+    """Normalise the batches of uint8 (B, 3, H, W) that a call of `loaded` gives."""
+    from vit.data.augment import normalise
+
+    return lambda: (normalise(images, MEAN, STD) for images in loaded())
+
+
+def cropping(**crop: Any) -> Any:
+    """torchvision's random-resized crop, and a mirroring of half of the images: uint8 (3, H, W) of either kind."""
+    from torchvision.transforms import InterpolationMode, v2
+
+    taken = v2.RandomResizedCrop(interpolation=InterpolationMode.BICUBIC, antialias=True, **crop)
+    return v2.Compose([v2.ToImage(), taken, v2.RandomHorizontalFlip(0.0 if crop.get("scale") == (1.0, 1.0) else 0.5)])
+
+
+class Decoded:
+    """The photographs of a folder, decoded by torchvision: uint8 (3, H, W)."""
+
+    def __init__(self, folder: str, **crop: Any) -> None:
+        self.paths = sorted(str(path) for path in Path(folder).iterdir())
+        self.crop = cropping(**crop)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Any:
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+        return self.crop(decode_jpeg(read_file(self.paths[i]), mode=ImageReadMode.RGB))
+
+
+def torchvision(model: str, folder: str, few: str, size: int, batch: int, workers: int) -> Built:
+    """This project's model behind torchvision's decoder and crops, and torch's loader."""
+    from torch.utils.data import DataLoader
+
+    stays: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader: Any = DataLoader(Decoded(folder, size=size), batch, shuffle=True, drop_last=True, **stays)  # type: ignore[arg-type]
+    part = DataLoader(Decoded(few, size=size, scale=(1.0, 1.0), ratio=(1.0, 1.0)), count(few))  # type: ignore[arg-type]
+    return contestant(*own(model, "adamw"), normalising(lambda: iter(loader)), normalising(lambda: iter(part))())
+
+
+def webdataset(model: str, folder: str, few: str, size: int, batch: int, workers: int) -> Built:
+    """This project's model behind WebDataset: shards of smaller JPEGs, written before the first epoch."""
+    import torch
+    import webdataset as wds
+
+    place = tempfile.TemporaryDirectory(prefix="epoch-", dir=Path(folder).parent)
+
+    def loader(source: str, batch: int, workers: int, **crop: Any) -> Any:
+        taken, made = cropping(size=size, **crop), Path(place.name) / Path(source).name
+        names = write_shards(source, made, shards=max(1, workers))
+        files = wds.WebDataset(names, shardshuffle=len(names) if workers else False).shuffle(1000 if workers else 0)
+        images = files.decode("pil").to_tuple("jpg").map(lambda sample: taken(sample[0]))
+        images = images.batched(batch, collation_fn=torch.stack, partial=not workers)
+        return wds.WebLoader(images, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+    whole, part = loader(folder, batch, workers), loader(few, count(few), 0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    run, answer = normalising(lambda: iter(whole)), normalising(lambda: iter(part))
+    epoch, losses = contestant(*own(model, "adamw"), run, answer())
+    return lambda: (epoch(), place)[0], losses
+
+
+def write_shards(folder: str, to: Path, shards: int, side: int = 256) -> list[str]:
+    """Write the photographs of a folder to tar files, as JPEGs of quality 95 whose shorter side is `side` pixels."""
+    import webdataset as wds
+    from PIL import Image
+
+    to.mkdir()
+    paths, names = sorted(Path(folder).iterdir()), []
+    for number in range(shards):
+        names.append(str(to / f"{number}.tar"))
+        with wds.TarWriter(names[-1], encoder=True) as tar:
+            for path in paths[number::shards]:
+                image = Image.open(path).convert("RGB")
+                scale = side / min(image.size)
+                image = image.resize(
+                    (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+                )
+                with io.BytesIO() as file:
+                    image.save(file, "JPEG", quality=95)
+                    tar.write({"__key__": path.stem, "jpg": file.getvalue()})
+    return names
+
+
 if __name__ == "__main__":
     del sys.path[0]  # a module there may bear a library's name
-    serve({builder.__name__: builder for builder in (vit_cached, vit_streamed, timm)})
+    here = (vit_cached, vit_streamed, timm, torchvision, webdataset)
+    serve({builder.__name__: builder for builder in here})
