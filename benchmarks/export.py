@@ -25,7 +25,7 @@ from vit.inference.export import export_onnx
 from vit.inference.loading import load_torch
 from vit.inference.onnx_backend import OnnxBackend, open_session
 from vit.inference.quantise import quantise, to_integers
-from vit.inference.sample import from_split, open_own, to_quantise
+from vit.inference.sample import from_split, open_training_data, to_quantise
 from vit.inference.torch_backend import TorchBackend
 from vit.model import VisionTransformer
 
@@ -90,7 +90,7 @@ def measure_speed(
 def measure_accuracy(folder: Path, model: str) -> dict[str, Any]:
     """For each form (top-1 on the test split, agreement with torch), and on what."""
     network, description = load_torch(model, device="cpu")
-    data = open_own(description)
+    data = open_training_data(description)
     test = from_split(data, "test", description.preprocessing, len(data.splits["test"]))
     assert test.labels is not None
     export_onnx(folder / "trained.onnx", network, description, images=test.images)

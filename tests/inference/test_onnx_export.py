@@ -139,7 +139,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_a_model_beyond_one_file_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_LARGEST", 1000)
+    monkeypatch.setattr(export, "_MAX_BYTES", 1000)
     model, description = make()
     assert not export.fits_onnx(model)
     with pytest.raises(VitError, match="too large for one ONNX file"):

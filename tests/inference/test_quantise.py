@@ -180,14 +180,14 @@ def test_figures_are_plain_json(files):
 
 
 def test_large_images_are_fewer(classifier, monkeypatch):
-    monkeypatch.setattr(sample, "_ROOM", 20 * 16 * 16 * 4)
+    monkeypatch.setattr(sample, "_MAX_BYTES", 20 * 16 * 16 * 4)
     assert [len(part) for part in to_quantise(classifier[1])] == [20, 20]
 
 
 def test_a_large_data_set_is_not_looked_through_for_a_few_images(classifier, tmp_path, monkeypatch):
     """Which files can be read decides the splits; where training left no memory of it, that would take hours."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sample, "_UNKNOWN", 39)
+    monkeypatch.setattr(sample, "_SCAN_LIMIT", 39)
     for label in "ab":
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(20):
@@ -202,5 +202,5 @@ def test_a_large_data_set_is_not_looked_through_for_a_few_images(classifier, tmp
         to_quantise(description)
     (tmp_path / "photos" / "a" / "0.png").unlink()
     assert len(to_compare(description)) == 8  # few enough
-    monkeypatch.setattr(sample, "_UNKNOWN", 0)
+    monkeypatch.setattr(sample, "_SCAN_LIMIT", 0)
     assert len(to_compare(description)) == 8  # known, as training would have left it

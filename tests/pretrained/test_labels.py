@@ -26,7 +26,7 @@ def test_imagenets_names_are_timms_and_all_differ(count, subset):
 
 def test_they_are_the_names_that_the_data_set_has():
     """So `eval.py checkpoint=NAME data=imagenet` matches classes by name."""
-    assert imagenet_names(1000) == imagenet._readable(imagenet._standard())
+    assert imagenet_names(1000) == imagenet._readable_names(imagenet._standard_synsets())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""A trained model as a thing you call: loading, preprocessing, batching, export.
+"""Load, run and export trained models.
 
-Importing this package imports nothing heavy.  Classification through ONNX Runtime needs NumPy and Pillow only; torch
-is imported where a model's weights are (`weights`, `torch_backend`, `export`), when one is asked for.
+Importing this package imports nothing heavy.  Classification with ONNX Runtime needs only NumPy and Pillow; torch is
+imported only for the weights of a model (`weights`, `torch_backend`, `export`).
 """

@@ -1,10 +1,10 @@
-"""A trained model as a folder: weights, configuration, model card, ONNX file.  Any tool of the field can take it up.
+"""Write and read bundles: folders with the weights, configuration, model card and ONNX file of a trained model.
 
-`model.safetensors` (timm's names, where timm has the model), `config.json` (timm's local-dir format, with the model's
-description under `vit`), `README.md` (the model card) and, unless left out, `model.onnx`.
+A bundle has `model.safetensors` (with timm's names if timm has the model), `config.json` (timm's local-dir format, with
+the model's description under `vit`), `README.md` (the model card) and, by default, `model.onnx`.
 
-Notable: a bundle appears whole or not at all.  It is built in a hidden neighbour and renamed; one that is there
-already stays until its successor is complete; and a folder that holds anything else is never replaced.
+Writing is atomic: a bundle is built in a hidden folder beside it and then renamed.  An older bundle stays until the new
+one is complete; a folder with other files is never replaced.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def write_bundle(
     onnx: bool = True,
     images: np.ndarray | None = None,
 ) -> float | None:
-    """Write the bundle, whole or not at all, with a verified `model.onnx` where `onnx` is true.
+    """Write the bundle atomically, with a verified `model.onnx` if `onnx` is true.
 
-    `images`, normalised, float32 (N, C, H, W), are what that file is compared with torch on; None: noise.  Returns by
-    how much they differ, None where there is no such file.
-    The model is left as it is: on its device, in its precision and mode; the weights are written as float32.
+    `images`, normalised float32 (N, C, H, W), are used to compare that file with torch; None: noise.  Returns the
+    largest difference, or None without an ONNX file.
+    The model keeps its device, dtype and mode; the weights are written as float32.
     Raises `VitError` when the description does not fit the model, the folder holds other files, the disk is full or
-    cannot be written, or the ONNX file cannot be made (`vit.inference.export.fits_onnx` tells ahead for size).
+    cannot be written, or the ONNX file cannot be made (`vit.inference.export.fits_onnx` checks the size before).
     """
     import torch
     from safetensors import SafetensorError
@@ -66,10 +66,10 @@ def write_bundle(
         try:
             save_file(weights, part / WEIGHTS, metadata={"format": "pt", KEY: ZEROS})
             add_safetensors_checksum(part / WEIGHTS)
-        except SafetensorError as error:  # a full disk, in the library's words
+        except SafetensorError as error:  # such as a full disk
             raise CannotWrite(f"cannot write {os.fspath(folder)}: {error}") from None
         config = with_checksum({**timm_config(description), "vit": description.to_dict()})
-        # ASCII, so that class names which are no valid Unicode survive
+        # ASCII keeps class names that are not valid Unicode
         (part / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="ascii")
         count = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(description, parameters=count, onnx=onnx)
@@ -78,7 +78,7 @@ def write_bundle(
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Description:
-    """The description in a bundle's `config.json`; the weights stay where they are.  No torch.
+    """Read the description in a bundle's `config.json`, without weights or torch.
 
     Raises `VitError` when there is no such file, it is damaged, or another tool wrote it.
     """
@@ -92,16 +92,16 @@ def read_bundle(folder: str | os.PathLike[str]) -> Description:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether the folder looks like a bundle: it has a `config.json` and weights or an ONNX file."""
+    """Check whether the folder has a `config.json` and weights or an ONNX file."""
     return (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / ONNX).is_file())
 
 
 @contextlib.contextmanager
 def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty temporary folder that becomes `folder` on a clean exit and vanishes on an exception.
+    """Yield an empty temporary folder that replaces `folder` on a clean exit and is removed on an exception.
 
-    Raises `VitError` when `folder` exists and is anything but an empty folder or an earlier bundle, or when it
-    cannot be written; what was there is then still there.
+    Raises `VitError` when `folder` exists and is neither empty nor a bundle, or when it cannot be written; `folder` is
+    then unchanged.
     """
     target = Path(os.path.realpath(folder))
     _check_replaceable(target, os.fspath(folder))
@@ -114,7 +114,7 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(mask)
         for file in part.iterdir():
             _flush(file)
-            file.chmod(0o666 & ~mask)  # safetensors makes its files private
+            file.chmod(0o666 & ~mask)  # safetensors writes private files
         part.chmod(0o777 & ~mask)
         if target.exists():
             old = part.with_suffix(".old")

@@ -1,11 +1,11 @@
-"""The README.md of a bundle: a model card made from the model's description.
+"""Make the model card, the README.md of a bundle, from the model's description.
 
-Notable
-- Everything that came from outside (class names, data set names, recipe values) is shown as data, in fenced JSON on a
-  line of its own, where no character can end the fence, start markup or hide.
-- Where files lay on the machine that trained is nobody's business: of paths only the last name is told.
-- The front matter is what the Hugging Face hub reads (https://huggingface.co/docs/hub/model-cards): library, task,
-  metrics, and the accuracy on the test split as `model-index`.
+Notes:
+- All text from outside (class names, data set names, recipe values) is in fenced JSON on separate lines, where no
+  character can end the fence, start markup or hide.
+- Paths of the training machine are shortened to the last name.
+- The Hugging Face hub reads the front matter (https://huggingface.co/docs/hub/model-cards): library, task, metrics,
+  and the accuracy on the test split as `model-index`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from vit.inference.timm_config import timm_obstacle
 from vit.options import list_keys
 
 _MARK = "<!-- Made by vit ({}); as long as nobody edits it, vit push makes it again. -->"
-_MOST_NAMES = 200
-_OF_THE_MACHINE = ("root", "workers", "download", "resident", "cache")
-_OF_TIMM = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*\.\w+)(?:@.*)?", re.ASCII)
-_OF_HUB = re.compile(r"hf[-_]hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@.*)?", re.ASCII)
+_MAX_NAMES = 200
+_MACHINE_KEYS = ("root", "workers", "download", "resident", "cache")
+_TIMM_NAME = re.compile(r"(?:timm/)?((?:vit|deit)\w*_patch\d\w*\.\w+)(?:@.*)?", re.ASCII)
+_HUB_NAME = re.compile(r"hf[-_]hub:([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@.*)?", re.ASCII)
 _FIGURES = {
     "top1": ("top-1 accuracy", "share"),
     "top5": ("top-5 accuracy", "share"),
@@ -38,10 +38,13 @@ _FIGURES = {
 
 
 def model_card(description: Description, *, parameters: int, onnx: bool, repo: str | None = None) -> str:
-    """Markdown with YAML front matter, as model hubs read it.
+    """Make the model card: Markdown with YAML front matter, as model hubs read it.
 
-    `parameters`: how many numbers the weights are; `onnx`: whether the bundle has a `model.onnx`; `repo`: where on the
-    hub it is to be had, None for a folder.
+    Args:
+        description: the description of the model.
+        parameters: the number of parameters.
+        onnx: whether the bundle has a `model.onnx`.
+        repo: the repository on the hub; None for a folder.
     """
     a = description.architecture
     obstacle = timm_obstacle(a)
@@ -75,7 +78,7 @@ def model_card(description: Description, *, parameters: int, onnx: bool, repo: s
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is as `model_card`, of this version or another, made it: nobody has changed it since."""
+    """Check whether a card of `model_card`, of any version, is unchanged."""
     body, _, mark = text.removesuffix("\n").rpartition("\n\n")
     return mark == _MARK.format(_digest(f"{body}\n"))
 
@@ -85,7 +88,7 @@ def _digest(text: str) -> str:
 
 
 def _front_matter(description: Description, obstacle: str | None, repo: str | None) -> str:
-    """YAML.  Every text from outside is quoted as JSON in ASCII, which is YAML as well."""
+    """Format the YAML front matter; text from outside is quoted as ASCII JSON, which is valid YAML."""
     tags = ["image-classification", "vision-transformer", "vit"] + (["timm"] if obstacle is None else [])
     lines = ["---", "pipeline_tag: image-classification", f"library_name: {'timm' if obstacle is None else 'vit'}"]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
@@ -109,14 +112,14 @@ def _front_matter(description: Description, obstacle: str | None, repo: str | No
 
 
 def _base(pretrained: Any) -> str | None:
-    """The repository of the hub whose weights training began with, if they came from there."""
+    """Find the hub's repository of the pretrained weights; None if they came from elsewhere."""
     table = pretrained if isinstance(pretrained, dict) else {}
     name = table.get("weights") or table.get("name")
     if not isinstance(name, str):
         return None
-    if found := _OF_TIMM.fullmatch(name):
+    if found := _TIMM_NAME.fullmatch(name):
         return f"timm/{found[1]}"
-    found = _OF_HUB.fullmatch(name)
+    found = _HUB_NAME.fullmatch(name)
     return found[1] if found else None
 
 
@@ -158,12 +161,12 @@ def _data(description: Description) -> list[str]:
     data = about_data(without_folders(description.data))
     if not data.get("name"):
         return ["Not recorded."]
-    shown = {key: value for key, value in data.items() if value is not None and key not in _OF_THE_MACHINE}
-    return ["Trained on the data set of this name, opened with these settings:", _fenced(shown)]
+    settings = {key: value for key, value in data.items() if value is not None and key not in _MACHINE_KEYS}
+    return ["Trained on the data set of this name, opened with these settings:", _fenced(settings)]
 
 
 def about_data(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings that open a data set, those that concern the one of that name."""
+    """Select the settings that apply to the data set of this name."""
     owners = {key.name: key.rule.help.partition(":")[0] for key in list_keys(DataConfig)}
     others = CATALOGUE.keys() - {data.get("name")}
     return {key: value for key, value in data.items() if owners.get(key) not in others}
@@ -221,19 +224,19 @@ def _limits() -> str:
 
 def _classes(names: list[str]) -> str:
     lines = [
-        f"{index} {printable(json.dumps(name, ensure_ascii=False))}" for index, name in enumerate(names[:_MOST_NAMES])
+        f"{index} {printable(json.dumps(name, ensure_ascii=False))}" for index, name in enumerate(names[:_MAX_NAMES])
     ]
-    if len(names) > _MOST_NAMES:
-        lines.append(f"and {len(names) - _MOST_NAMES} more, in config.json")
+    if len(names) > _MAX_NAMES:
+        lines.append(f"and {len(names) - _MAX_NAMES} more, in config.json")
     return "```\n" + "\n".join(lines) + "\n```"
 
 
 def _fenced(value: Any) -> str:
-    """As JSON in a code fence: strings are quoted and on one line, so none can begin a line with backticks."""
+    """Format JSON in a code fence: strings are quoted on one line, so no line can begin with backticks."""
     text = json.dumps(plain(value), indent=2, ensure_ascii=False)
     return "```json\n" + "\n".join(printable(line) for line in text.split("\n")) + "\n```"
 
 
 def _cell(text: str) -> str:
-    kept = "".join(char if char.isalnum() or char in " -_." else " " for char in printable(text))
-    return " ".join(kept.split())
+    clean = "".join(char if char.isalnum() or char in " -_." else " " for char in printable(text))
+    return " ".join(clean.split())

@@ -1,15 +1,15 @@
-"""Images in, labels out: decoding overlapped with compute, order kept, memory constant, a broken file a row.
+"""Classify images: decode them while the model computes, keep their order, use constant memory.
 
-Notable
-- One code path for every backend: preprocessing is NumPy and Pillow, softmax is float64 NumPy, so only the logits
-  differ, and those by rounding.
-- A backend that computes several small batches at once (ONNX Runtime on a CPU) gets each from a thread that decodes it
-  as well: processors wait neither for each other nor for a decoder, and what is computed stays in their caches.
-  Measured on 2 cores: a ViT-S/16 takes 98 ms of a processor an image so, and 128 ms in batches of 32 (ViT-Ti/16: 28
-  and 36 ms).
-- For one that computes batch after batch, a bounded window of images is decoded ahead by threads; the first batches are
-  small, so that the first answers come early and compute does not wait for a full batch.
-- What cannot be used takes part in no batch, so it cannot shift or change a neighbour's result.
+Notes:
+- All backends share one code path: preprocessing with NumPy and Pillow, softmax with float64 NumPy.  Only the logits
+  differ, by rounding.
+- A backend that computes several small batches at once (ONNX Runtime on a CPU) gets each batch from a thread that also
+  decodes it: processors wait neither for each other nor for a decoder, and activations stay in their caches.  Measured
+  on 2 cores: a ViT-S/16 takes 98 ms of a processor for each image, and 128 ms in batches of 32 (ViT-Ti/16: 28 and 36
+  ms).
+- For a backend that computes one batch after another, threads decode a bounded number of images ahead.  The first
+  batches are small, so that the first results come early.
+- Unusable inputs are in no batch, so they cannot change the result of another image.
 
 Imports no torch.
 """
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from vit.explain.maps import Explanation
 
     Input = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or why there are none
+Prepared = tuple[str | None, np.ndarray | str]  # a path, and pixels or the reason why there are none
 
 BATCH = 32
-"""Images computed together, at most, unless somebody asks for more."""
+"""Default size of a batch, at most."""
 
 NO_NUMBER = "the model gives no number for this image (its weights hold NaN or infinities)"
 
 
 class Backend(Protocol):
-    """What computes logits: float32 (B, C, H, W) -> float32 (B, K).
+    """Computes logits float32 (B, K) of images float32 (B, C, H, W).
 
-    `threads` is how many threads should call `logits` at the same time, each with a small batch; 0 where one batch
-    after the other is better.
+    `threads` is the number of threads that should call `logits` at the same time, each with a small batch; 0 if one
+    batch after the other is faster.
     """
 
     name: str
@@ -59,23 +59,23 @@ class Backend(Protocol):
     threads: int
 
     def ready(self) -> None:
-        """Wait for what is prepared in the background.  Raises `VitError` when it failed; `logits` does so as well."""
+        """Wait until the model is loaded.  Raises `VitError` when loading failed; `logits` does so as well."""
 
     def logits(self, images: np.ndarray) -> np.ndarray: ...
 
     def network(self) -> Any:
-        """The torch module of the same model, in evaluation mode.  Raises `VitError` where its weights are not here."""
+        """Load the torch module of the model, in evaluation mode.  Raises `VitError` when there are no weights."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The answer for one input, or why there is none.
+    """Holds the result for one input, or the reason why it could not be used.
 
-    Attributes
-        path: as it was given; None for an image that was handed over in memory.
-        label, index, probability: of the likeliest class.
-        top: the likeliest classes, best first, each {"label", "index", "probability"}.
-        error: why the input could not be used; then the others are empty.
+    Attributes:
+        path: the path as given; None for an image in memory.
+        label, index, probability: the class with the highest probability.
+        top: the classes with the highest probabilities, best first, each {"label", "index", "probability"}.
+        error: why the input could not be used; the other attributes are then empty.
     """
 
     path: str | None
@@ -86,7 +86,7 @@ class Result:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As `vit classify --format jsonl` writes it."""
+        """Convert the result to a dictionary, as in `vit classify --format jsonl`."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
         return {
@@ -100,22 +100,23 @@ class Result:
 
 @dataclass(frozen=True)
 class InvalidInput:
-    """An input known to be of no use before it is opened; it becomes a row with this error."""
+    """Marks an input that cannot be opened; it becomes a row with this error."""
 
     path: str
     reason: str
 
 
 class Flush:
-    """In a stream of inputs: no more for now, so answer those that came."""
+    """Marks a pause in a stream of inputs: classify all earlier inputs now."""
 
 
 class Classifier:
-    """A trained model as a thing to call; made by `vit.load`.
+    """Classifies images with a trained model; `vit.load` makes it.
 
-    Attributes
+    Attributes:
         description: classes, preprocessing, temperature, history.
-        backend, device: "onnx" or "torch", and where it computes.
+        backend: "onnx" or "torch".
+        device: the device of the backend.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -133,18 +134,18 @@ class Classifier:
         return {key: value for key, value in self.__dict__.items() if key not in ("_threads", "_network")}
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images float32 (B, C, H, W) -> logits float32 (B, K).  Raises `VitError` for another shape."""
+        """Compute logits (B, K) of normalised images float32 (B, C, H, W).  Raises `VitError` for another shape."""
         expected = (self.description.preprocessing.channels, *self.description.preprocessing.image_size)
         images = np.asarray(images, dtype=np.float32)
         if images.ndim != 4 or images.shape[1:] != expected:
-            wanted = ", ".join(map(str, expected))
-            raise VitError(f"the model takes images of shape (B, {wanted}), not {images.shape}")
+            shape = ", ".join(map(str, expected))
+            raise VitError(f"the model takes images of shape (B, {shape}), not {images.shape}")
         if len(images) == 0:
             return np.empty((0, len(self.description.class_names)), np.float32)
-        few = self._batch_per_thread()
-        if not self._backend.threads or len(images) <= few:
+        size = self._batch_per_thread()
+        if not self._backend.threads or len(images) <= size:
             return self._backend.logits(images)
-        parts = [images[start : start + few] for start in range(0, len(images), few)]
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
         return np.concatenate(list(self._threads.map(self._backend.logits, parts)))
 
     def explain(
@@ -155,59 +156,60 @@ class Classifier:
         target: str | int | None = None,
         layer: int | None = None,
     ) -> Explanation:
-        """Map what the model attends to in an image.  Imports torch, with the ONNX backend too.
+        """Compute an attention map of an image.  Imports torch, with the ONNX backend too.
 
-        Arguments
+        Args:
             image: a path, encoded bytes, a Pillow image, or an array (H, W) or (H, W, C).
             method: one of `vit.explain.METHODS`.
             target: the class to explain, by name or number; None: the predicted one.
             layer: as for `vit.explain.explain`.
 
-        Raises `VitError` for an image, method, class or layer that cannot be, and for an ONNX file without weights.
+        Raises:
+            VitError: if the image, method, class or layer is invalid, or an ONNX file has no weights.
         """
         from vit.data.decode import ImageError
         from vit.explain.maps import Explanation, Mapper, class_index
 
-        d, where = self.description, _path(image)
+        d, path = self.description, _path(image)
         index = class_index(target, d.class_names)
         mapper = Mapper(
             self._network, d.preprocessing, method=method, target=index, layer=layer, temperature=d.temperature
         )
         pixels = self._prepare(image)
         if isinstance(pixels, str):
-            raise ImageError(pixels, where and printable(where))
+            raise ImageError(pixels, path and printable(path))
         (mapped,) = mapper.maps([pixels])
         if mapped is None:
-            raise ImageError(NO_NUMBER, where and printable(where))
+            raise ImageError(NO_NUMBER, path and printable(path))
         label = d.class_names[mapped.index]
         return Explanation(mapped.values, label, mapped.index, mapped.probability, method, mapper.seen(pixels))
 
     @functools.cached_property
     def _network(self) -> Any:
-        """The torch module, for what a session does not give away."""
+        """Load the torch module, for attention maps."""
         return self._backend.network()
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        """Those that share a batch handed to `logits`."""
+        """Start the threads that share a batch of `logits`."""
         return ThreadPoolExecutor(self._backend.threads, thread_name_prefix="logits")
 
     def ready(self) -> None:
-        """Wait until the model is loaded, where `vit.inference.loading.load` did not.
+        """Wait until the model is loaded, after `vit.inference.loading.load` with `block=False`.
 
-        Raises `VitError` when it cannot be.
+        Raises `VitError` when it cannot be loaded.
         """
         self._backend.ready()
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images float32 (B, C, H, W) -> probabilities float64 (B, K), softmax(logits / temperature)."""
+        """Compute probabilities float64 (B, K), softmax(logits / temperature), of normalised images (B, C, H, W)."""
         return softmax(self.logits(images), self.description.temperature)
 
     def classify(self, inputs: Iterable[Input], *, top_k: int = 5, batch_size: int | None = None) -> list[Result]:
-        """Label images: paths, encoded bytes, Pillow images, arrays (H, W) or (H, W, C).  Results in input order.
+        """Classify images: paths, encoded bytes, Pillow images, arrays (H, W) or (H, W, C); results in input order.
 
-        A single path, image or array may be given without a list.  An image that cannot be used gives a result with
-        `error`.  Raises `VitError` when `top_k` or `batch_size` is not a whole number above 0.
+        A single path, image or array needs no list.  An image that cannot be used gives a result with `error`.  Raises
+        `VitError` when `top_k` or `batch_size` is not a whole number above 0.
         """
         from PIL import Image
 
@@ -220,10 +222,10 @@ class Classifier:
     def stream(
         self, inputs: Iterable[Input | InvalidInput | Flush], *, top_k: int = 5, batch_size: int | None = None
     ) -> Iterator[Result]:
-        """As `classify`, one result at a time, in constant memory however many inputs there are.
+        """Classify as `classify` does, one result at a time, in constant memory for any number of inputs.
 
-        `batch_size` is how many images are computed together; None for what suits the backend.  Inputs are taken as
-        they are needed, up to two batches ahead, or two a thread where threads compute.
+        `batch_size` is the number of images in a batch; None: chosen for the backend.  Inputs are read when needed, up
+        to two batches ahead, or two for each computing thread.
         """
         for name, value in (("top_k", top_k), ("batch_size", 1 if batch_size is None else batch_size)):
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
@@ -247,7 +249,7 @@ class Classifier:
                 yield rows, self.classify_prepared(rows, top_k)
 
     def _batch_per_thread(self) -> int:
-        """Images in a batch for one thread: some 400 patches keep a processor busy without leaving its caches."""
+        """Compute the batch size for one thread: about 400 patches keep a processor busy and stay in its caches."""
         architecture = self.description.architecture
         sides = zip(architecture["image_size"], architecture["patch_size"], strict=True)
         return min(BATCH, max(1, 400 // math.prod(max(1, image // patch) for image, patch in sides)))
@@ -283,9 +285,9 @@ class Classifier:
     def prepare_batches(
         self, inputs: Iterable[Input | InvalidInput | Flush], batch_size: int = BATCH
     ) -> Generator[list[Prepared], None, None]:
-        """The inputs in batches, in their order, decoded ahead by threads.
+        """Yield the inputs in batches, in order, decoded ahead by threads.
 
-        Each is its path (None for an image in memory) with the model's input before normalisation, uint8 (H, W, C),
+        Each row is the path (None for an image in memory) with the resized image uint8 (H, W, C) before normalisation,
         or with the reason why there is none.
         """
         workers = available()
@@ -319,10 +321,10 @@ class Classifier:
         ]
 
     def _prepare(self, item: Any) -> np.ndarray | str:
-        """The model's input before normalisation, uint8 (H, W, C), or why there is none."""
+        """Decode and resize an input to uint8 (H, W, C), or return the reason why it cannot be used."""
         if isinstance(item, InvalidInput):
             return item.reason
-        # here, so that a thread loads Pillow while the session is built
+        # imported here, so that a thread loads Pillow while the session is built
         from vit.data.decode import ImageError, decode
 
         preprocessing = self.description.preprocessing
@@ -347,7 +349,7 @@ class Classifier:
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """exp(z) / sum exp(z) over the last axis, with z = logits / temperature, in float64."""
+    """Compute softmax(logits / temperature) over the last axis, in float64."""
     scaled = np.asarray(logits, dtype=np.float64) / temperature
     powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)

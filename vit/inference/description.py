@@ -1,10 +1,10 @@
-"""What a trained model says about itself: everything but the weights, as plain JSON.
+"""Describe a trained model: everything but the weights, as plain JSON.
 
-The same description travels in a checkpoint (`checkpoint["vit"]`), in a bundle (`config.json`, key `vit`) and in an
-ONNX file (`metadata_props["vit"]`), so no command asks for class names, preprocessing or temperature again.
+The same description is in a checkpoint (`checkpoint["vit"]`), in a bundle (`config.json`, key `vit`) and in an ONNX
+file (`metadata_props["vit"]`), so no command asks for class names, preprocessing or temperature again.
 
-Notable: nothing read from a file is trusted.  Types, ranges and agreement between parts are checked here, before a
-model is built from them, and every complaint is one line.  No torch.
+Nothing read from a file is trusted: types, ranges and the consistency of the parts are checked here, before a model is
+built, and every error is one line.  No torch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 
 FORMAT = 1
-"""Version of what `Description.to_dict` writes; raised when an older reader could misread it."""
+"""Version of the format of `Description.to_dict`; a new one means that older readers could misread it."""
 
 _SIZES = {
-    # argument: (least, most); the upper ends are far beyond any ViT, and keep a wrong file from filling the memory
+    # argument: (minimum, maximum); the maxima are far beyond any ViT, and keep a wrong file from filling the memory
     "num_classes": (1, 10_000_000),
     "in_channels": (1, 4096),
     "width": (1, 65_536),
@@ -35,24 +35,24 @@ _FOLDERS = re.compile(r"^([\w.+~-]+=)?[\"']?(local-dir:)?(?:~|\.\.?|[A-Za-z]:)?[
 _PIXELS = (1, 1_000_000)
 _PATCHES = 65_536  # as of an image of 4096 x 4096 in patches of 16
 _NUMBERS = 1 << 26  # in an image, over all channels: 256 MB as float32
-_DEEPEST, _MOST_VALUES = 50, 2_000_000
+_MAX_DEPTH, _MAX_VALUES = 50, 2_000_000
 _TEMPERATURES = (1e-6, 1e6)
 
 
 @dataclass
 class Description:
-    """A model's architecture, classes, preprocessing, calibration and history.
+    """Holds a model's architecture, classes, preprocessing, calibration and history.
 
-    Attributes
+    Attributes:
         architecture: the arguments of `vit.model.VisionTransformer` that build the model again.
-        class_names: one name an output, in the order of the outputs.  Names may repeat (ImageNet has two cranes);
-            the index tells them apart.
-        preprocessing: how an image becomes the model's input.
+        class_names: one name for each output, in order.  Names may repeat (ImageNet has two cranes); classes are
+            identified by index.
+        preprocessing: the preprocessing of images.
         temperature: probabilities are softmax(logits / temperature).
         data: the arguments that open the data set again (fields of `vit.data.catalogue.DataConfig`).
-        metrics: figures measured on it, such as {"val": {...}, "test": {...}}.
-        training: the recipe in short, the seed, versions.
-        format: version of this layout.
+        metrics: metrics on the data, such as {"val": {...}, "test": {...}}.
+        training: a short recipe, the seed, versions.
+        format: version of the format.
     """
 
     architecture: dict[str, Any]
@@ -65,7 +65,7 @@ class Description:
     format: int = FORMAT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only; tuples become lists, NumPy scalars numbers, and NaN and infinities null."""
+        """Convert to plain JSON types: tuples become lists, NumPy scalars numbers, NaN and infinities null."""
         return {
             "format": self.format,
             "architecture": plain(self.architecture),
@@ -78,47 +78,47 @@ class Description:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """`to_dict` as ASCII JSON: class names that are not valid Unicode (odd folder names) survive as escapes."""
+        """Convert to ASCII JSON; class names that are not valid Unicode are kept as escapes."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     @classmethod
     def from_dict(cls, value: Any, source: str | os.PathLike[str] = "the model") -> Description:
-        """Read what `to_dict` wrote; keys that are not known are left aside.
+        """Read the result of `to_dict`; unknown keys are ignored.
 
-        Raises `VitError`, naming `source` and the key, when something is missing, malformed or contradictory.
+        Raises `VitError`, naming `source` and the key, when a value is missing, malformed or contradictory.
         """
         source = os.fspath(source)
-        value = _table(value, f"{source}: its description")
+        value = _check_table(value, f"{source}: its description")
         check_plain({key: part for key, part in value.items() if key != "class_names"}, source)
         version = value.get("format")
         if not _is_int(version) or version < 1:
-            raise VitError(f"{source}: its description has no valid format number ({_show(version)})")
+            raise VitError(f"{source}: its description has no valid format number ({_format_value(version)})")
         if version > FORMAT:
             raise VitError(
                 f"{source} was written by a newer version of vit (format {version}, this one reads {FORMAT}): "
                 "update vit"
             )
-        architecture = _architecture(value.get("architecture"), source)
+        architecture = _check_architecture(value.get("architecture"), source)
         description = cls(
             architecture=architecture,
-            class_names=_class_names(value.get("class_names"), architecture["num_classes"], source),
-            preprocessing=_preprocessing(value.get("preprocessing"), architecture, source),
-            temperature=_temperature(value.get("temperature", 1.0), source),
-            data=_table(value.get("data") or {}, f"{source}: data"),
-            metrics=_table(value.get("metrics") or {}, f"{source}: metrics"),
-            training=_table(value.get("training") or {}, f"{source}: training"),
+            class_names=_check_class_names(value.get("class_names"), architecture["num_classes"], source),
+            preprocessing=_read_preprocessing(value.get("preprocessing"), architecture, source),
+            temperature=_check_temperature(value.get("temperature", 1.0), source),
+            data=_check_table(value.get("data") or {}, f"{source}: data"),
+            metrics=_check_table(value.get("metrics") or {}, f"{source}: metrics"),
+            training=_check_table(value.get("training") or {}, f"{source}: training"),
             format=version,
         )
         return description
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str | os.PathLike[str] = "the model") -> Description:
-        """Read what `to_json` wrote.  Raises `VitError` as `from_dict` does."""
+        """Read the result of `to_json`.  Raises `VitError` as `from_dict` does."""
         return cls.from_dict(parse_json(text, source), source)
 
 
 def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
-    """`json.loads` whose failures, deep nesting included, are a `VitError` naming `source`."""
+    """Parse JSON; raise `VitError`, naming `source`, for invalid or too deeply nested text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -126,7 +126,7 @@ def parse_json(text: str | bytes, source: str | os.PathLike[str]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Reduce `value` to plain, strict JSON types (see `Description.to_dict`)."""
+    """Convert `value` to plain, strict JSON types (see `Description.to_dict`)."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -143,8 +143,8 @@ def plain(value: Any) -> Any:
 
 
 def without_folders(value: Any) -> Any:
-    """`plain(value)` for others to read: of a path that says where it starts, also behind `key=` and `local-dir:`, only
-    the last name is left.
+    """Convert `value` with `plain` and shorten paths with a start folder, also after `key=` and `local-dir:`, to the
+    last name.
     """
     value = plain(value)
     if isinstance(value, dict):
@@ -158,7 +158,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, a list of lists without end
@@ -166,21 +166,22 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _table(value: Any, what: str) -> dict[str, Any]:
+def _check_table(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise VitError(f"{what} should be a table of names and values, not {_show(value)}")
+        raise VitError(f"{what} should be a table of names and values, not {_format_value(value)}")
     return value
 
 
-def _architecture(value: Any, source: str) -> dict[str, Any]:
-    table = _table(value, f"{source}: architecture")
-    for key, (least, most) in _SIZES.items():
+def _check_architecture(value: Any, source: str) -> dict[str, Any]:
+    table = _check_table(value, f"{source}: architecture")
+    for key, (minimum, maximum) in _SIZES.items():
         if key not in table and key == "registers":
             continue
         number = table.get(key)
-        if number is None or not _is_int(number) or not least <= number <= most:
+        if number is None or not _is_int(number) or not minimum <= number <= maximum:
             raise VitError(
-                f"{source}: architecture.{key} should be a whole number from {least} to {most}, not {_show(number)}"
+                f"{source}: architecture.{key} should be a whole number from {minimum} to {maximum}, not "
+                f"{_format_value(number)}"
             )
     for key in ("image_size", "patch_size"):
         pair = table.get(key)
@@ -189,7 +190,9 @@ def _architecture(value: Any, source: str) -> dict[str, Any]:
             or len(pair) != 2
             or not all(_is_int(number) and _PIXELS[0] <= number <= _PIXELS[1] for number in pair)
         ):
-            raise VitError(f"{source}: architecture.{key} should be [height, width] in pixels, not {_show(pair)}")
+            raise VitError(
+                f"{source}: architecture.{key} should be [height, width] in pixels, not {_format_value(pair)}"
+            )
     patches = math.prod(image // patch for image, patch in zip(table["image_size"], table["patch_size"], strict=True))
     if not 1 <= patches <= _PATCHES:
         raise VitError(f"{source}: architecture makes {patches} patches an image; expected 1 to {_PATCHES}")
@@ -200,42 +203,42 @@ def _architecture(value: Any, source: str) -> dict[str, Any]:
 
 
 def check_plain(value: Any, source: str | os.PathLike[str]) -> None:
-    """Raise `VitError` unless `value`, read from a file, is nested at most 50 deep and of at most 2 million values.
+    """Check that `value` from a file is at most 50 levels deep and has at most 2 million values.  Raises `VitError`.
 
-    A list that is shared at every level counts each time, as whoever writes or prints it goes there each time.
+    A shared list counts each time, since writing and printing visit it each time.
     """
     count, level = 0, [value]
-    for _ in range(_DEEPEST):
-        below: list[Any] = []
-        for each in level:
-            if isinstance(each, int) and abs(each) >> 64:
+    for _ in range(_MAX_DEPTH):
+        children: list[Any] = []
+        for item in level:
+            if isinstance(item, int) and abs(item) >> 64:
                 raise VitError(f"{os.fspath(source)}: its description holds a whole number of more than 64 bits")
-            parts = [*each, *each.values()] if isinstance(each, dict) else each
+            parts = [*item, *item.values()] if isinstance(item, dict) else item
             parts = parts if isinstance(parts, list | tuple) else ()
             count += len(parts)
-            if count > _MOST_VALUES:
-                raise VitError(f"{os.fspath(source)}: its description holds over {_MOST_VALUES} values")
-            below += parts
-        level = below
+            if count > _MAX_VALUES:
+                raise VitError(f"{os.fspath(source)}: its description holds over {_MAX_VALUES} values")
+            children += parts
+        level = children
     if level:
-        raise VitError(f"{os.fspath(source)}: its description is nested more than {_DEEPEST} deep")
+        raise VitError(f"{os.fspath(source)}: its description is nested more than {_MAX_DEPTH} deep")
 
 
-def _class_names(value: Any, count: int, source: str) -> list[str]:
+def _check_class_names(value: Any, count: int, source: str) -> list[str]:
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise VitError(f"{source}: class_names should be a list of names, not {_show(value)}")
+        raise VitError(f"{source}: class_names should be a list of names, not {_format_value(value)}")
     for name in value:
         try:
             name.encode("utf-8", "surrogateescape")  # what a folder can be called
         except UnicodeEncodeError:
-            raise VitError(f"{source}: class_names holds {_show(name)}, which is not text") from None
+            raise VitError(f"{source}: class_names holds {_format_value(name)}, which is not text") from None
     if len(value) != count:
         raise VitError(f"{source}: {len(value)} class names for a model of {count} outputs")
     return list(value)
 
 
-def _preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Preprocessing:
-    table = _table(value, f"{source}: preprocessing")
+def _read_preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Preprocessing:
+    table = _check_table(value, f"{source}: preprocessing")
     try:
         preprocessing = Preprocessing.from_dict(table)
     except VitError as error:
@@ -255,8 +258,8 @@ def _preprocessing(value: Any, architecture: dict[str, Any], source: str) -> Pre
     return preprocessing
 
 
-def _temperature(value: Any, source: str) -> float:
-    least, most = _TEMPERATURES
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise VitError(f"{source}: temperature should be a number from {least:g} to {most:g}, not {_show(value)}")
+def _check_temperature(value: Any, source: str) -> float:
+    low, high = _TEMPERATURES
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise VitError(f"{source}: temperature should be a number from {low:g} to {high:g}, not {_format_value(value)}")
     return float(value)

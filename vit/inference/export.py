@@ -1,22 +1,21 @@
-"""A model as one ONNX file that runs anywhere and describes itself.
+"""Export a model as one ONNX file that needs no other file.
 
-Input `image` float32 (B, C, H, W), normalised; output `logits` float32 (B, K), and where it is asked for `rollout`
-float32 (B, rows, columns), attention rollout on the patch grid, of sum 1; B is free.  The file's metadata entry `vit`
-is the model's `Description` as JSON, so class names, preprocessing and temperature need no second file; entry
-`vit_weights` says where each parameter is, so torch can have the model back (`vit.inference.onnx_weights`).
+Input `image` float32 (B, C, H, W), normalised; output `logits` float32 (B, K), and on request `rollout` float32
+(B, rows, columns), attention rollout on the patch grid, of sum 1; B is dynamic.  The metadata entry `vit` is the
+model's `Description` as JSON with class names, preprocessing and temperature; entry `vit_weights` is a table of the
+parameters, so that torch can load the model from the file (`vit.inference.onnx_weights`).
 
-Notable
-- Exporter: torch's tracer (`dynamo=False`), with its newer one (`dynamo=True`) only where a future torch has dropped
-  the tracer.  Measured on ViT-Ti/16 with torch 2.14, one core: 0.4 s against 6 s, after a training run that takes a
-  minute; after ONNX Runtime's own optimisation the traced graph is the faster one on batches (16 images 0.35 s
-  against 0.38 to 0.42 s, GELU fused at any opset) and equal on single images.  A Vision Transformer has no control
-  flow that depends on data, which is where tracing would fall short, and the newer exporter writes the source paths
-  of the machine into the file.
-- Opset 17 is the first with LayerNormalization as one node; everything that reads ONNX today reads it.
-- Nothing is kept unverified: the file runs in ONNX Runtime on several batch sizes, on real images where there are
-  some, and must agree with torch to 1e-4 before it takes its name.
-- With a rollout, the head's row is carried down through the layers, a vector times a matrix each: on ViT-Ti/16 at 224
-  that takes 3 to 4% longer, on one core of this machine.
+Notes:
+- Exporter: torch's tracer (`dynamo=False`); its newer exporter (`dynamo=True`) only if a future torch drops the tracer.
+  Measured on ViT-Ti/16 with torch 2.14, one core: 0.4 s against 6 s, after a training run of a minute.  After ONNX
+  Runtime's optimisation the traced graph is faster on batches (16 images 0.35 s against 0.38 to 0.42 s, GELU fused at
+  any opset) and equal on single images.  Tracing is exact, since a Vision Transformer has no control flow that depends
+  on data, and the newer exporter writes source paths of the machine into the file.
+- Opset 17 is the first with LayerNormalization as one node; all current software for ONNX reads it.
+- Every file is verified before it gets its name: it runs in ONNX Runtime on several batch sizes, on real images if
+  there are any, and must agree with torch to 1e-4.
+- A rollout propagates the row of the head down through the layers, one vector-matrix product each: on ViT-Ti/16 at 224
+  this takes 3 to 4% longer, on one core of this machine.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ if TYPE_CHECKING:
 
 OPSET = 17
 TOLERANCE = 1e-4
-_LARGEST = 2_000_000_000  # an ONNX file is one protobuf message, which ends at 2 GiB
+_MAX_BYTES = 2_000_000_000  # an ONNX file is one protobuf message of at most 2 GiB
 
 
 def fits_onnx(model: VisionTransformer) -> bool:
-    """Whether the weights fit one ONNX file (up to some 500 million parameters)."""
-    return sum(tensor.numel() * 4 for tensor in model.state_dict().values()) < _LARGEST
+    """Check whether the weights fit into one ONNX file (up to about 500 million parameters)."""
+    return sum(tensor.numel() * 4 for tensor in model.state_dict().values()) < _MAX_BYTES
 
 
 def export_onnx(
@@ -68,10 +67,10 @@ def export_onnx(
     images: np.ndarray | None = None,
     observer: Observer | None = None,
 ) -> float:
-    """Write `model` to `path`, verified, whole or not at all; returns by how much it differs from torch, at most.
+    """Write `model` to `path`, verified and atomically; return the largest difference from torch.
 
-    The model may be on any device, in any precision and in training mode: a float32 copy on the CPU in evaluation
-    mode is exported, and the model is left as it was.
+    The model may be on any device, in any dtype and in training mode: a float32 copy on the CPU in evaluation mode is
+    exported, and the model is unchanged.
 
     Arguments
         images: to compare on, normalised, float32 (N, C, H, W); the first `COMPARED` of them.  None: noise of mean
@@ -99,14 +98,14 @@ def export_onnx(
 
 
 def export_copy(model: VisionTransformer) -> VisionTransformer:
-    """A copy of the model to export: float32, on the CPU, in evaluation mode, without gradients."""
+    """Copy the model for export: float32, on the CPU, in evaluation mode, without gradients."""
     import torch
 
     return copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
 
 
 def images_to_check(description: Description, images: np.ndarray | None) -> np.ndarray:
-    """The images to compare on: at least three, so that batches differ in size; noise where none are given."""
+    """Choose the images for the comparison: at least three, so that batches differ in size; noise without images."""
     if images is not None and len(images):
         return np.resize(images[:COMPARED], (max(3, len(images[:COMPARED])), *images.shape[1:]))
     height, width = description.architecture["image_size"]
@@ -115,56 +114,56 @@ def images_to_check(description: Description, images: np.ndarray | None) -> np.n
 
 
 def stable_images(twin: VisionTransformer, images: np.ndarray) -> np.ndarray:
-    """Of the images to compare on, as many, those whose logits do not jump with a rounding of their pixels.
+    """Replace images whose logits jump with rounding of their pixels by other images of the comparison.
 
-    Token reduction may find two patches so much alike that rounding decides which of them goes, and two runtimes round
-    differently.  Where every image is so, or tokens are not reduced, all of them.
+    With token reduction, rounding may decide which of two similar patches is removed, and two runtimes round
+    differently.  All images are returned if none is stable, or without token reduction.
     """
     import torch
 
     if twin.reduction is None:
         return images
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with torch.no_grad():
         logits = twin(torch.from_numpy(images))
-        allowed = TOLERANCE * max(1.0, float(logits.abs().max()))
-        calm = np.ones(len(images), dtype=bool)
+        tolerance = TOLERANCE * max(1.0, float(logits.abs().max()))
+        stable = np.ones(len(images), dtype=bool)
         for _ in range(3):
-            noise = 1 + 3e-6 * random.standard_normal(images.shape, dtype=np.float32)
-            moved = (twin(torch.from_numpy(images * noise)) - logits).abs().amax(dim=1)
-            calm &= (moved <= allowed).numpy()
-    return np.resize(images[calm], images.shape) if calm.any() else images
+            noise = 1 + 3e-6 * rng.standard_normal(images.shape, dtype=np.float32)
+            difference = (twin(torch.from_numpy(images * noise)) - logits).abs().amax(dim=1)
+            stable &= (difference <= tolerance).numpy()
+    return np.resize(images[stable], images.shape) if stable.any() else images
 
 
 def expected(twin: VisionTransformer, shown: nn.Module, images: np.ndarray) -> list[np.ndarray]:
-    """Torch's outputs: logits, as the model itself gives them, and what else `shown` gives."""
+    """Compute torch's outputs: the logits of the model itself, and the other outputs of `shown`."""
     import torch
 
     with torch.no_grad():
         batch = torch.from_numpy(images)
         logits = twin(batch).numpy()
-        return [logits] if shown is twin else [logits, *(each.numpy() for each in shown(batch)[1:])]
+        return [logits] if shown is twin else [logits, *(output.numpy() for output in shown(batch)[1:])]
 
 
 def check(
     path: str | os.PathLike[str],
     run: Callable[[np.ndarray], list[np.ndarray]],
     images: np.ndarray,
-    wanted: list[np.ndarray],
+    torch_outputs: list[np.ndarray],
     runtime: str = "ONNX Runtime",
 ) -> float:
-    """The largest difference between the outputs of `run` and those of torch, all images at once and one by one.
+    """Compute the largest difference of the outputs of `run` from those of torch, in one batch and one by one.
 
-    Relative to the logits' own size where that is over 1, as float32 is, and to the rollout's largest value.
-    Raises `VitError` when it is over `TOLERANCE`, or not a number.
+    It is relative to the largest logit if that is over 1, as float32's precision is, and to the largest value of the
+    rollout.  Raises `VitError` when it is over `TOLERANCE`, or not a number.
     """
-    together = run(images)
-    alone = [np.concatenate(each) for each in zip(*(run(images[i : i + 1]) for i in range(len(images))), strict=True)]
+    batched = run(images)
+    singles = [np.concatenate(x) for x in zip(*(run(images[i : i + 1]) for i in range(len(images))), strict=True)]
     worst = 0.0
-    for want, got, single in zip(wanted, together, alone, strict=True):
-        scale = float(np.abs(want).max())
-        scale = max(1.0, scale) if want is wanted[0] else scale
-        difference = float(max(np.abs(got - want).max(), np.abs(single - want).max())) / scale
+    for target, batch, single in zip(torch_outputs, batched, singles, strict=True):
+        scale = float(np.abs(target).max())
+        scale = max(1.0, scale) if target is torch_outputs[0] else scale
+        difference = float(max(np.abs(batch - target).max(), np.abs(single - target).max())) / scale
         if not difference <= TOLERANCE:
             raise VitError(
                 f"{os.fspath(path)} was not written: {runtime} and torch disagree by {difference:.1e} on the same "
@@ -175,15 +174,15 @@ def check(
 
 
 def _trace(model: nn.Module, images: Any) -> Any:
-    """The ONNX message of `model`: by torch's tracer, or by its successor where the tracer is gone or fails."""
+    """Make the ONNX message of `model` with torch's tracer, or with the newer exporter if the tracer fails."""
     try:
         return trace(model, images, dynamo=False)
-    except Exception:  # whatever a future torch raises for an exporter that it no longer has
+    except Exception:  # a future torch may have no tracer
         return trace(model, images, dynamo=True)
 
 
 def trace(model: nn.Module, images: Any, *, dynamo: bool) -> Any:
-    """The `onnx.ModelProto` of `model`, B free, as one of torch's two exporters writes it, without its chatter."""
+    """Make the `onnx.ModelProto` of `model`, with dynamic B, with one of torch's two exporters, without its output."""
     import onnx
     import torch
 
@@ -212,7 +211,7 @@ def trace(model: nn.Module, images: Any, *, dynamo: bool) -> Any:
 
 
 def describe(message: Any, entries: Mapping[str, str]) -> None:
-    """Give the message these metadata entries, and no others."""
+    """Replace the metadata of the message by these entries."""
     del message.metadata_props[:]
     for key, value in entries.items():
         entry = message.metadata_props.add()
@@ -222,7 +221,7 @@ def describe(message: Any, entries: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' warnings about themselves, their logging and their prints from the user."""
+    """Suppress the exporters' warnings, logging and prints."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,10 +1,10 @@
-"""Logits from an ONNX file through ONNX Runtime, on the CPU.  No torch.
+"""Compute logits of an ONNX file with ONNX Runtime, on the CPU.  No torch.
 
-Notable
-- Threads follow the processors this process may use (affinity and container quota), not those of the machine, and do
-  not spin when idle, so that decoding threads beside them are not starved.
-- The first answer does not wait for what it can do without: the weights stay in the file, mapped
-  (`vit.inference.onnx_file`), and the session is built by a thread while the first images are decoded.
+Notes:
+- The number of threads is that of the processors this process may use (affinity and container quota), not of the
+  machine.  Threads do not spin when idle, so that decoding threads get time.
+- The first result comes early: the weights stay in the file, mapped (`vit.inference.onnx_file`), and a thread builds
+  the session while the first images are decoded.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
 def runtime() -> Any:
-    """The module `onnxruntime`, which reports to nobody unless the environment tells it to.
+    """Import `onnxruntime` without telemetry, unless the environment sets it.
 
-    From 1.29 on it would send what is computed, and on which machine, to its maker, and keep a number of the machine in
-    the home folder, or complain where there is none.
+    From 1.29 on it would send what is computed, and on which machine, to its maker, and store an identifier of the
+    machine in the home folder, or warn if there is none.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported
     import onnxruntime
@@ -64,13 +64,13 @@ def _limit_memory(runtime: Any) -> bool:
 
 
 def open_session(path: str | os.PathLike[str]) -> Any:
-    """An `onnxruntime.InferenceSession` of the file.  Raises `VitError` when there is none or it is no ONNX model."""
-    path = _checked(path)
-    outline = _outline(path)
+    """Open an `onnxruntime.InferenceSession` of the file.  Raises `VitError` when it is missing or no ONNX model."""
+    path = _check_file(path)
+    outline = _try_outline(path)
     return _session(path, outline[0] if outline else None, available())
 
 
-def _checked(path: str | os.PathLike[str]) -> Path:
+def _check_file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         if path.is_dir():
@@ -83,8 +83,8 @@ def _checked(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
-    """`read_outline`, or None for the runtime to read the whole file, and to say what is wrong with it."""
+def _try_outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
+    """Read the outline of the file; None if the runtime has to read the whole file and report its errors."""
     try:
         str(path.absolute()).encode()  # the library takes names in UTF-8 only
         return read_outline(path)
@@ -93,7 +93,7 @@ def _outline(path: Path) -> tuple[bytes, dict[str, str]] | None:
 
 
 def _session(path: Path, outline: bytes | None, threads: int) -> Any:
-    """The session of the file, by its outline where there is one that the runtime takes."""
+    """Open a session of the file, from its outline if the runtime accepts it."""
     onnxruntime = runtime()
     check_onnx(path)
     try:
@@ -103,7 +103,7 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # its complaints become the exception below
+    options.log_severity_level = 4  # its errors become the exception below
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if _limit_memory(onnxruntime):
         options.add_session_config_entry("session.use_env_allocators", "1")
@@ -114,7 +114,7 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
         options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(path.absolute().parent))
         try:
             return onnxruntime.InferenceSession(outline, options, **kinds)
-        except Exception:  # an older runtime, or a file with a fault, which it will name
+        except Exception:  # an older runtime, or a damaged file, which is reported below
             pass
     try:
         name = str(path)
@@ -129,8 +129,8 @@ def _session(path: Path, outline: bytes | None, threads: int) -> Any:
         raise VitError(f"{path} is damaged or not an ONNX model: {reason}") from None
 
 
-def described(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Description:
-    """The description in a file's metadata.  Raises `VitError` when it is not a file of this project."""
+def read_description(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Description:
+    """Read the description in a file's metadata.  Raises `VitError` when it is not a file of this project."""
     text = metadata.get(METADATA_KEY)
     if text is None:
         raise VitError(
@@ -141,15 +141,15 @@ def described(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> Desc
 
 
 def session_description(session: Any, path: str | os.PathLike[str]) -> Description:
-    """`described`, of the file that a session runs."""
-    return described(session.get_modelmeta().custom_metadata_map, path)
+    """Read the description of the file of a session."""
+    return read_description(session.get_modelmeta().custom_metadata_map, path)
 
 
 class OnnxBackend:
-    """Runs a session: float32 (B, C, H, W) -> logits float32 (B, K).
+    """Computes logits float32 (B, K) of images float32 (B, C, H, W) with ONNX Runtime.
 
-    The session is built in the background; whatever is wrong with it is raised, as `VitError`, by `ready`.  Pickled, it
-    is the path of its file and its description: the file is opened again where it is unpickled.
+    The session is built in the background; `ready` raises its errors as `VitError`.  A pickle holds the path of the
+    file and the description; unpickling opens the file again.
     """
 
     name = "onnx"
@@ -158,31 +158,31 @@ class OnnxBackend:
     def __init__(
         self, path: str | os.PathLike[str], description: Description | None = None, *, throughput: bool = False
     ) -> None:
-        """`throughput`: there are more images than processors, so each image is computed by one of them."""
-        self._path, self._throughput = _checked(path), throughput
+        """Start to build the session; with `throughput`, one processor computes each image."""
+        self._path, self._throughput = _check_file(path), throughput
         threads = 1 if throughput else available()
         self.threads = available() if throughput else min(4, available())
-        outline = _outline(self._path)
-        if outline is None:  # the runtime may be able to read what `read_outline` is not
+        outline = _try_outline(self._path)
+        if outline is None:  # the runtime may read files that `read_outline` cannot
             session = _session(self._path, None, threads)
             metadata = session.get_modelmeta().custom_metadata_map
             self._opened: Future[Any] = Future()
             self._opened.set_result(session)
         else:
             message, metadata = outline
-            with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="session")
-            self._opened = with_one_thread.submit(_session, self._path, message, threads)
-            with_one_thread.shutdown(wait=False)
-        own = described(metadata, path)
-        self.description = description or own
+            executor = ThreadPoolExecutor(1, thread_name_prefix="session")
+            self._opened = executor.submit(_session, self._path, message, threads)
+            executor.shutdown(wait=False)
+        embedded = read_description(metadata, path)
+        self.description = description or embedded
         self._session: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a session cannot be pickled, its file can be opened again, wherever the other process works
+        # a session cannot be pickled; the other process opens the file again, from any working folder
         return functools.partial(OnnxBackend, throughput=self._throughput), (self._path.absolute(), self.description)
 
     def ready(self) -> None:
-        """Wait until the session is there.  Raises `VitError` when the file is not the model it should be."""
+        """Wait until the session is open.  Raises `VitError` when the file does not fit its description."""
         if self._session is None:
             session = self._opened.result()
             self._check(session)
@@ -208,9 +208,9 @@ class OnnxBackend:
             raise VitError(f"{self._path} cannot be computed for {len(images)} images at once: {reason}") from None
 
     def network(self) -> VisionTransformer:
-        """The torch module of the bundle that the file lies in, or of the weights in the file itself, on the CPU.
+        """Load the torch module from the file's bundle, or from the weights in the file, on the CPU.
 
-        Raises `VitError` where torch cannot read them.
+        Raises `VitError` when torch cannot read them.
         """
         from vit.inference.bundle import ONNX, WEIGHTS
         from vit.inference.loading import load_torch

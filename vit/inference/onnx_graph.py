@@ -1,9 +1,9 @@
-"""An ONNX graph without the arithmetic of its own shapes.
+"""Simplify an ONNX graph: replace its shape arithmetic by constants.
 
-Exporters write down how each shape is computed from the ones before: of the 1,100 nodes that torch's tracer makes of a
-ViT-Ti/16, two thirds find out again, for every image, how many heads there are.  Here that is found out once: what
-comes to the same for batches of two sizes is a constant.  ONNX operators only, so the file stays one that runs
-anywhere, and ONNX Runtime builds its session a third faster (measured on ViT-Ti/16: 45 ms instead of 70).
+Exporters write how each shape is computed from others: of the 1,100 nodes that torch's tracer makes of a ViT-Ti/16, two
+thirds compute such shapes again for every image.  Here, a value that is the same for batches of two sizes becomes a
+constant.  The graph has only ONNX operators, so it runs anywhere, and ONNX Runtime builds its session a third faster
+(measured on ViT-Ti/16: 45 ms instead of 70).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 _BATCHES = (2, 3)
-_LARGEST = 64
-"""Numbers in a tensor that is made a constant, at most: shapes and scales are smaller, weights larger."""
+_MAX_CONSTANT = 64
+"""Largest number of values in a new constant: shapes and scales are smaller, weights larger."""
 
 
 def simplify(message: Any) -> None:
-    """Change the `onnx.ModelProto` in place: shape arithmetic becomes constants, and what nothing needs goes.
+    """Replace shape arithmetic of the `onnx.ModelProto` by constants and remove unused nodes, in place.
 
-    Its one input has fixed sizes but for the first, the batch.  A graph with graphs inside is left as it is.
+    Its one input has fixed sizes except the first, the batch.  A graph with subgraphs is not changed.
     """
     from onnx import AttributeProto
 
@@ -29,115 +29,115 @@ def simplify(message: Any) -> None:
     inner = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
     if any(attribute.type in inner for node in graph.node for attribute in node.attribute):
         return
-    _take_constants(graph)
+    _constants_to_initializers(graph)
     _skip_identities(graph)
-    _fold(graph, *_the_same(message))
-    _sweep(graph)
+    _fold_constants(graph, *_find_constants(message))
+    _remove_unused(graph)
 
 
-def _take_constants(graph: Any) -> None:
-    """Make initializers of Constant nodes."""
+def _constants_to_initializers(graph: Any) -> None:
+    """Turn Constant nodes into initializers."""
 
-    def taken(node: Any) -> bool:
-        values = [each.t for each in node.attribute if each.name == "value"] if node.op_type == "Constant" else []
+    def converted(node: Any) -> bool:
+        values = [item.t for item in node.attribute if item.name == "value"] if node.op_type == "Constant" else []
         for value in values:
             value.name = node.output[0]
         graph.initializer.extend(values)
         return bool(values)
 
-    _drop(graph.node, taken)
+    _remove(graph.node, converted)
 
 
 def _skip_identities(graph: Any) -> None:
-    """Let nodes read what an Identity reads; those that name an output of the graph stay."""
-    outputs = {each.name for each in graph.output}
-    same: dict[str, str] = {}
+    """Connect nodes to the input of an Identity and remove it, unless it names an output of the graph."""
+    outputs = {output.name for output in graph.output}
+    sources: dict[str, str] = {}
     for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = same.get(name, name)
+        for index, name in enumerate(node.input):
+            node.input[index] = sources.get(name, name)
         if node.op_type == "Identity" and node.output[0] not in outputs:
-            same[node.output[0]] = node.input[0]
-    _drop(graph.node, lambda node: node.output[0] in same)
+            sources[node.output[0]] = node.input[0]
+    _remove(graph.node, lambda node: node.output[0] in sources)
 
 
-def _the_same(message: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What is the same for every batch, by name.
+def _find_constants(message: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Find values that are the same for every batch, by name.
 
-    Returns the small results of shapes and constants alone; and the shapes that the results of Reshape have, with -1
-    for the dimension that follows the batch.
+    Returns small results that depend only on shapes and constants; and the shapes of the results of Reshape, with -1
+    for the dimension that depends on the batch.
     """
     import onnx
 
     from vit.inference.onnx_backend import runtime
 
     onnxruntime = runtime()
-    known = {each.name for each in message.graph.initializer}
+    constant = {tensor.name for tensor in message.graph.initializer}
     derived, reshaped = list[str](), list[str]()
     for node in message.graph.node:
-        if node.op_type == "Shape" or all(name in known for name in node.input if name):
-            known.update(node.output)
+        if node.op_type == "Shape" or all(name in constant for name in node.input if name):
+            constant.update(node.output)
             derived += node.output
         elif node.op_type == "Reshape":
             reshaped += node.output
     probe = onnx.ModelProto()
     probe.CopyFrom(message)
-    outputs = {each.name for each in probe.graph.output}
+    outputs = {output.name for output in probe.graph.output}
     derived = [name for name in derived if name and name not in outputs]
-    # not the results themselves, which are images on their way through the model
+    # only the shapes: the results themselves are large activations
     probe.graph.node.extend(onnx.helper.make_node("Shape", [name], [f"{name} shape"]) for name in reshaped)
-    asked = [*derived, *(f"{name} shape" for name in reshaped)]
-    if not asked:
+    names = [*derived, *(f"{name} shape" for name in reshaped)]
+    if not names:
         return {}, {}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1  # others would wait for work by spinning
+    options.intra_op_num_threads = 1  # more threads would spin while they wait
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (image,) = session.get_inputs()
-    runs = [session.run(asked, {image.name: np.zeros((B, *image.shape[1:]), np.float32)}) for B in _BATCHES]
+    runs = [session.run(names, {image.name: np.zeros((B, *image.shape[1:]), np.float32)}) for B in _BATCHES]
     constants, shapes = {}, {}
-    for name, one, other in zip(derived, *(run[: len(derived)] for run in runs), strict=True):
-        if one.size <= _LARGEST and one.shape == other.shape and np.array_equal(one, other):
-            constants[name] = one
-    for name, one, other in zip(reshaped, *(run[len(derived) :] for run in runs), strict=True):
-        if np.sum(one != other) <= 1:
-            shapes[name] = np.where(one == other, one, -1)
+    for name, first, second in zip(derived, *(run[: len(derived)] for run in runs), strict=True):
+        if first.size <= _MAX_CONSTANT and first.shape == second.shape and np.array_equal(first, second):
+            constants[name] = first
+    for name, first, second in zip(reshaped, *(run[len(derived) :] for run in runs), strict=True):
+        if np.sum(first != second) <= 1:
+            shapes[name] = np.where(first == second, first, -1)
     return constants, shapes
 
 
-def _fold(graph: Any, constants: dict[str, np.ndarray], shapes: dict[str, np.ndarray]) -> None:
-    """Let nodes read constants of these values, equal ones from one."""
+def _fold_constants(graph: Any, constants: dict[str, np.ndarray], shapes: dict[str, np.ndarray]) -> None:
+    """Connect nodes to constants of these values; equal values share one."""
     from onnx import numpy_helper
 
-    made: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[Any, ...], str] = {}
 
-    def constant(value: np.ndarray) -> str:
+    def add_constant(value: np.ndarray) -> str:
         key = value.dtype.str, value.shape, value.tobytes()
-        if key not in made:
-            made[key] = f"constant_{len(made)}"
-            graph.initializer.append(numpy_helper.from_array(value, made[key]))
-        return made[key]
+        if key not in names:
+            names[key] = f"constant_{len(names)}"
+            graph.initializer.append(numpy_helper.from_array(value, names[key]))
+        return names[key]
 
     for node in graph.node:
-        for place, name in enumerate(node.input):
+        for index, name in enumerate(node.input):
             if name in constants:
-                node.input[place] = constant(constants[name])
+                node.input[index] = add_constant(constants[name])
         if node.op_type == "Reshape" and node.output[0] in shapes:
-            node.input[1] = constant(shapes[node.output[0]])
+            node.input[1] = add_constant(shapes[node.output[0]])
 
 
-def _sweep(graph: Any) -> None:
-    """Drop nodes whose results nothing reads, then initializers."""
-    needed = {each.name for each in graph.output}
+def _remove_unused(graph: Any) -> None:
+    """Remove nodes whose results are not used, then unused initializers."""
+    needed = {output.name for output in graph.output}
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             needed.update(node.input)
-    _drop(graph.node, lambda node: not needed.intersection(node.output))
-    _drop(graph.initializer, lambda each: each.name not in needed)
+    _remove(graph.node, lambda node: not needed.intersection(node.output))
+    _remove(graph.initializer, lambda tensor: tensor.name not in needed)
 
 
-def _drop(field: Any, unwanted: Callable[[Any], bool]) -> None:
-    """Remove those items of a repeated field that are `unwanted`."""
-    for place in [place for place, item in enumerate(field) if unwanted(item)][::-1]:
-        del field[place]
+def _remove(field: Any, unwanted: Callable[[Any], bool]) -> None:
+    """Remove the `unwanted` items of a repeated field."""
+    for index in [index for index, item in enumerate(field) if unwanted(item)][::-1]:
+        del field[index]

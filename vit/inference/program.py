@@ -1,14 +1,14 @@
-"""A model as a `.pt2` file: torch's own export format, for programs that have torch but not `vit`.
+"""Export a model as a `.pt2` file: torch's own export format, for programs that have torch but not `vit`.
 
-The graph of `torch.export` with a free batch, and beside it the model's `Description` as JSON (extra file `vit.json`).
-AOTInductor compiles it; from Python it runs by
+The file has the graph of `torch.export` with a dynamic batch, and the model's `Description` as JSON (extra file
+`vit.json`).  AOTInductor compiles it; Python runs it with
 
     extra = {"vit.json": ""}
     program = torch.export.load("model.pt2", extra_files=extra)
     logits = program.module()(images)
 
-`load_program` loads it after a comparison with its checksum.  Such a file is an end, not a MODEL: no command of `vit`
-reads one, because `torch.export.load` may run code that a stranger put there.
+`load_program` loads it after a comparison with its checksum.  Such a file is not a MODEL: no command of `vit` reads it,
+because `torch.export.load` may run code from the file.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ EXTRA = "vit.json"
 
 
 def load_program(path: str | os.PathLike[str]) -> Any:
-    """Load the `torch.export.ExportedProgram` in a file that you trust, as it may run code.
+    """Load the `torch.export.ExportedProgram` in a trusted file, since loading may run code.
 
-    Raises `VitError` when the file cannot be read, or is not as it was written.
+    Raises `VitError` when the file cannot be read, or has changed since it was written.
     """
     import torch
 
@@ -54,7 +54,7 @@ def export_program(
     images: np.ndarray | None = None,
     observer: Observer | None = None,
 ) -> float:
-    """Write `model` to `path`, verified, whole or not at all; returns by how much it differs from the model, at most.
+    """Write `model` to `path`, verified and atomically; return the largest difference from the model.
 
     Arguments as for `vit.inference.export.export_onnx`; with an observer the program gives (logits, rollout).
     Raises `VitError` when it cannot be exported or written, or the result disagrees with the model.
@@ -67,22 +67,22 @@ def export_program(
     with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
         try:
             free = ({0: torch.export.Dim("batch", min=1)},)
-            # the example becomes part of the file, where a person's images have no place
+            # the example becomes part of the file, which must not hold a user's images
             example = torch.zeros(2, *images.shape[1:])
-            made = torch.export.export(shown, (example,), dynamic_shapes=free)
+            program = torch.export.export(shown, (example,), dynamic_shapes=free)
         except Exception as error:  # the library's exceptions share no base class
             reason = str(error).strip().partition("\n")[0][:160]
             raise VitError(f"cannot write {os.fspath(path)}: torch.export cannot trace the model: {reason}") from None
-        for graph in (each.graph for each in made.graph_module.modules() if isinstance(each, torch.fx.GraphModule)):
-            for node in graph.nodes:
-                node.meta.pop("stack_trace", None)  # it has the paths of this machine
-        with open(part, "wb") as written:
-            torch.export.save(made, written, extra_files={EXTRA: description.to_json()})
+        modules = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+        for node in (node for module in modules for node in module.graph.nodes):
+            node.meta.pop("stack_trace", None)  # it has paths of this machine
+        with open(part, "wb") as file:
+            torch.export.save(program, file, extra_files={EXTRA: description.to_json()})
         add_archive_checksum(part)
         loaded = load_program(part).module()
 
         def run(batch: np.ndarray) -> list[np.ndarray]:
-            answer = loaded(torch.from_numpy(batch))
-            return [each.numpy() for each in (answer if isinstance(answer, tuple) else (answer,))]
+            outputs = loaded(torch.from_numpy(batch))
+            return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
         return check(path, run, images, expected(twin, shown, images), "the program")

@@ -1,12 +1,12 @@
-"""A bundle on the Hugging Face hub: its files in one commit, with a model card that says how to get it from there.
+"""Push a bundle to the Hugging Face hub in one commit, with a model card that shows how to load it from there.
 
-Notable
-- What goes out is decided before anything is sent: `gather` makes the files, and a dry run shows them.
-- Folders of the machine that trained stay here: in `config.json` and in the ONNX file's description, of a path only
-  the last name is left, and the data's root is left out.
-- A card that a person changed goes as it is; one that is as it was generated is made again, for the repository.
-- "Private" is a promise: a repository that is there and public is refused.
-- The token is read by `huggingface_hub` (HF_TOKEN, or `hf auth login`) and shows up in no message.
+Notes:
+- `gather` makes all files before anything is sent, and a dry run shows them.
+- Folders of the training machine are not sent: in `config.json` and in the ONNX file's description, paths are shortened
+  to the last name, and the data's root is left out.
+- An edited card is sent unchanged; a generated one is made again for the repository.
+- With `private`, an existing public repository is refused.
+- `huggingface_hub` reads the token (HF_TOKEN, or `hf auth login`), and no message shows it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from vit.inference.onnx_backend import METADATA_KEY
 from vit.pretrained.hub import split_revision
 
 Files = Mapping[str, Path | bytes]
-"""Names in the repository, and what is in them: a file here, or bytes."""
+"""Names in the repository and their contents: a local file or bytes."""
 
 _LONGEST = 96
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def check_repo(repo: str) -> None:
-    """Raise `VitError`, with the nearest name that would do, unless `repo` is "ORG/NAME" as the hub has it.
+    """Check that `repo` is a valid "ORG/NAME" of the hub.  Raises `VitError` with the nearest valid name.
 
     Letters, digits, "-", "_" and ".", up to 96 of them; neither "--" nor "..", no "-" or "." at an end, no ".git".
     """
@@ -63,40 +63,44 @@ def _is_repo(repo: str) -> bool:
 
 
 def gather(bundle: Path, repo: str) -> dict[str, Path | bytes]:
-    """What of the bundle goes to `repo`.  Raises `VitError` when the bundle is damaged or has no weights."""
-    public = _public(read_bundle(bundle))
+    """Make the files for `repo` from the bundle.  Raises `VitError` when the bundle is damaged or has no weights."""
+    public = _make_public(read_bundle(bundle))
     if not (bundle / WEIGHTS).is_file():
         raise VitError(f"{bundle} has no {WEIGHTS}: `vit export MODEL FOLDER` writes a bundle with weights")
     config = with_checksum({**read_config(bundle / CONFIG), "vit": public.to_dict()})
     check_safetensors(bundle / WEIGHTS)
     files: dict[str, Path | bytes] = {
-        CARD: _card(bundle, public, repo),
+        CARD: _make_card(bundle, public, repo),
         CONFIG: (json.dumps(config, indent=2, allow_nan=False) + "\n").encode("ascii"),
         WEIGHTS: bundle / WEIGHTS,
     }
     if (bundle / ONNX).is_file():
-        files[ONNX] = _onnx(bundle / ONNX)
+        files[ONNX] = _read_onnx(bundle / ONNX)
     return files
 
 
 def size(content: Path | bytes) -> int:
-    """Bytes of one of the files."""
+    """Get the size of a file in bytes."""
     return content.stat().st_size if isinstance(content, Path) else len(content)
 
 
 def push(
     files: Files, repo: str, *, private: bool = False, revision: str | None = None, message: str | None = None
 ) -> str:
-    """Make the repository, where it is not there, and put the files there in one commit.
+    """Create the repository if needed, and push the files in one commit.
 
-    Arguments
-        repo: "ORG/NAME"; ORG is an organisation's name, or the account's own.
-        private: a repository that only its owners see.
-        revision: a branch, made if need be; None: main.
-        message: of the commit.
+    Args:
+        files: the files of `gather`.
+        repo: "ORG/NAME"; ORG is an organisation or the user's account.
+        private: whether only its owners can see the repository.
+        revision: a branch, created if needed; None: main.
+        message: the message of the commit.
 
-    Returns the address of the commit.
-    Raises `VitError` when there is no token or network, the hub refuses, or `private` cannot be kept.
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        VitError: if there is no token or network, the hub refuses, or the repository is public despite `private`.
     """
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, HfApi, constants
@@ -124,19 +128,19 @@ def push(
         return str(commit.commit_url)
     except VitError:
         raise
-    except Exception as error:  # of an HTTP library that has been exchanged before and may be again
-        _explain(error, repo, token)
+    except Exception as error:  # of any HTTP library: huggingface_hub has changed it before
+        _raise_error(error, repo, token)
 
 
-def _public(description: Description) -> Description:
-    """The description without what is only of interest on the machine that trained."""
+def _make_public(description: Description) -> Description:
+    """Remove values that only matter on the training machine from the description."""
     data = {key: value for key, value in description.data.items() if key != "root"}
     if "root" in description.data:
         data["root"] = None
     return replace(description, data=without_folders(data), training=without_folders(description.training))
 
 
-def _card(bundle: Path, public: Description, repo: str) -> bytes:
+def _make_card(bundle: Path, public: Description, repo: str) -> bytes:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -155,8 +159,8 @@ def _card(bundle: Path, public: Description, repo: str) -> bytes:
     return model_card(public, parameters=parameters, onnx=(bundle / ONNX).is_file(), repo=repo).encode()
 
 
-def _onnx(file: Path) -> bytes:
-    """The file's bytes with the public description."""
+def _read_onnx(file: Path) -> bytes:
+    """Read an ONNX file and replace its description by the public one."""
     import onnx
 
     check_onnx(file)
@@ -167,19 +171,19 @@ def _onnx(file: Path) -> bytes:
         raise VitError(f"{file} is damaged or not an ONNX model: {error}") from None
     for entry in message.metadata_props:
         if entry.key == METADATA_KEY:
-            entry.value = _public(Description.from_json(entry.value, file)).to_json()
-    kept = [entry for entry in message.metadata_props if entry.key != KEY]
+            entry.value = _make_public(Description.from_json(entry.value, file)).to_json()
+    entries = [entry for entry in message.metadata_props if entry.key != KEY]
     del message.metadata_props[:]
-    message.metadata_props.extend(kept)
+    message.metadata_props.extend(entries)
     return add_onnx_checksum(message.SerializeToString())
 
 
-def _explain(error: Exception, repo: str, token: str) -> NoReturn:
-    """Raise `VitError` for what went wrong, in words that say what to do, without the token."""
+def _raise_error(error: Exception, repo: str, token: str) -> NoReturn:
+    """Raise `VitError` with a message that says what to do, without the token."""
     from huggingface_hub import errors
 
     while not isinstance(error, errors.HfHubHTTPError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # an upload that failed says so, and why in its cause
+        error = error.__cause__  # a failed upload has its reason as cause
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(token, "...")[:160]
     if not isinstance(error, errors.HfHubHTTPError | ValueError) or status in (500, 502, 503, 504):

@@ -1,8 +1,7 @@
-"""Real images for a model: what an exported file is compared with torch on, and what its integers are fitted to.
+"""Load real images for an exported file: for its comparison with torch, and for the calibration of int8.
 
-From the data set that the model was trained on, opened again by its description where it still is, or from images
-that a person names.  Which images are taken depends on nothing but their order and number.  Imports no torch, but some
-data sets do.
+The images come from the model's training data, opened again with its description, or from sources that a user names.
+The choice of images depends only on their order and number.  Imports no torch, but some data sets do.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from vit.inference.description import Description
 from vit.processors import available
 
 COMPARED = 8
-"""Images that an exported file is compared with torch on, at most."""
+"""Largest number of images for the comparison of an exported file with torch."""
 CALIBRATION, MEASURED = 128, 512
-"""Images to fit integers to, and to measure what that costs, at most."""
-LEAST = 16
-"""Images that it takes for that at least: half of them to fit, half to measure."""
-_ROOM = 1 << 30
-"""Bytes that either may take."""
-_UNKNOWN = 2000
-"""Files of a data set that are looked at to open it again, at most: some seconds; those that training saw are known."""
+"""Largest number of images to calibrate int8 with, and to measure it on."""
+MIN_IMAGES = 16
+"""Smallest number of images for both: half to calibrate, half to measure."""
+_MAX_BYTES = 1 << 30
+"""Largest size of either sample in memory."""
+_SCAN_LIMIT = 2000
+"""Largest number of unknown files that are read to open a data set again, which takes seconds."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images as a model takes them.
+    """Holds normalised images.
 
-    Attributes
-        images: normalised, float32 (N, C, H, W).
-        labels: int64 (N,), the class of each; None where it is not known.
-        origin: where they are from, in words.
+    Attributes:
+        images: normalised images, float32 (N, C, H, W).
+        labels: int64 (N,), the true classes; None if unknown.
+        origin: the source of the images, as text.
     """
 
     images: np.ndarray
@@ -57,88 +56,88 @@ class Sample:
 
 
 def to_compare(description: Description, sources: Sequence[str] | None = None) -> Sample:
-    """Images to compare an exported file with torch on: of `sources`, or without any of the model's own data.
+    """Load images for the comparison with torch: from `sources`, or from the training data for None.
 
-    Raises `VitError` when none can be used, or that data is not here.
+    Raises `VitError` when no image can be used, or the training data is not available.
     """
     if sources is not None:
         return from_sources(sources, description.preprocessing, COMPARED)
-    return of_data(open_own(description), description.preprocessing)
+    return of_data(open_training_data(description), description.preprocessing)
 
 
 def of_data(data: ImageData, preprocessing: Preprocessing) -> Sample:
-    """Images to compare an exported file with torch on, of data that is open already."""
-    return from_split(data, _first(data, "test", "val", "train"), preprocessing, COMPARED)
+    """Load images for the comparison with torch from open data."""
+    return from_split(data, _first_split(data, "test", "val", "train"), preprocessing, COMPARED)
 
 
 def to_quantise(description: Description, sources: Sequence[str] | None = None) -> tuple[Sample, Sample]:
-    """Images to fit integers to, and others to measure on.
+    """Load images to calibrate int8 with, and others to measure it on.
 
-    The former are of `sources` or the training split.  The latter are of the test split, or where the model's own data
-    is not here of `sources`.  Large images are fewer.  Raises `VitError` when there are fewer than `LEAST` images, or
-    none that can be used.
+    Calibration images come from `sources` or the training split.  The others come from the test split, or from
+    `sources` if the training data is not available.  The number is smaller for large images.  Raises `VitError` when
+    there are fewer than `MIN_IMAGES` images, or none that can be used.
     """
     preprocessing = description.preprocessing
     height, width = preprocessing.image_size
-    room = max(LEAST, _ROOM // (4 * preprocessing.channels * height * width))
-    to_fit, to_measure = min(CALIBRATION, room), min(MEASURED, room)
-    given = None if sources is None else from_sources(sources, preprocessing, to_fit + to_measure)
+    limit = max(MIN_IMAGES, _MAX_BYTES // (4 * preprocessing.channels * height * width))
+    to_fit, to_measure = min(CALIBRATION, limit), min(MEASURED, limit)
+    named = None if sources is None else from_sources(sources, preprocessing, to_fit + to_measure)
     try:
-        data = open_own(description)
+        data = open_training_data(description)
     except VitError as error:
-        if given is None:
+        if named is None:
             raise VitError(f"integers are fitted to real images: name some with --calibration ({error})") from None
-        half = min(to_fit, len(given) // 2)
-        fitted, measured = given[:half], given[half : half + to_measure]
+        half = min(to_fit, len(named) // 2)
+        calibration, measured = named[:half], named[half : half + to_measure]
     else:
-        ours, held_out = _first(data, "train", "val", "test"), _first(data, "test", "val", "train")
-        fitted = given[:to_fit] if given is not None else from_split(data, ours, preprocessing, to_fit)
-        skip = to_fit if given is None and ours == held_out else 0
-        measured = from_split(data, held_out, preprocessing, to_measure, skip)
-    if min(len(fitted), len(measured)) < LEAST // 2:
+        train, test = _first_split(data, "train", "val", "test"), _first_split(data, "test", "val", "train")
+        calibration = named[:to_fit] if named is not None else from_split(data, train, preprocessing, to_fit)
+        skip = to_fit if named is None and train == test else 0
+        measured = from_split(data, test, preprocessing, to_measure, skip)
+    if min(len(calibration), len(measured)) < MIN_IMAGES // 2:
         raise VitError(
-            f"integers are fitted to and measured on at least {LEAST // 2} images each, not {len(fitted)} and "
-            f"{len(measured)}: name more with --calibration"
+            f"integers are fitted to and measured on at least {MIN_IMAGES // 2} images each, not "
+            f"{len(calibration)} and {len(measured)}: name more with --calibration"
         )
-    return fitted, measured
+    return calibration, measured
 
 
-def _first(data: ImageData, *names: str) -> str:
+def _first_split(data: ImageData, *names: str) -> str:
     return next(name for name in names if len(data.splits[name]))
 
 
-def open_own(description: Description) -> ImageData:
-    """The data set that the model was trained on.  Nothing is downloaded.
+def open_training_data(description: Description) -> ImageData:
+    """Open the data set that the model was trained on, without downloads.
 
-    Raises `VitError` when the description names none, it is not here, or it would take more than seconds to find out
-    which of its images can be read, and so which are in what split.
+    Raises `VitError` when the description names none, it is not available, or it would take more than seconds to check
+    which images can be read, which decides the splits.
     """
     if not description.data.get("name"):
         raise VitError("the model does not say which data it was trained on")
     known = {key: value for key, value in description.data.items() if value is not None}
     log = logging.getLogger("vit")
     level = log.level
-    log.setLevel(logging.ERROR)  # what is missing in the data was said when it was trained on
+    log.setLevel(logging.ERROR)  # training has already reported missing files
     try:
         config = DataConfig.from_dict({**known, "download": False})
-        return open_data(config, description.class_names, scan_limit=_UNKNOWN)
+        return open_data(config, description.class_names, scan_limit=_SCAN_LIMIT)
     finally:
         log.setLevel(level)
 
 
 def from_split(data: ImageData, name: str, preprocessing: Preprocessing, count: int, skip: int = 0) -> Sample:
-    """At most `count` images of the split `name`, drawn without order, leaving out the first `skip` that are drawn.
+    """Read at most `count` images of the split `name` in a random order, without the first `skip`.
 
     Raises `VitError` when none of them can be read.
     """
     split = data.splits[name]
     rows = shuffled(len(split), 0, 0)[skip : skip + count]
     read = _read([(split, int(row)) for row in rows], preprocessing)
-    taken = [(pixels, split.labels[row]) for pixels, row in zip(read, rows, strict=True) if pixels is not None]
-    if not taken:
+    usable = [(pixels, split.labels[row]) for pixels, row in zip(read, rows, strict=True) if pixels is not None]
+    if not usable:
         raise VitError(f"no image of {data.name} ({name}) can be read")
-    images = preprocessing.normalise(np.stack([pixels for pixels, _ in taken]))
-    return Sample(images, np.array([label for _, label in taken]), f"{data.name}, {name} split")
+    images = preprocessing.normalise(np.stack([pixels for pixels, _ in usable]))
+    return Sample(images, np.array([label for _, label in usable]), f"{data.name}, {name} split")
 
 
 def from_sources(sources: Sequence[str], preprocessing: Preprocessing, count: int) -> Sample:
@@ -157,9 +156,9 @@ def from_sources(sources: Sequence[str], preprocessing: Preprocessing, count: in
 
 
 def _read(items: Sequence[str | tuple[Split, int]], preprocessing: Preprocessing) -> list[np.ndarray | None]:
-    """Each image as uint8 (H, W, C), None for one that cannot be used."""
+    """Read each image as uint8 (H, W, C); None for an image that cannot be used."""
 
-    def one(item: str | tuple[Split, int]) -> np.ndarray | None:
+    def read_one(item: str | tuple[Split, int]) -> np.ndarray | None:
         try:
             if isinstance(item, str):
                 image = decode(item, channels=preprocessing.channels, target=preprocessing.resize_target)
@@ -170,4 +169,4 @@ def _read(items: Sequence[str | tuple[Split, int]], preprocessing: Preprocessing
             return None
 
     with ThreadPoolExecutor(available(), thread_name_prefix="decode") as pool:
-        return list(pool.map(one, items))
+        return list(pool.map(read_one, items))

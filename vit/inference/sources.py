@@ -1,12 +1,11 @@
-"""What `vit classify` is pointed at, as a stream of paths: files, folders, globs, lists, standard input.
+"""Expand the sources of `vit classify` to a stream of paths: files, folders, globs, lists, standard input.
 
-Notable
-- A stream: nothing is listed ahead but the one folder that is being read, so a million paths on standard input take
-  no more memory than ten.
-- Folders are walked as `vit.data.walk` says: in plain order of full paths, each folder once.  What is no image is
-  passed over and counted; an image that cannot be read here is given, so that its row says why.  A file that is named
-  is always tried.
-- Names are bytes on Linux: what is not UTF-8 passes through unharmed (as Python's surrogate escapes).
+Notes:
+- Only the folder that is being read is listed, so a million paths on standard input take no more memory than ten.
+- `vit.data.walk` walks folders in the order of full paths, each folder once.  Files that are not images are passed over
+  and counted; an image that cannot be read is included, so that its row shows the reason.  A named file is always
+  tried.
+- Names are bytes on Linux; names that are not UTF-8 are kept (as Python's surrogate escapes).
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from vit.inference.classifier import Flush, InvalidInput
 
 Item = str | InvalidInput | Flush
 
-_LONGEST_LINE = 1 << 16  # far over any path; keeps input without line ends from filling the memory
-_PATIENCE = 0.05  # seconds without new paths before those that came are answered
+_MAX_LINE = 1 << 16  # far longer than any path; keeps input without line ends from filling the memory
+_FLUSH_AFTER = 0.05  # seconds without new paths before a `Flush`
 
 
 def expand_sources(
@@ -37,15 +36,15 @@ def expand_sources(
     stdin: int = 0,
     passed_over: Counter[str] | None = None,
 ) -> Iterator[Item]:
-    """The inputs that `sources` name, in their order.
+    """Yield the inputs of `sources`, in order.
 
-    A source is a file; a folder (all levels of it, or only the first with `recursive=False`); a glob, where no file
-    has that very name (`**` for any depth); a `.txt` list with one path a line, relative to the current directory; or
-    `-` for such lines on the file descriptor `stdin`.  `channels` are the model's: one of more or less than 1 or 3
-    also takes `.npy` files from folders.  `passed_over` counts what folders hold that is no image, by kind.
+    A source is a file; a folder (all levels, or only the first with `recursive=False`); a glob, if no file has that
+    name (`**` for any depth); a `.txt` list with one path on each line, relative to the current directory; or `-` for
+    such lines on the file descriptor `stdin`.  With `channels` other than 1 or 3, `.npy` files in folders are images
+    too.  `passed_over` counts the files in folders that are not images, by kind.
 
-    What is missing is passed on as `InvalidInput`, but `VitError` is raised, before anything is given, when all is:
-    no source named anything that is there.
+    A missing file is yielded as `InvalidInput`; if no source names anything that exists, `VitError` is raised before
+    anything is yielded.
     """
     found, missing = False, list[InvalidInput]()
     reader = _Sources(recursive, channels, stdin, Counter() if passed_over is None else passed_over)
@@ -71,13 +70,13 @@ def _format_nothing(missing: list[InvalidInput]) -> str:
 
 
 class _Sources:
-    """The sources of one call; see `expand_sources`."""
+    """Expands the sources of one call; see `expand_sources`."""
 
     def __init__(self, recursive: bool, channels: int, stdin: int, passed_over: Counter[str]) -> None:
         self._recursive, self._channels, self._stdin, self._passed_over = recursive, channels, stdin, passed_over
 
     def expand(self, source: str) -> Iterator[Item]:
-        """The inputs of one source."""
+        """Expand one source."""
         if source == "-":
             return _or_invalid(_read_lines(self._stdin), source="standard input", reason=lambda: "no paths came")
         try:
@@ -111,7 +110,7 @@ class _Sources:
         return "no images in this folder" + (f" ({'; '.join(left_out)})" if left_out else "")
 
     def _matches(self, pattern: str) -> Iterator[str]:
-        """The files that a glob names; below `**` each real folder is met once."""
+        """Yield the files of a glob; below `**` each real folder is visited once."""
         parts = pattern.split(os.sep)
         depth = parts.index("**") if self._recursive and "**" in parts else len(parts)
         if depth < len(parts) and not _system_names(parts[depth:]):
@@ -135,12 +134,12 @@ class _Sources:
 
 
 def _system_names(parts: Sequence[str]) -> set[str]:
-    """The names in a path that walks pass over."""
+    """Select the system names in a path, which walks pass over."""
     return {name for part in parts if part.strip(".") and (name := system_name(part))}
 
 
 def _matches_glob(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob."""
+    """Check whether the parts of a path match those of a glob."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -153,13 +152,13 @@ def _warn(text: str) -> None:
 
 
 def _or_invalid(items: Iterable[Item], source: str, reason: Callable[[], str]) -> Iterator[Item]:
-    """`items`, or that there were none."""
-    some = False
+    """Yield `items`, or an `InvalidInput` if there are none."""
+    found = False
     for item in items:
-        some = some or not isinstance(item, Flush)
-        if some:
+        found = found or not isinstance(item, Flush)
+        if found:
             yield item
-    if not some:
+    if not found:
         yield InvalidInput(source, reason())
 
 
@@ -176,16 +175,16 @@ def _read_list(file: str) -> Iterator[Item]:
 
 
 def _read_lines(descriptor: int) -> Iterator[Item]:
-    """Paths, one a line, blank lines skipped, with a `Flush` wherever no more come for a moment.
+    """Read paths from lines, skip blank lines, and yield a `Flush` when no more come for a moment.
 
-    Read from the descriptor itself: a buffered reader would hold lines back until its buffer is full.
+    Reads from the descriptor itself: a buffered reader would wait until its buffer is full.
     """
     rest, first = b"", True
     while True:
         if not _has_input(descriptor):
             yield Flush()
         try:
-            chunk = os.read(descriptor, _LONGEST_LINE)
+            chunk = os.read(descriptor, _MAX_LINE)
         except OSError as error:
             raise VitError(f"cannot read the list of paths: {error.strerror or error}") from None
         *lines, rest = (rest + chunk).split(b"\n")
@@ -199,7 +198,7 @@ def _read_lines(descriptor: int) -> Iterator[Item]:
                 yield os.fsdecode(line)
         if not chunk:
             return
-        if len(rest) > _LONGEST_LINE:
+        if len(rest) > _MAX_LINE:
             raise VitError("the list of paths has a line of over 64 kB: expected one path a line")
 
 
@@ -207,6 +206,6 @@ def _has_input(descriptor: int) -> bool:
     import select
 
     try:
-        return bool(select.select([descriptor], [], [], _PATIENCE)[0])
-    except (OSError, ValueError):  # not something that can be waited for, as pipes on Windows
+        return bool(select.select([descriptor], [], [], _FLUSH_AFTER)[0])
+    except (OSError, ValueError):  # select does not support it, as pipes on Windows
         return True

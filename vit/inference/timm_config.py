@@ -1,11 +1,11 @@
-"""The same model in timm's words, so that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a bundle.
+"""Write timm's configuration of a model: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a bundle.
 
-Notable
-- A configuration is JSON, so it can name no class.  What timm takes as text (activations, norms) is said; what it
-  takes as a class only (gated MLPs, norms of another eps, the distilled and DINOv3's models) comes with one of its
-  registered names that has it, all of whose arguments are then given.
-- What timm cannot express (rotary positions in grid steps, plain dot-product attention, post-norm blocks) is not
-  approximated: such a bundle names an architecture that timm does not have, in words that say why.
+Notes:
+- A configuration is JSON, so it cannot hold a class.  Options that timm takes as text (activations, norms) are written;
+  options that it takes only as a class (gated MLPs, norms of another eps, the distilled and DINOv3's models) come from
+  a registered name that has them, with all of its arguments given.
+- Models that timm does not have (rotary positions in grid steps, plain dot-product attention, post-norm blocks) are not
+  approximated: the configuration of such a bundle gives the reason as its architecture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from vit.inference.description import Description
 
-# any entry would do, as every argument is given; these are the ones a reader expects
+# any entry would work, as every argument is given; these are the expected names
 _NAMES = {
     192: "vit_tiny_patch16_224",
     384: "vit_small_patch16_224",
@@ -39,7 +39,7 @@ _DINOV3 = "vit_base_patch16_dinov3"
 _POOLS = {"token": "token", "mean": "avg", "attention": "map"}
 _POSITIONS = {"learned": "learn", "sincos": "learn", "none": "none"}
 _DEFAULTS: dict[str, Any] = {
-    # of arguments that a description may lack, as it was written before there were any
+    # of arguments that descriptions of older models lack
     **{"mlp": "plain", "mlp_ratio": 4.0, "activation": "gelu", "attention": "multi_head", "norm": "pre"},
     **{"norm_layer": "layer", "norm_eps": 1e-6, "embed_norm": "none", "attention_norm": False, "mlp_norm": False},
     **{"final_norm": None, "position": "learned", "position_prefix": True, "pool": "token", "pool_prefix": False},
@@ -48,14 +48,14 @@ _DEFAULTS: dict[str, Any] = {
 }
 _KNOWN = {
     *("image_size", "patch_size", "num_classes", "in_channels", "width", "depth", "heads", *_DEFAULTS),
-    # of no matter to a model that is trained
+    # without effect on a trained model
     *("init", "dropout", "attention_dropout", "drop_path", "patch_dropout"),
     *("reduction", "reduction_rate", "reduction_schedule", "reduction_proportional"),
 }
 
 
 def timm_obstacle(architecture: dict[str, Any]) -> str | None:
-    """What keeps timm from having this model, in a few words; None when nothing does."""
+    """Describe why timm cannot build this model; None if it can."""
     a = _whole(architecture)
     if a["attention"] == "dot_product":
         return "attention without parameters"
@@ -114,12 +114,12 @@ def _dinov3_obstacle(a: dict[str, Any]) -> str | None:
         f"pooling with pool_prefix={str(a['pool_prefix']).lower()}": front
         and {"mean": a["pool_prefix"], "attention": not a["pool_prefix"], "token": False}.get(a["pool"], False),
     }
-    what = next((name for name, so in wrong.items() if so), None)
-    return what and f"{what} beside DINOv3's positions"
+    obstacle = next((name for name, present in wrong.items() if present), None)
+    return obstacle and f"{obstacle} beside DINOv3's positions"
 
 
 def timm_config(description: Description) -> dict[str, Any]:
-    """The contents of a timm `config.json`: architecture, model_args, pretrained_cfg, label_names."""
+    """Make the contents of a timm `config.json`: architecture, model_args, pretrained_cfg, label_names."""
     a, preprocessing = _whole(description.architecture), description.preprocessing
     obstacle = timm_obstacle(a)
     config: dict[str, Any] = {
@@ -130,9 +130,9 @@ def timm_config(description: Description) -> dict[str, Any]:
     }
     if obstacle is None:
         config["global_pool"] = _POOLS[a["pool"]]
-        name, own = _dinov3(a) if a["position"] == "rotary_box" else _plain(a)
+        name, arguments = _dinov3(a) if a["position"] == "rotary_box" else _plain(a)
         config["architecture"] = name or config["architecture"]
-        config["model_args"] = {**_shared(a), **own}
+        config["model_args"] = {**_shared(a), **arguments}
     else:
         config["architecture"] = f"not in timm (a ViT with {obstacle}): load it with vit"
     config["pretrained_cfg"] = {
@@ -159,7 +159,7 @@ def _whole(architecture: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(a: dict[str, Any]) -> dict[str, Any]:
-    """What timm's classes call by the same names."""
+    """Make the arguments that both of timm's classes have."""
     return {
         "img_size": list(a["image_size"]),
         "patch_size": list(a["patch_size"]),
@@ -178,9 +178,9 @@ def _shared(a: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """timm's `VisionTransformer`: a registered name, none where any does, and arguments.
+    """Make a registered name (empty if any works) and arguments of timm's `VisionTransformer`.
 
-    timm leaves out arguments that are null, so nothing here is: a registered name's own would stand.
+    No argument is null: timm ignores null, and the registered name's own value would remain.
     """
     kind = (a["mlp"], a["norm_layer"], a["norm_eps"])
     name, norm = _BASES[kind]
@@ -208,12 +208,12 @@ def _plain(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _dinov3(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """timm's `Eva` as DINOv3 has it; positions and norms come with the registered name."""
+    """Make the registered name and arguments of timm's `Eva` for DINOv3; the name has its positions and norms."""
     return _DINOV3, {
         "scale_attn_inner": a["attention_norm"],
         "scale_mlp": a["mlp_norm"],
         "swiglu_mlp": a["mlp"] != "plain",
-        "swiglu_align_to": int(a["mlp"] == "swiglu"),  # its halves stand apart where there is anything to align to
+        "swiglu_align_to": int(a["mlp"] == "swiglu"),  # the two matrices are separate only with an alignment
         "init_values": a["layer_scale"],
         "use_pre_transformer_norm": a["embed_norm"] == "tokens",
         "use_post_transformer_norm": a["final_norm"] == "tokens",
@@ -223,6 +223,6 @@ def _dinov3(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """What times the width is the hidden width, however it is rounded."""
+    """Compute the ratio whose product with the width rounds down to the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,6 +1,6 @@
-"""Logits from the torch module, on a CPU or a GPU.  Imports torch.
+"""Compute logits with the torch module, on a CPU or a GPU.  Imports torch.
 
-Notable: full float32 on every device (no TF32), so that a GPU, a CPU and ONNX Runtime give the same rows.
+All devices compute in full float32 (no TF32), so that a GPU, a CPU and ONNX Runtime give the same results.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vit.model import VisionTransformer
 
 
 class TorchBackend:
-    """Runs the module: float32 (B, C, H, W) -> logits float32 (B, K)."""
+    """Computes logits float32 (B, K) of images float32 (B, C, H, W) with the torch module."""
 
     name = "torch"
     threads = 0
@@ -25,7 +25,7 @@ class TorchBackend:
         self.device = str(self._device)
 
     def ready(self) -> None:
-        """Nothing to wait for."""
+        """Return at once: the model is loaded."""
 
     def network(self) -> VisionTransformer:
         return self.model
@@ -42,7 +42,7 @@ class TorchBackend:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device called `name`; "auto" is a GPU where there is one.  Raises `VitError` when it is not here."""
+    """Get the torch device `name`; "auto" prefers a GPU.  Raises `VitError` when the device does not exist."""
     kinds = {"cpu": 1, "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0}
     kinds["mps"] = int(torch.backends.mps.is_available())
     if name == "auto":
@@ -51,6 +51,6 @@ def resolve_device(name: str) -> torch.device:
     if kind not in kinds or (number and not number.isdecimal()):
         raise VitError(f"no device {name!r}; {did_you_mean(name, ['auto', *kinds])}")
     if int(number or 0) >= kinds[kind]:
-        here = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items() if count)
-        raise VitError(f"device {name!r} is not on this machine; it has {here}")
+        available = ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items() if count)
+        raise VitError(f"device {name!r} is not on this machine; it has {available}")
     return torch.device(name)

@@ -1,8 +1,8 @@
-"""Weights from this project's own files, and models from weights.  Reading is `vit.pretrained.reading`'s.
+"""Load weights from this project's files, and build models from them; `vit.pretrained.reading` reads the files.
 
-Notable
-- Weights fit a model exactly or not at all: missing, unexpected and misshapen entries are named.
-- Sizes in a description are compared with the tensors beside it before anything of that size is allocated.
+Notes:
+- Weights must fit a model exactly: missing, unexpected and misshapen entries are named.
+- Sizes in a description are compared with the tensors before anything of that size is allocated.
 
 Imports torch.
 """
@@ -23,10 +23,10 @@ from vit.pretrained.skip_init import SkipInit
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Description]:
-    """The weights of the model in a training checkpoint (`.ckpt`), changes by LoRA merged, and its description.
+    """Load the weights of a training checkpoint (`.ckpt`), with LoRA merged, and its description.
 
-    Raises `VitError` when the file is missing, empty, truncated, not a checkpoint, not one of this project's, or
-    would need code to load.
+    Raises `VitError` when the file is missing, empty, truncated, not a checkpoint of this project, or would need code
+    to load.
     """
     weights, table = read_checkpoint(path)
     return weights, Description.from_dict(table, path)
@@ -35,7 +35,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], De
 def build(
     description: Description, weights: Mapping[str, Any], source: str | os.PathLike[str] = "the weights"
 ) -> VisionTransformer:
-    """The described model with these weights, on the CPU in float32, in evaluation mode.
+    """Build the described model with these weights, on the CPU in float32, in evaluation mode.
 
     Raises `VitError`, naming `source`, when the architecture is impossible or the weights do not fit it exactly.
     """
@@ -46,7 +46,7 @@ def build(
     check_sizes(description.architecture, weights, source)
     try:
         with SkipInit():
-            # any scheme would do, the weights follow; this one computes nothing
+            # any scheme works, since the weights are loaded next; this one computes nothing
             model = VisionTransformer(**{**description.architecture, "init": "trunc_normal"})
     except VitError as error:
         raise VitError(f"{source}: {error}") from None
@@ -59,22 +59,22 @@ def build(
 
 
 def _check_fit(model: VisionTransformer, weights: Mapping[str, Tensor], source: str) -> None:
-    own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected]
     misshapen = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in weights and weights[key].shape != expected[key].shape
     ]
-    complaints = [
-        f"{name} {_first(keys)}"
+    problems = [
+        f"{name} {_format_keys(keys)}"
         for name, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if keys
     ]
-    if complaints:
-        raise VitError(f"{source}: the weights do not fit the described model: {'; '.join(complaints)}")
+    if problems:
+        raise VitError(f"{source}: the weights do not fit the described model: {'; '.join(problems)}")
 
 
-def _first(keys: list[str], count: int = 3) -> str:
+def _format_keys(keys: list[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")

@@ -1,8 +1,8 @@
-"""The arguments of `vit.VisionTransformer` that build a timm model again, read off the model itself.
+"""Read the arguments of `vit.VisionTransformer` from a timm model.
 
-Notable: nothing is copied from timm's tables.  A model is built by timm where it takes no memory, its modules are
-looked at, and the result is held against it: same names, same shapes.  What this project has no option for is
-refused in words, never approximated.  timm is imported where it is asked for something.
+Nothing is copied from timm's tables: timm builds the model without memory, its modules are read, and the result is
+compared with it: same names, same shapes.  Models for which this project has no option are refused with the reason,
+never approximated.  timm is imported by the functions.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from vit.pretrained.convert import from_timm
 
 
 def read_architecture(model: nn.Module) -> dict[str, Any]:
-    """All arguments of `vit.VisionTransformer` that make it timm's `model`, as plain JSON.
+    """Read all arguments of `vit.VisionTransformer` that build timm's `model`, as plain JSON.
 
-    Takes timm's `VisionTransformer` and `VisionTransformerDistilled` of plain blocks, and `Eva` with the positions of
-    DINOv3.  `num_classes` is 0 where timm's model has no head.
+    Supports timm's `VisionTransformer` and `VisionTransformerDistilled` with plain blocks, and `Eva` with the positions
+    of DINOv3.  `num_classes` is 0 if timm's model has no head.
     Raises `VitError` with the reason, without a name, when this project has no such model.
     """
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as Plain
 
-    known: dict[type, Any] = {Plain: _plain, VisionTransformerDistilled: _plain, Eva: _dinov3}
-    if type(model) not in known:
+    readers: dict[type, Any] = {Plain: _plain, VisionTransformerDistilled: _plain, Eva: _dinov3}
+    if type(model) not in readers:
         raise VitError(f"its class, timm's {type(model).__name__}, is not a plain Vision Transformer")
-    own = known[type(model)](model)  # first, as it looks whether the blocks have what all share
+    specific = readers[type(model)](model)  # first, as it checks that the blocks have the shared options
     with torch.device("meta"):
-        twin = VisionTransformer(**(_shared(model) | own))
+        twin = VisionTransformer(**(_shared(model) | specific))
     _compare(model, twin)
     return twin.architecture
 
 
 def _shared(model: Any) -> dict[str, Any]:
-    """What all of timm's Vision Transformers say in the same way."""
+    """Read the options that all of timm's Vision Transformers have in common."""
     from timm.layers.patch_embed import PatchEmbed
 
     embed, block = model.patch_embed, model.blocks[0]
@@ -50,7 +50,7 @@ def _shared(model: Any) -> dict[str, Any]:
         raise VitError("it pads images to whole patches")
     norms = [name for name in ("norm", "fc_norm") if not isinstance(getattr(model, name), nn.Identity)]
     embed_norms = {"patches": embed.norm, "tokens": model.norm_pre}
-    extra = [place for place, norm in embed_norms.items() if not isinstance(norm, nn.Identity)]
+    extra = [name for name, norm in embed_norms.items() if not isinstance(norm, nn.Identity)]
     if len(norms) > 1 or len(extra) > 1:
         raise VitError("it has two norms in a place where one is known here")
     image_size, patch_size = list(embed.img_size), list(embed.patch_size)
@@ -79,7 +79,7 @@ def _shared(model: Any) -> dict[str, Any]:
 
 
 def _plain(model: Any) -> dict[str, Any]:
-    """What timm's `VisionTransformer` says in its own way."""
+    """Read the other options of timm's `VisionTransformer`."""
     from timm.layers.attention import Attention
     from timm.models.vision_transformer import Block
 
@@ -98,7 +98,7 @@ def _plain(model: Any) -> dict[str, Any]:
 
 
 def _dinov3(model: Any) -> dict[str, Any]:
-    """What timm's `Eva` says in its own way, where it is a DINOv3."""
+    """Read the other options of timm's `Eva`, if it is a DINOv3."""
     from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
     from timm.models.eva import EvaAttention, EvaBlock
 
@@ -116,7 +116,7 @@ def _dinov3(model: Any) -> dict[str, Any]:
         if type(block) is not EvaBlock or type(block.attn) is not EvaAttention or block.attn.qkv is None:
             raise VitError("its blocks differ from DINOv3's")
     block = model.blocks[0]
-    # it takes any size: the one that it was trained for is in its configuration
+    # the model takes any size; the size of training is in its configuration
     size = model.pretrained_cfg.get("input_size") if model.dynamic_img_size else None
     return {
         **({"image_size": list(size[1:])} if size else {}),
@@ -142,7 +142,7 @@ def _pool(model: Any) -> dict[str, Any]:
 
 
 def _mlp(mlp: Any, width: int) -> dict[str, Any]:
-    """Kind, hidden width in widths, activation and inner norm of a block's MLP."""
+    """Read kind, ratio, activation and inner norm of a block's MLP."""
     from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 
     kinds = {Mlp: "plain", GluMlp: "swiglu_packed", SwiGLU: "swiglu"}
@@ -152,7 +152,7 @@ def _mlp(mlp: Any, width: int) -> dict[str, Any]:
         raise VitError(f"its MLP, timm's {type(mlp).__name__} with {type(mlp.act).__name__}, is not known here")
     hidden = mlp.fc2.in_features
     ratio = hidden / width
-    if int(width * ratio) != hidden:  # rounded down by a last bit
+    if int(width * ratio) != hidden:  # rounding made it one too small
         ratio = math.nextafter(ratio, math.inf)
     return {
         "mlp": kind,
@@ -182,9 +182,9 @@ def _norm(model: Any) -> dict[str, Any]:
 
 
 def _compare(model: nn.Module, twin: VisionTransformer) -> None:
-    """Raise `VitError` when a weight of timm's model has no like of the same name and shape here, or one here there."""
+    """Compare the weights of timm's model with ours.  Raises `VitError` when a name or shape differs."""
     theirs = {key: tuple(value.shape) for key, value in from_timm(model.state_dict(), twin.architecture).items()}
     ours = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
     if theirs != ours:
-        odd = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        raise VitError(f"its weights are not those of a plain Vision Transformer ({odd[0]})")
+        different = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        raise VitError(f"its weights are not those of a plain Vision Transformer ({different[0]})")

@@ -1,11 +1,10 @@
-"""Tensors from files, of every form that weights come in; nothing in a file is ever obeyed.
+"""Read tensors from all usual file formats of weights without running any code in them.
 
-Notable
-- A pickled file (`.ckpt`, `.pth`, `.bin`) is read with `weights_only=True`: tensors and plain containers.  One that
-  needs anything else would run code of its author's choosing, so it is refused, and the message says what it asked
-  for.
-- Files are mapped, not read into memory: of a training checkpoint only the weights asked for get there.
-- A checkpoint's checksums are compared (under a second a GB), which torch does not do: changed bytes are no weights.
+Notes:
+- A pickled file (`.ckpt`, `.pth`, `.bin`) is read with `weights_only=True`: tensors and plain containers.  A file that
+  needs anything else would run its author's code, so it is refused, and the message names what it needs.
+- Files are mapped, not read into memory: of a training checkpoint only the needed weights are read.
+- The checksums of a checkpoint are compared (under a second for each GB), which torch does not do.
 
 Imports torch.
 """
@@ -33,12 +32,12 @@ from vit.errors import VitError
 
 _MOST_IN_TUPLE = 1_000_000
 """Tuples inside a tuple, each counted wherever it is."""
-_MOST_SHARED = 8
-"""Tensors may share memory (tied weights), but all of them together are at most this many times what the file holds."""
+_MAX_SHARING = 8
+"""Tensors may share memory (tied weights), but in total they are at most this many times larger than the file."""
 
 
 def read_pickled(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote, tensors on the CPU.
+    """Read the contents of a `torch.save` file, with tensors on the CPU.
 
     Raises `VitError` when the file is missing, empty, truncated, damaged, no checkpoint, or would need code to load.
     """
@@ -47,20 +46,20 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # torch's format since 1.6; only this one can be mapped
-        if zipped and _packed(path):
+        if zipped and _is_compressed(path):
             raise VitError(
                 f"{path} was refused: its parts are compressed, as torch's never are; they may fill the memory"
             )
         _check_tuples(path, zipped)
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # many training scripts keep their options as a Namespace beside the weights: a bag of values, no code
+            # many training scripts store their options as a Namespace beside the weights: values without code
             warnings.simplefilter("ignore")  # about how foreign files were pickled
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except VitError:
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global:?|class|builtin)\s+`?([A-Za-z_][\w.]*\.\w+)", str(error))
-        name = asked.group(1) if asked else None if zipped else _asked_for(path)
+        name = asked.group(1) if asked else None if zipped else _first_import(path)
         if name:
             raise VitError(
                 f"{path} was refused: loading it would run code ({name}), which could do anything to this "
@@ -74,18 +73,19 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
                 "where it is trusted"
             ) from None
         reason = str(error).partition("\n")[0].partition(". ")[0][:120]
-        told = f": {reason}" if " " in reason else ""  # some say but a number
-        raise VitError(f"{path} is truncated or not a checkpoint{told}") from None
-    if zipped and not _sums_fit(path):
+        detail = f": {reason}" if " " in reason else ""  # some messages are only a number
+        raise VitError(f"{path} is truncated or not a checkpoint{detail}") from None
+    if zipped and not _checksums_match(path):
         raise VitError(f"{path} is damaged: its checksums do not fit what is in it")
     check_tensors(content, path)
     return content
 
 
 def check_tensors(content: Any, path: str | os.PathLike[str]) -> None:
-    """Raise `VitError` unless what was read holds plain tensors, each in the memory that its shape says.
+    """Check that all tensors are plain and have as much memory as their shapes need.  Raises `VitError`.
 
-    One number of stride 0 has any shape, and a thousand views of one storage become a thousand copies in a model.
+    One number with stride 0 can have any shape, and a thousand views of one storage become a thousand copies in a
+    model.
     """
     storages: dict[int, int] = {}
     total, seen, left = 0, set[int](), [content]
@@ -104,12 +104,12 @@ def check_tensors(content: Any, path: str | os.PathLike[str]) -> None:
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))  # a list may hold itself, or be shared at every level
             left += [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    if total > _MOST_SHARED * sum(storages.values()) + (64 << 20):
+    if total > _MAX_SHARING * sum(storages.values()) + (64 << 20):
         raise VitError(f"{path} was refused: its tensors share memory, and would take {total / 1e9:.1f} GB without")
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file, on the CPU.
+    """Load all tensors of a `.safetensors` file, on the CPU.
 
     Raises `VitError` when it cannot be read as one, or is damaged.
     """
@@ -129,7 +129,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise `VitError` when there is no such file, it cannot be read, or there is nothing in it."""
+    """Check that the file exists, can be read and is not empty.  Raises `VitError`."""
     try:
         if path.is_dir():
             raise VitError(f"{path} is a folder, not a file of weights")
@@ -144,12 +144,12 @@ def check_readable(path: Path) -> None:
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether `value` is a dictionary of tensors and nothing else."""
+    """Check whether `value` is a dictionary of tensors only."""
     return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
-def _packed(path: Path) -> bool:
-    """Whether a zip archive holds anything that is not stored as it is; programs do, which torch refuses unread."""
+def _is_compressed(path: Path) -> bool:
+    """Check whether a zip archive has compressed parts; programs may have them, and torch refuses these unread."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
@@ -157,7 +157,7 @@ def _packed(path: Path) -> bool:
             return False
         return any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return False  # which is for torch to say
+        return False  # torch reports it
 
 
 _NO_PICKLE = (ValueError, LookupError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile)
@@ -212,8 +212,8 @@ def _largest_tuple(file: IO[bytes]) -> int:
     return largest
 
 
-def _sums_fit(path: Path) -> bool:
-    """Whether every part of a file in torch's format, a zip archive, has the bytes that were written."""
+def _checksums_match(path: Path) -> bool:
+    """Check the checksum of every part of a file in torch's format, a zip archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -221,8 +221,8 @@ def _sums_fit(path: Path) -> bool:
         return False
 
 
-def _asked_for(path: Path) -> str | None:
-    """The first name that a bare pickle would import, read off its instructions without obeying any."""
+def _first_import(path: Path) -> str | None:
+    """Find the first name that a bare pickle would import, by reading its instructions without running them."""
     words: list[str] = []
     try:
         with open(path, "rb") as file:
