@@ -5,6 +5,8 @@ What `crops` and `step` measure apart, together on the same cores: workers that 
 95 with a shorter side of 256.  A turn is a whole epoch.  The same weights: the mean loss of
 20 photographs' central squares before any step must agree.
 
+With `--workers 0` nothing runs in other processes, and the time is the processor's: other programs hardly change it.
+
 Each contestant is started several times: one process may be some percent faster than another of the same program from
 beginning to end, which is as much as loading takes.
 """
@@ -58,6 +60,10 @@ def main(arguments: list[str]) -> int:
         own.turns += [turn for other in others for turn in other.turns]
     base = min(there, key=lambda each: (each.builder != "timm", each.builder != "vit_streamed"))
     seen = in_batches(given.photographs, given.batch_size)
+
+    def times(each: Any) -> list[float]:
+        return [turn["seconds" if given.workers else "cpu"] for turn in each.turns]
+
     rows = [["", "s an epoch", "images/s", f"times {ABOUT[base.builder]}", "first epoch, s", "loss differs by", "MB"]]
     figures: dict[str, Any] = {}
     wrong = False
@@ -65,8 +71,8 @@ def main(arguments: list[str]) -> int:
         apart = difference(each.answer, base.answer)
         bad = not apart <= LARGEST
         wrong |= bad
-        row = [ABOUT[each.builder], spread(each.seconds(), 1), f"{seen / median(each.seconds()):.1f}"]
-        row.append(spread(ratios(base.seconds(), each.seconds())))
+        row = [ABOUT[each.builder], spread(times(each), 2), f"{seen / median(times(each)):.1f}"]
+        row.append(spread(ratios(times(base), times(each))))
         rows.append([*row, f"{each.first:.1f}", f"{apart:.1e}" + " WRONG" * bad, f"{each.megabytes:.0f}"])
         figures[each.builder] = {**each.figures(), "images": seen, "difference": apart}
     drawn = ", drawn images" * stuff.drawn
