@@ -28,19 +28,18 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--threads", type=int, default=1)
     given = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    rows = [["model", "forward, ms", "recorded, all rows", "recorded, head's row", "rollout", "rollout of a forward"]]
+    rows = [["model", "forward, ms", "recorded", "rollout", "rollout of a forward"]]
     figures = {}
     for size in given.sizes.split(","):
         found = measure(size, given.image_size, given.batch_size, given.rounds)
         forward = statistics.median(found["forward"])
         shares = {name: [100 * each / forward for each in values] for name, values in found.items()}
-        added = {name: [each - 100 for each in shares[name]] for name in ("recorded", "recorded_row")}
+        added = [each - 100 for each in shares["recorded"]]
         rows.append(
             [
                 f"{size}/16 at {given.image_size}, batch {given.batch_size}",
                 spread([1000 * each for each in found["forward"]], 0),
-                spread(added["recorded"], 1, "%", "+"),
-                spread(added["recorded_row"], 1, "%", "+"),
+                spread(added, 1, "%", "+"),
                 spread([1000 * each for each in found["rollout"]], 2, " ms"),
                 spread(shares["rollout"], 2, "%"),
             ]
@@ -57,17 +56,13 @@ def measure(size: str, image_size: int, batch_size: int, rounds: int) -> dict[st
     images = torch.randn(batch_size, 3, image_size, image_size)
     traced = trace(model, images, methods=["rollout"])
 
-    def recorded(rows: str) -> Callable[[], object]:
-        def run() -> None:
-            with record_attention(model, rows=rows):  # type: ignore[arg-type]
-                model(images)
-
-        return run
+    def recorded() -> None:
+        with record_attention(model):
+            model(images)
 
     timed: dict[str, Callable[[], object]] = {
         "forward": lambda: model(images),
-        "recorded": recorded("all"),
-        "recorded_row": recorded("readout"),
+        "recorded": recorded,
         "rollout": lambda: rollout(traced.weights, traced.prefix_tokens, traced.grid, traced.readout),
     }
     found: dict[str, list[float]] = {name: [] for name in timed}

@@ -61,10 +61,7 @@ def files(original, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens(model: VisionTransformer, images: torch.Tensor) -> np.ndarray:
     """What the last norm gives for every token."""
     with torch.inference_mode():
-        x, rotary = model.embed(images)
-        for block in model.blocks:
-            x = block(x, rotary)
-        return model.norm(x).numpy()
+        return model.forward_features(images).numpy()
 
 
 def up_to_the_backbone(original: Any) -> Any:

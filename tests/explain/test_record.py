@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -69,8 +67,6 @@ def test_logits_do_not_change(options):
         expected = model(images)
         with record_attention(model):
             assert torch.equal(model(images), expected), "to the bit, where the fused kernel runs"
-        with record_attention(model, rows="readout", layers=[-1]):
-            assert torch.equal(model(images), expected)
         with record_attention(model, gradients=True):
             torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(model(images), expected)
@@ -196,7 +192,7 @@ def test_weights_tokens_and_readout_are_those_of_the_formula(options, gradients)
     naive = reference.formulas(model)
     with torch.no_grad(), record_attention(model, gradients=gradients) as record:
         model(images)
-    assert record.layers == tuple(range(len(model.blocks)))
+    assert len(record.weights) == len(model.blocks)
     assert (record.prefix_tokens, record.grid) == (naive.prefix, naive.grid)
     heads, N = naive.heads, naive.prefix + naive.grid[0] * naive.grid[1]
     for b, image in enumerate(images.numpy()):
@@ -219,33 +215,6 @@ def test_the_models_in_these_tests_do_attend():
 
 
 @every_model
-def test_the_readouts_rows_are_rows_of_the_matrices(options):
-    model = build(options)
-    images = images_for(model)
-    with torch.no_grad():
-        with record_attention(model) as whole:
-            model(images)
-        with record_attention(model, rows="readout") as rows:
-            model(images)
-    assert torch.equal(rows.readout, whole.readout)
-    for row, matrix in zip(rows.weights, whole.weights, strict=True):
-        B, H, N, _ = matrix.shape
-        assert row.shape == (B, H, 1, N)
-        if model.pool == "token":
-            read = [0, 1] if options.get("distillation_token") else [0]
-        else:
-            read = range(0 if options.get("pool_prefix") else whole.prefix_tokens, N)
-        expected = torch.stack([matrix[:, :, i] for i in read]).mean(0)[:, :, None]
-        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_rows_have_no_gradients_and_say_so():
-    """A row cut from the weights is not what the logits are computed from."""
-    with pytest.raises(VitError, match="rows"), record_attention(build({}), rows="readout", gradients=True):
-        pass
-
-
-@every_model
 def test_gradients_reach_every_layer_also_after_the_block(options):
     model = build(options)
     with record_attention(model, gradients=True) as record:
@@ -261,39 +230,6 @@ def test_without_gradients_the_record_is_off_the_graph():
         logits = model(images_for(model))
     assert logits.requires_grad
     assert not any(t.requires_grad for t in [*record.weights, *record.tokens, record.readout])
-
-
-@settings(deadline=None, max_examples=25)
-@given(layers=st.lists(st.integers(-3, 2), min_size=1, max_size=6))
-def test_any_choice_of_layers(layers):
-    """Negative numbers count from the end; each layer is there once, in the model's order."""
-    model = build({}, depth=3)
-    images = images_for(model)
-    with torch.no_grad():
-        with record_attention(model) as whole:
-            expected = model(images)
-        with record_attention(model, layers=layers) as some:
-            assert torch.equal(model(images), expected)
-    assert list(some.layers) == sorted({layer % 3 for layer in layers})
-    for layer, weights, tokens in zip(some.layers, some.weights, some.tokens, strict=True):
-        assert torch.equal(weights, whole.weights[layer])
-        assert torch.equal(tokens, whole.tokens[layer])
-
-
-@pytest.mark.parametrize("layer", [3, -4, True, 1.0, "last", None])
-def test_a_layer_that_does_not_exist_is_refused(layer):
-    model = build({}, depth=3)
-    before = state_of(model)
-    there = r"layers 0 to 2 \(or -3 to -1, from the end\)"
-    with pytest.raises(VitError, match=there) as error, record_attention(model, layers=[0, layer]):
-        pass
-    assert repr(layer) in str(error.value)
-    assert state_of(model) == before
-
-
-def test_rows_that_do_not_exist_are_refused():
-    with pytest.raises(VitError, match="all or readout"), record_attention(build({}), rows="cls"):  # type: ignore[arg-type]
-        pass
 
 
 @pytest.mark.parametrize("what", ["weights", "readout", "tokens"])
@@ -412,7 +348,7 @@ def test_recordings_nest(options, outer_gradients, inner_gradients):
         alone.append((record, expected))
     with record_attention(model, gradients=outer_gradients) as outer:
         model(first)
-        with record_attention(model, layers=[1], gradients=inner_gradients) as inner:
+        with record_attention(model, gradients=inner_gradients) as inner:
             torch.testing.assert_close(model(second), alone[1][1], rtol=1e-5, atol=1e-5)
             in_the_middle = [*outer.weights, outer.readout, *outer.tokens]
         model(third)
@@ -424,37 +360,36 @@ def test_recordings_nest(options, outer_gradients, inner_gradients):
     close = dict(rtol=1e-4, atol=1e-5)
     torch.testing.assert_close([t.detach() for t in in_the_middle], everything(alone[1][0]), **close)
     torch.testing.assert_close([t.detach() for t in everything(outer)], everything(alone[2][0]), **close)
-    torch.testing.assert_close(inner.weights[0].detach(), alone[1][0].weights[1], **close)
-    torch.testing.assert_close(inner.readout.detach(), alone[1][0].readout, **close)
-    assert inner.layers == (1,)
+    torch.testing.assert_close([t.detach() for t in everything(inner)], everything(alone[1][0]), **close)
 
 
-@pytest.mark.parametrize("rows", ["all", "readout"])
-def test_a_nested_recording_changes_no_logit_in_training(rows):
+def test_a_nested_recording_changes_no_logit_in_training():
     model = build(DROPS).train()
     images = images_for(model)
     torch.manual_seed(5)
     expected = model(images)
-    with record_attention(model, rows=rows) as outer, record_attention(model, rows="readout") as inner:
+    with record_attention(model) as outer, record_attention(model) as inner:
         torch.manual_seed(5)
         assert torch.equal(model(images), expected)
     for ours, theirs in zip(outer.weights, inner.weights, strict=True):
-        assert ours.shape[2] == (ours.shape[3] if rows == "all" else 1)
-        torch.testing.assert_close(ours[:, :, :1], theirs)
+        assert torch.equal(ours, theirs)
 
 
-@both_paths
+@pytest.mark.parametrize("order", ["inside", "outside"])
 @every_pool
-def test_gradients_reach_an_outer_recording_through_an_inner_one(options, gradients):
+def test_a_recording_beside_one_with_gradients_takes_none_away(options, order):
     model = build(options)
     images = images_for(model)
     with record_attention(model, gradients=True) as alone:
         expected = torch.autograd.grad(model(images)[:, 1].sum(), alone.weights)
-    with record_attention(model, gradients=True) as outer, record_attention(model, gradients=gradients) as inner:
-        found = torch.autograd.grad(model(images)[:, 1].sum(), outer.weights)
+    first, second = order == "inside", order == "outside"
+    with record_attention(model, gradients=first) as outer, record_attention(model, gradients=second) as inner:
+        logits = model(images)
+    with_gradients, without = (outer, inner) if first else (inner, outer)
+    found = torch.autograd.grad(logits[:, 1].sum(), with_gradients.weights)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert inner.weights[0].requires_grad == gradients
+    assert not without.weights[0].requires_grad
 
 
 def test_two_models_are_recorded_beside_each_other():

@@ -227,12 +227,12 @@ def test_what_does_not_fit_is_said(change, says):
         rollout(**{**arguments, **change})
 
 
-def test_a_recording_of_single_rows_is_no_rollout():
+def test_single_rows_are_no_rollout():
     model = build({})
-    with torch.no_grad(), record_attention(model, rows="readout") as record:
+    with torch.no_grad(), record_attention(model) as record:
         model(images_for(model))
     with pytest.raises(VitError, match="rows"):
-        rollout(record.weights, model.num_prefix_tokens, model.grid)
+        rollout([weights[:, :, :1] for weights in record.weights], model.num_prefix_tokens, model.grid)
 
 
 def test_patches_dropped_in_training_are_no_grid():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,21 @@ shapes = dict(
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_weights(layer: torch.nn.Module, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output, computed from the weights that its `attend` has, and these weights."""
+    found = []
+
+    def replace(attend: Any, qkv: Any, options: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(attend.weights(*qkv[:2], **options))
+        return attend.average(found[-1], qkv[2])
+
+    handle = layer.attend.register_forward_hook(replace, with_kwargs=True)
+    try:
+        return layer(*inputs), found[-1]
+    finally:
+        handle.remove()
 
 
 def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -70,7 +87,7 @@ def test_multi_head_attention_is_the_formula_by_both_paths(reference, shake, B, 
     x = draw(seed, B, N, heads * d)
     with torch.no_grad():
         fused = attention(x)
-        written_out, weights = attention.attend(x)
+        written_out, weights = by_weights(attention, x)
     assert weights.shape == (B, heads, N, N)
     np.testing.assert_allclose(weights.sum(-1), 1, **CLOSE)
     for b in range(B):
@@ -95,7 +112,7 @@ def test_rotary_attention_is_the_formula_by_both_paths(reference, shake, grid, p
     rotary = rotary_2d(grid, 8, prefix)
     with torch.no_grad():
         fused = attention(x, rotary)
-        written_out, weights = attention.attend(x, rotary)
+        written_out, weights = by_weights(attention, x, rotary)
     y_ND, w_HNN = reference.self_attention(x[0].numpy(), arrays(attention), "a", heads, grid=grid, prefix=prefix)
     # the angles are stored in float32
     for ours, theirs in ((fused[0], y_ND), (written_out[0], y_ND), (weights[0], w_HNN)):
@@ -109,7 +126,7 @@ def test_cross_attention_is_the_formula_by_both_paths(reference, shake, heads, B
     x, context = draw(seed, B, N, heads * d), draw(seed + 1, B, M, heads * d)
     with torch.no_grad():
         fused = attention(x, context)
-        written_out, weights = attention.attend(x, context)
+        written_out, weights = by_weights(attention, x, context)
     assert weights.shape == (B, heads, N, M)
     for b in range(B):
         y_ND, w_HNM = reference.cross_attention(x[b].numpy(), context[b].numpy(), arrays(attention), "a", heads)
@@ -165,7 +182,7 @@ def test_the_layer_of_plain_attention_has_no_parameters():
     assert list(layer.parameters()) == []
     outputs, weights = dot_product_attention(x)
     torch.testing.assert_close(layer(x), outputs)
-    torch.testing.assert_close(layer.attend(x)[1], weights[:, None])
+    torch.testing.assert_close(layer(x, rows=slice(None))[1], weights[:, None])
 
 
 def test_scaling_keeps_the_scores_at_unit_variance():
@@ -181,12 +198,12 @@ def test_dropout_drops_weights_in_training_only():
     x = torch.randn(2, 6, 8)
     attention.train()
     assert not torch.equal(attention(x), attention(x))
-    assert not torch.equal(attention.attend(x)[0], attention.attend(x)[0])
-    weights = attention.attend(x)[1]
+    assert not torch.equal(by_weights(attention, x)[0], by_weights(attention, x)[0])
+    weights = by_weights(attention, x)[1]
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6), msg="the weights shown are those before dropout")
     attention.eval()
     torch.testing.assert_close(attention(x), attention(x), rtol=0, atol=0)
-    torch.testing.assert_close(attention(x), attention.attend(x)[0])
+    torch.testing.assert_close(attention(x), by_weights(attention, x)[0])
 
 
 @pytest.mark.parametrize("path", ["fused", "written out"])
@@ -199,10 +216,26 @@ def test_attention_dropout_keeps_the_expected_output(attention, path):
     with torch.no_grad():
         without = attention.eval()(x[:1])[0]
         attention.train()
-        dropped = attention(x) if path == "fused" else attention.attend(x)[0]
+        dropped = attention(x) if path == "fused" else by_weights(attention, x)[0]
     assert len(dropped.unique(dim=0)) > 100
     spread = dropped.std(0) / 20_000**0.5
     assert ((dropped.mean(0) - without).abs() < 6 * spread + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", [MultiHeadAttention, DotProductAttention])
+def test_rows_come_beside_the_output_in_single_precision(kind):
+    """Chosen rows of the weights and the keys, for whoever reduces tokens; the output is the same."""
+    layer = kind(8, 2) if kind is MultiHeadAttention else kind()
+    x, bias = draw(0, 2, 6, 8).float(), draw(1, 2, 1, 1, 6).float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output, rows, keys = layer(x, None, bias, slice(1, 4))
+        assert torch.equal(output, layer(x, None, bias))
+    assert rows.dtype == torch.float32
+    with torch.no_grad():
+        whole = layer(x, None, bias, slice(None))[1]
+    assert keys.shape == (2, layer.heads, 6, 8 // layer.heads)
+    torch.testing.assert_close(rows, whole[:, :, 1:4], rtol=0.05, atol=0.02)
+    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:3]))
 
 
 def test_large_scores_stay_finite():

@@ -104,7 +104,7 @@ def test_plain_attention_starts_by_looking_at_all_tokens(width):
     )
     x_BND, _ = model.embed(torch.randn(8, 3, 16, 16))
     for block in model.blocks:
-        weights = block.attn.attend(block.norm1(x_BND))[1]
+        weights = block.attn(block.norm1(x_BND), rows=slice(None))[1]
         assert weights.diagonal(dim1=-2, dim2=-1).max() < 0.3
         assert weights[:, 0, 0, 1:].sum(-1).min() > 0.7  # the class token looks at the patches
         x_BND = block(x_BND)

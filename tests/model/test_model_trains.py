@@ -115,6 +115,6 @@ def test_checkpointed_gradients_are_the_same(shake):
     x_BND, rotary = model.embed(images)
     for block in model.blocks:
         x_BND = checkpoint(block, x_BND, rotary, use_reentrant=False)
-    F.cross_entropy(model.head(model.pool_tokens(model.norm(x_BND))), labels).backward()
+    F.cross_entropy(model.forward_head(model.norm(x_BND)), labels).backward()
     for expected, parameter in zip(plain, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected)

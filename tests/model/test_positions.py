@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,8 +173,11 @@ def test_a_dropped_patch_takes_its_position_with_it(shake, position):
             if rotary is not None:
                 torch.testing.assert_close(rotary[0][b, 0], whole_rotary[0][places])
                 torch.testing.assert_close(rotary[1][b, 0], whole_rotary[1][places])
-        block = model.blocks[0]
-        q, k, _ = block.attn.project(x_BND, rotary)
-        whole_q, whole_k, _ = block.attn.project(whole_BND, whole_rotary)
+        attention: Any = model.blocks[0].attn
+        seen: list[Any] = []
+        attention.attend.register_forward_hook(lambda attend, qkv, output: seen.append(qkv))
+        attention(x_BND, rotary)
+        attention(whole_BND, whole_rotary)
+        (q, k, _), (whole_q, whole_k, _) = seen
         torch.testing.assert_close(q[1], whole_q[1][:, places])
         torch.testing.assert_close(k[1], whole_k[1][:, places])

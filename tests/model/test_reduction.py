@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.model.arguments import counts
+from vit.model.attention import attention_weights
 from vit.model.reduction import SCHEDULES, Move, Reduction, most, parse, possible, schedule, spell, take, together
 
 SMALL: dict[str, Any] = dict(image_size=(8, 10), patch_size=2, num_classes=5, width=16, depth=3, heads=2)
@@ -127,8 +128,8 @@ class TestMoves:
         first, before = x[:, :prefix], [x]
         for _ in planned:
             q, k = torch.randn(2, 2, 2, x.shape[1], 4, dtype=torch.float64, generator=random)
-            reducer.look(q, k)
-            x = reducer.reduce(x)
+            rows = () if reducer.rows is None else (attention_weights(q[:, :, reducer.rows], k, reducer.bias()), k)
+            x = reducer.reduce(x, *rows)
             before.append(x)
         assert x.shape == (2, prefix + left, 3)
         torch.testing.assert_close(x[:, :prefix], first)
@@ -243,13 +244,13 @@ class TestModel:
         assert model.reduction is not None
         x, _ = model.embed(images_for(model, 1, torch.float64))
         reducer = model.reduction.begin(x.shape[1], None)
-        q, k, _ = model.blocks[0].attn.project(x.detach(), None)
-        q = q.detach().requires_grad_()
-        reducer.look(q, k)
-        reducer.reduce(x)[0, -1, 0].backward()
-        assert q.grad is not None
-        assert q.grad[0, :, 0].abs().sum() > 0
-        assert q.grad[0, :, 1:].abs().sum() == 0
+        _, rows, keys = model.blocks[0].attn(x.detach(), rows=reducer.rows)
+        assert rows.shape == (1, 2, 1, 21)
+        rows = rows.detach().requires_grad_()
+        reducer.reduce(x, rows, keys)[0, -1, 0].backward()
+        assert rows.grad is not None
+        assert rows.grad[..., 1:].abs().sum() > 0
+        assert rows.grad[..., 0].abs().sum() == 0
 
     @pytest.mark.parametrize("method", ["keep", "merge"])
     def test_half_precision_stays_finite(self, shake, method):

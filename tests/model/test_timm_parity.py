@@ -12,7 +12,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
+from vit.errors import VitError
 from vit.model import VisionTransformer, create_model
+from vit.model.reduction import ReducedTokens
 
 # ours, and the same in timm's words
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -115,3 +117,47 @@ def test_sizes_are_those_of_the_field(size, patch, name):
     theirs = {name: tuple(p.shape) for name, p in timms.named_parameters()}
     assert ours == theirs
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in timms.parameters())
+
+
+@pytest.mark.parametrize(
+    "name", ["class token and registers", "mean beside a class token", "attention pool, class token, registers"]
+)
+def test_intermediate_results_are_timms(shake, name):
+    """`forward_features`, `forward_head` and `get_intermediate_layers`, with timm's names and timm's numbers."""
+    model, timms = both(*PAIRS[name])
+    timms.load_state_dict(shake(model, 0.2).state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    close = dict(rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        features = model.forward_features(images)
+        torch.testing.assert_close(features, timms.forward_features(images), **close)
+        torch.testing.assert_close(model.forward_head(features), model(images), rtol=0, atol=0)
+        for pre_logits in (False, True):
+            theirs = timms.forward_head(timms.forward_features(images), pre_logits=pre_logits)
+            torch.testing.assert_close(model.forward_head(features, pre_logits=pre_logits), theirs, **close)
+        for options in (
+            dict(),
+            dict(n=2, norm=True),
+            dict(n=[0, 2], reshape=True),
+            dict(n=(1,), return_prefix_tokens=True),
+        ):
+            ours, theirs = (each.get_intermediate_layers(images, **options) for each in (model, timms))
+            torch.testing.assert_close([*ours], [*theirs], **close)
+
+
+def test_intermediate_results_of_reduced_tokens_say_what_they_stand_for(shake):
+    options = dict(image_size=32, patch_size=8, num_classes=7, width=48, depth=3, heads=3, pool="mean")
+    model = shake(VisionTransformer(**options, reduction="merge", reduction_schedule=[4, 0, 3]), 0.2).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = model.forward_features(images)
+        assert isinstance(features, ReducedTokens)
+        assert features.sizes_BN is not None
+        torch.testing.assert_close(features.sizes_BN.sum(dim=1), torch.full((2,), 16.0))
+        torch.testing.assert_close(model.forward_head(features), model(images), rtol=0, atol=0)
+        assert [x.shape[1] for x in model.get_intermediate_layers(images, 3)] == [12, 12, 9]
+        with pytest.raises(VitError, match="reshape: tokens are reduced"):
+            model.get_intermediate_layers(images, reshape=True)
+    for n in (4, [3], [-1]):
+        with pytest.raises(VitError, match="blocks 0 to 2"):
+            model.get_intermediate_layers(images, n)

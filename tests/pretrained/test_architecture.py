@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.pretrained.architecture import read_architecture
+from vit.training.distill import both_answers
 
 SMALL: dict[str, Any] = dict(img_size=16, patch_size=8, num_classes=3, embed_dim=24, depth=2, num_heads=2)
 
@@ -138,18 +139,11 @@ def test_a_distilled_deit():
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
-        classes, distilled = ours.both_heads(ours.pool_tokens(ours.norm(_tokens(ours, images))))
+        classes, distilled = both_answers(ours, images)
         theirs.set_distilled_training(True)
         theirs.train()
         expected = theirs(images)
     torch.testing.assert_close((classes, distilled), expected, rtol=1e-5, atol=1e-5)
-
-
-def _tokens(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
-    x_BND, rotary = model.embed(images)
-    for block in model.blocks:
-        x_BND = block(x_BND, rotary)
-    return x_BND
 
 
 DINOV3: dict[str, Any] = dict(

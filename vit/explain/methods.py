@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from vit.errors import VitError, did_you_mean
 from vit.explain.carry import Fusion, back, carry, down, through, to_map
-from vit.explain.record import Record, Weights, find, record_attention, resolve_layer, single
-from vit.model.reduction import Move, shares, together
+from vit.explain.record import Record, Weights, find, record_attention, resolve_layer
+from vit.model.attention import at_least_float32
+from vit.model.reduction import Move, ReducedTokens, shares, together
 
 
 @dataclass
@@ -154,7 +155,7 @@ def trace(
         logits = vit(images)
         chosen = _target(target, logits.detach())
         out = Trace(
-            logits=single(logits.detach()),
+            logits=at_least_float32(logits.detach()),
             target=chosen,
             weights=record.weights,
             readout=record.readout,
@@ -174,8 +175,8 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
     score = logits.gather(1, out.target[:, None]).sum()
     inputs = [*out.weights, *([out.readout] if out.readout.requires_grad else [])]
     found = torch.autograd.grad(score, inputs, retain_graph=legrad)
-    out.gradients = [single(gradient) for gradient in found[: len(out.weights)]]
-    out.readout_gradients = single(found[-1]) if len(found) > len(out.weights) else None
+    out.gradients = [at_least_float32(gradient) for gradient in found[: len(out.weights)]]
+    out.readout_gradients = at_least_float32(found[-1]) if len(found) > len(out.weights) else None
     readout = out.readout.detach()
     if legrad:
         out.legrad = []
@@ -183,13 +184,14 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
             if out.pool == "token":
                 mean_B1D = tokens.mean(1, keepdim=True) if sizes is None else shares(sizes)[:, None] @ tokens
                 tokens = mean_B1D.expand_as(tokens)
-            logits = vit.answer(tokens, sizes)
+            normed = vit.norm(tokens)
+            logits = vit.forward_head(normed if sizes is None else ReducedTokens(normed, sizes))
             own = record.readout if out.pool == "attention" else weights
             (gradient,) = torch.autograd.grad(logits.gather(1, out.target[:, None]).sum(), own, retain_graph=True)
-            positive = single(gradient).clamp(min=0)
+            positive = at_least_float32(gradient).clamp(min=0)
             out.legrad.append(positive.mean(dim=1) if positive.ndim == 3 else positive.mean(dim=(1, 2)))
-    out.readout, out.tokens = single(readout), out.tokens.detach()
-    out.weights = [single(weights.detach()) for weights in out.weights]
+    out.readout, out.tokens = at_least_float32(readout), out.tokens.detach()
+    out.weights = [at_least_float32(weights.detach()) for weights in out.weights]
 
 
 @contextlib.contextmanager

@@ -6,18 +6,16 @@ Transformer did (Vaswani et al. 2017, section 3.1).  The MLP has one hidden laye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vit.model.norms import LAYER_NORM, MakeNorm
 from vit.model.positions import Rotary
-
-if TYPE_CHECKING:
-    from vit.model.reduction import Reducer
+from vit.model.reduction import Reducer
 
 
 class QuickGELU(nn.Module):
@@ -158,15 +156,33 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
-        x_BND = x_BND + self.drop_path1(self.ls1(self.attn(self.norm1(x_BND), rotary, reducer)))
-        x_BND = x_BND if reducer is None else reducer.reduce(x_BND)
+        y_BND, attended = self.attention_branch(self.norm1(x_BND), rotary, reducer)
+        x_BND = x_BND + y_BND
+        x_BND = x_BND if reducer is None else reducer.reduce(x_BND, *attended)
         return x_BND + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BND))))
+
+    def attention_branch(
+        self, x_BND: Tensor, rotary: Rotary | None, reducer: Reducer | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Run the branch of attention: its output (B, N, D), and rows of weights and keys if the reducer asks for them.
+
+        A reducer has the rotary angles of the tokens that are left, so `rotary` is not read beside one.
+        """
+        attended: Sequence[Tensor] = ()
+        if reducer is None:
+            y_BND = self.attn(x_BND, rotary)
+        elif reducer.rows is None:
+            y_BND = self.attn(x_BND, reducer.rotary, reducer.bias())
+        else:
+            y_BND, *attended = self.attn(x_BND, reducer.rotary, reducer.bias(), reducer.rows)
+        return self.drop_path1(self.ls1(y_BND)), attended
 
 
 class PostNormBlock(Block):
     """The block of the original Transformer: `norm1(x + attn(x))`, then `norm2(x + mlp(x))`."""
 
     def forward(self, x_BND: Tensor, rotary: Rotary | None = None, reducer: Reducer | None = None) -> Tensor:
-        x_BND = self.norm1(x_BND + self.drop_path1(self.ls1(self.attn(x_BND, rotary, reducer))))
-        x_BND = x_BND if reducer is None else reducer.reduce(x_BND)
+        y_BND, attended = self.attention_branch(x_BND, rotary, reducer)
+        x_BND = self.norm1(x_BND + y_BND)
+        x_BND = x_BND if reducer is None else reducer.reduce(x_BND, *attended)
         return self.norm2(x_BND + self.drop_path2(self.ls2(self.mlp(x_BND))))

@@ -4,10 +4,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vit.model.attention import CrossAttention
 from vit.model.blocks import Mlp
 from vit.model.norms import LAYER_NORM, MakeNorm
+from vit.model.reduction import shares
+
+
+class MeanPool(nn.Module):
+    """The mean of the tokens from number `first` on: (B, N, D) -> (B, D).
+
+    `sizes_BN`: how many patches each token stands for, and so weighs; None: one.
+    """
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
+        read_BND = x_BND[:, self.first :]
+        if sizes_BN is None:
+            return read_BND.mean(dim=1)
+        return (shares(sizes_BN[:, self.first :]).to(x_BND.dtype)[:, None] @ read_BND)[:, 0]
+
+    def weights(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
+        """Compute the weight of each token in the mean: (B, 1, N), rows sum to 1."""
+        B, R, _ = x_BND[:, self.first :].shape
+        weights_BR = x_BND.new_full((B, R), 1 / R) if sizes_BN is None else shares(sizes_BN[:, self.first :])
+        return F.pad(weights_BR.to(x_BND.dtype)[:, None], (self.first, 0))
+
+    def average(self, weights_B1N: Tensor, x_BND: Tensor) -> Tensor:
+        """Compute the mean from the weights: (B, D)."""
+        return (weights_B1N @ x_BND)[:, 0]
 
 
 class AttentionPool(CrossAttention):
@@ -25,14 +54,6 @@ class AttentionPool(CrossAttention):
         self.norm = norm(width)
         self.mlp = Mlp(width, hidden, activation=activation)
 
-    def attend_patches(self, patches_BPD: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`, with the query's weights over the patches (B, H, P) beside the output (B, D)."""
-        x_B1D, weights_BH1P = self.attend(self.latent.expand(patches_BPD.shape[0], -1, -1), patches_BPD)
-        return self.refine(x_B1D), weights_BH1P[:, :, 0]
-
-    def refine(self, x_B1D: Tensor) -> Tensor:
-        """The MLP with its residual, and the token axis gone: (B, 1, D) -> (B, D)."""
-        return (x_B1D + self.mlp(self.norm(x_B1D)))[:, 0]
-
     def forward(self, patches_BPD: Tensor, bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        return self.refine(super().forward(self.latent.expand(patches_BPD.shape[0], -1, -1), patches_BPD, bias))
+        x_B1D = super().forward(self.latent.expand(patches_BPD.shape[0], -1, -1), patches_BPD, bias)
+        return (x_B1D + self.mlp(self.norm(x_B1D)))[:, 0]

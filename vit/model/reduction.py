@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit.errors import VitError, did_you_mean
-from vit.model.attention import attention_weights
+from vit.model.attention import at_least_float32
 from vit.model.positions import Rotary
 
 SCHEDULES = ("constant", "decreasing", "stages")
@@ -44,6 +44,13 @@ REDUCTION = {
     "reduction_proportional": None,
 }
 """The arguments of `VisionTransformer` that any model may have otherwise without other weights, and their defaults."""
+
+
+class ReducedTokens(NamedTuple):
+    """Tokens (B, N, D), and how many patches each stands for, (B, N)."""
+
+    x_BND: Tensor
+    sizes_BN: Tensor | None
 
 
 class Move(NamedTuple):
@@ -188,12 +195,14 @@ def most(method: str, patches: int) -> int:
 
 
 class Reducer:
-    """Reduces the tokens of one forward pass: attention shows it its queries and keys, then the block its tokens.
+    """Reduces the tokens of one forward pass, block by block, by what attention says about them.
 
     Attributes
         rotary: angles of the tokens there are now.
         sizes_BN: how many patches each token stands for, or 1 for one in front of them; None while each is itself.
     """
+
+    _needs: slice
 
     def __init__(self, plan: Reduction, counts: Sequence[int], patches: int, rotary: Rotary | None) -> None:
         self.plan, self.patches, self.rotary = plan, patches, rotary
@@ -206,34 +215,32 @@ class Reducer:
         """Of the layers so far, where the tokens went; None where all stayed.  Made when asked for."""
         return [make and make() for make in self._moves]
 
+    @property
+    def rows(self) -> slice | None:
+        """Which queries' weights `reduce` needs of this layer's attention; None where no token goes."""
+        return self._needs if self._left[0] else None
+
     def bias(self) -> Tensor | None:
         """What is added to the scores of attention to each token, (B, 1, 1, N); None for nothing."""
         return log_sizes(self.sizes_BN) if self.plan.proportional else None
 
-    def look(self, q: Tensor, k: Tensor, scale: float | None = None) -> None:
-        """Note what attention of this layer says about its tokens, from queries and keys (B, H, N, d).
+    def reduce(self, x_BND: Tensor, rows_BHRN: Tensor | None = None, keys_BHNd: Tensor | None = None) -> Tensor:
+        """Turn the tokens of this layer into those that go on, (B, N', D).
 
-        `scale` multiplies their products; None: d^-1/2.
+        Takes the weights of `rows` in this layer's attention, and its keys; neither is read where `rows` is None.
         """
-        if self._left[0]:
-            with torch.autocast(k.device.type, enabled=False):
-                self._look(q, k, scale)
-
-    def reduce(self, x_BND: Tensor) -> Tensor:
-        """The tokens of this layer -> those that go on, (B, N', D)."""
         count = self._left.pop(0)
         if not count:
             self._moves.append(None)
             return x_BND
+        assert rows_BHRN is not None
+        assert keys_BHNd is not None
         with torch.autocast(x_BND.device.type, enabled=False):
-            x_BND = self._reduce(x_BND, self._now, count)
+            x_BND = self._reduce(x_BND, rows_BHRN, keys_BHNd, self._now, count)
         self._now -= count
         return x_BND
 
-    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
-        raise NotImplementedError
-
-    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
+    def _reduce(self, x_BND: Tensor, rows_BHRN: Tensor, keys_BHNd: Tensor, P: int, count: int) -> Tensor:
         raise NotImplementedError
 
     def _turn(self, rows_BK: Tensor) -> None:
@@ -253,23 +260,23 @@ class Reducer:
 class Keeper(Reducer):
     """Keeps the patches that matter, and fuses the rest into one token, the last."""
 
-    _scores_BP: Tensor
+    def __init__(self, plan: Reduction, counts: Sequence[int], patches: int, rotary: Rotary | None) -> None:
+        super().__init__(plan, counts, patches, rotary)
+        self._needs = plan.read
 
-    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
-        """Attention of what the head reads: its mean over heads and, where that is several tokens, over the patches
-        they stand for."""
-        read, bias = self.plan.read, self.bias()
-        weights_BHRN = attention_weights(_single(q[:, :, read]), _single(k), bias, scale)
-        rows_BRN = weights_BHRN.mean(dim=1)
+    def _scores(self, rows_BHRN: Tensor) -> Tensor:
+        """Score patches by the attention of what the head reads: (B, P), its mean over heads and, where that is several
+        tokens, over the patches they stand for."""
+        rows_BRN = rows_BHRN.mean(dim=1)
         if self.sizes_BN is None:
             scores_BN = rows_BRN.mean(dim=1)
         else:
-            scores_BN = (shares(self.sizes_BN[:, read])[:, None] @ rows_BRN)[:, 0]
+            scores_BN = (shares(self.sizes_BN[:, self.plan.read])[:, None] @ rows_BRN)[:, 0]
         # a patch that nothing looks at has a weight in the rest all the same, so that weights can always be shares
-        self._scores_BP = scores_BN[:, self.plan.prefix :].clamp(min=1e-12)
+        return scores_BN[:, self.plan.prefix :].clamp(min=1e-12)
 
-    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
-        prefix, scores_BP, B = self.plan.prefix, self._scores_BP, x_BND.shape[0]
+    def _reduce(self, x_BND: Tensor, rows_BHRN: Tensor, keys_BHNd: Tensor, P: int, count: int) -> Tensor:
+        prefix, scores_BP, B = self.plan.prefix, self._scores(rows_BHRN), x_BND.shape[0]
         keep = P - count - 1
         candidates_BP = scores_BP.detach()
         if self.sizes_BN is not None:  # the last is the rest already
@@ -301,14 +308,12 @@ class Keeper(Reducer):
 class Merger(Reducer):
     """Merges similar tokens."""
 
-    _keys_BPd: Tensor
+    _needs = slice(0, 0)
 
-    def _look(self, q: Tensor, k: Tensor, scale: float | None) -> None:
-        keys_BPd = _single(k.detach())[:, :, self.plan.prefix :].mean(dim=1)
-        self._keys_BPd = F.normalize(keys_BPd, dim=-1)
-
-    def _reduce(self, x_BND: Tensor, P: int, count: int) -> Tensor:
-        prefix, keys_BPd, device, B = self.plan.prefix, self._keys_BPd, x_BND.device, x_BND.shape[0]
+    def _reduce(self, x_BND: Tensor, rows_BHRN: Tensor, keys_BHNd: Tensor, P: int, count: int) -> Tensor:
+        prefix, device, B = self.plan.prefix, x_BND.device, x_BND.shape[0]
+        keys_BPd = at_least_float32(keys_BHNd.detach())[:, :, prefix:].mean(dim=1)
+        keys_BPd = F.normalize(keys_BPd, dim=-1)
         ones_BP = torch.ones(B, P, dtype=keys_BPd.dtype, device=device)
         sizes_BP = ones_BP if self.sizes_BN is None else self.sizes_BN[:, prefix:]
         # each token of the first set with its most similar one of the second, the most similar pairs in front
@@ -366,8 +371,3 @@ def shares(weights_BN: Tensor) -> Tensor:
 def log_sizes(sizes_BN: Tensor | None) -> Tensor | None:
     """The logarithms as a bias of scores, (B, 1, 1, N)."""
     return None if sizes_BN is None else sizes_BN.log()[:, None, None]
-
-
-def _single(x: Tensor) -> Tensor:
-    """In at least single precision: what is compared has to be told apart."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

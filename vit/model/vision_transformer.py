@@ -21,12 +21,12 @@ from vit.errors import VitError, did_you_mean
 from vit.model.arguments import SIZES, counts, resolve, resolve_reduction
 from vit.model.attention import DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, PostNormBlock, make_mlp
-from vit.model.heads import AttentionPool
+from vit.model.heads import AttentionPool, MeanPool
 from vit.model.initialisation import initialise
 from vit.model.norms import make_norm
 from vit.model.patches import PatchEmbed, drop_patches
 from vit.model.positions import Rotary, rotary_2d, sincos_2d
-from vit.model.reduction import RATE, REDUCTION, Reduction, log_sizes, shares
+from vit.model.reduction import RATE, REDUCTION, ReducedTokens, Reduction, log_sizes
 
 
 class VisionTransformer(nn.Module):
@@ -140,7 +140,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = make(width) if embed_norm == "tokens" else nn.Identity()
         self.blocks = nn.ModuleList(_block(a, layer) for layer in range(depth))
         self.norm = make(width) if a["final_norm"] == "tokens" else nn.Identity()
-        self.attn_pool = None
+        self.attn_pool, self.mean_pool = None, MeanPool(first)
         if pool == "attention":
             self.attn_pool = AttentionPool(width, heads, hidden, activation=activation, norm=make)
         self.fc_norm = make(width) if a["final_norm"] == "pooled" else nn.Identity()
@@ -162,15 +162,24 @@ class VisionTransformer(nn.Module):
         return rows * height, columns * width
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.answer(*self.encode(images_BCHW))
+        return self.forward_head(self.forward_features(images_BCHW))
 
-    def encode(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images -> the last block's tokens (B, N, D), and how many patches each stands for, None where that is one."""
+    def forward_features(
+        self, images_BCHW: Tensor, intermediates: dict[str, Tensor] | None = None
+    ) -> Tensor | ReducedTokens:
+        """Compute the tokens (B, N, D) that the head pools, after the final norm.
+
+        Where tokens are reduced, these are `ReducedTokens`.  `intermediates` gets each block's output by its name,
+        such as "blocks.0".
+        """
         x_BND, rotary = self.embed(images_BCHW)
         reducer = None if self.reduction is None else self.reduction.begin(x_BND.shape[1], rotary)
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             x_BND = block(x_BND, rotary, reducer)
-        return x_BND, None if reducer is None else reducer.sizes_BN
+            if intermediates is not None:
+                intermediates[f"blocks.{layer}"] = x_BND
+        x_BND = self.norm(x_BND)
+        return x_BND if reducer is None else ReducedTokens(x_BND, reducer.sizes_BN)
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Rotary | None]:
         """Images -> the sequence (B, N, D) of class token, registers and patches, and the angles of rotary positions.
@@ -195,33 +204,62 @@ class VisionTransformer(nn.Module):
                 rotary = rotary[0][rows_BN].unsqueeze(1), rotary[1][rows_BN].unsqueeze(1)
         return self.norm_pre(self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1))), rotary
 
-    def answer(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
-        """The last block's tokens (B, N, D), which stand for so many patches each -> logits (B, num_classes)."""
-        x_BD = self.fc_norm(self.pool_tokens(self.norm(x_BND), sizes_BN))
+    def forward_head(self, x_BND: Tensor | ReducedTokens, pre_logits: bool = False) -> Tensor:
+        """Compute logits (B, num_classes) from what `forward_features` returns.
+
+        With `pre_logits`, what the classifier reads instead: (B, D), or with a distillation token (B, 2, D).
+        """
+        x_BND, sizes_BN = x_BND if isinstance(x_BND, ReducedTokens) else (x_BND, None)
+        x_BD = self.fc_norm(self.pool_tokens(x_BND, sizes_BN))
+        if pre_logits:
+            return x_BD
         if self.head_dist is None:
             return self.head(x_BD)
-        return torch.stack(self.both_heads(x_BD)).mean(dim=0)
-
-    def both_heads(self, x_B2D: Tensor) -> tuple[Tensor, Tensor]:
-        """What `pool_tokens` returns with a distillation token -> logits of the class head and of its own head."""
-        assert self.head_dist is not None
-        return self.head(x_B2D[:, 0]), self.head_dist(x_B2D[:, 1])
+        return torch.stack([self.head(x_BD[:, 0]), self.head_dist(x_BD[:, 1])]).mean(dim=0)
 
     def pool_tokens(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
-        """The sequence (B, N, D) -> one vector an image (B, D); class and distillation token, (B, 2, D)."""
+        """Pool the sequence (B, N, D) to one vector an image (B, D); class and distillation token, (B, 2, D)."""
         read_BND = x_BND[:, self.read]
         if self.pool == "token":
             return read_BND[:, 0] if self.dist_token is None else read_BND
         if self.attn_pool is not None:
             return self.attn_pool(read_BND, self.pool_bias(sizes_BN))
-        if sizes_BN is None:
-            return read_BND.mean(dim=1)
-        return (shares(sizes_BN[:, self.read])[:, None].to(x_BND.dtype) @ read_BND)[:, 0]
+        return self.mean_pool(x_BND, sizes_BN)
 
     def pool_bias(self, sizes_BN: Tensor | None) -> Tensor | None:
         """What is added to the scores of the pooling query's attention, (B, 1, 1, N of those that it reads)."""
         proportional = self.reduction is not None and self.reduction.proportional
         return log_sizes(sizes_BN[:, self.read]) if proportional and sizes_BN is not None else None
+
+    def get_intermediate_layers(
+        self,
+        images_BCHW: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """Compute the patch tokens (B, P, D) that the last `n` blocks put out, or the blocks of these numbers.
+
+        Arguments and results are those of timm's method of this name: `reshape` makes them (B, D, rows, columns);
+        `return_prefix_tokens` adds class token and registers to each, as a pair; `norm` applies the final norm.
+        Raises `VitError` for a block that does not exist, and for a grid of tokens that are reduced.
+        """
+        found: dict[str, Tensor] = {}
+        depth, prefix = len(self.blocks), self.num_prefix_tokens
+        layers = range(depth - n, depth) if isinstance(n, int) else n
+        if wrong := [layer for layer in layers if not 0 <= layer < depth]:
+            raise VitError(f"n: the model has blocks 0 to {depth - 1}, not {wrong[0]}")
+        if reshape and self.reduction is not None:
+            raise VitError("reshape: tokens are reduced, so they are no grid; set reduction=none, or reshape=False")
+        self.forward_features(images_BCHW, found)
+        tokens = [self.norm(x) if norm else x for x in (found[f"blocks.{layer}"] for layer in layers)]
+        patches = [x_BND[:, prefix:] for x_BND in tokens]
+        if reshape:
+            patches = [x_BPD.transpose(1, 2).unflatten(2, self.grid).contiguous() for x_BPD in patches]
+        if return_prefix_tokens:
+            return [(patch, x_BND[:, :prefix]) for patch, x_BND in zip(patches, tokens, strict=True)]
+        return patches
 
     def reduce(self, reduction: str = "none", **options: Any) -> VisionTransformer:
         """Reduce tokens otherwise from now on; the arguments are those of the constructor.  Returns the model itself.

@@ -129,8 +129,9 @@ def distillation_loss(student_BK: Tensor, teacher_BK: Tensor, kind: str, tempera
 
 def forward_both_heads(model: VisionTransformer, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the logits (B, K) of the class head and of the distillation head; the model returns their mean."""
-    x_BND, sizes_BN = model.encode(images_BCHW)
-    return model.both_heads(model.fc_norm(model.pool_tokens(model.norm(x_BND), sizes_BN)))
+    assert model.head_dist is not None
+    class_BD, distilled_BD = model.forward_head(model.forward_features(images_BCHW), pre_logits=True).unbind(dim=1)
+    return model.head(class_BD), model.head_dist(distilled_BD)
 
 
 def _match_classes(source: str, teacher_classes: Sequence[str], data_classes: Sequence[str]) -> Tensor:

@@ -49,8 +49,7 @@ class Backbone(nn.Module):
         self.model = model
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        x_BND, sizes_BN = self.model.encode(images_BCHW)
-        read = self.model.fc_norm(self.model.pool_tokens(self.model.norm(x_BND), sizes_BN))
+        read = self.model.forward_head(self.model.forward_features(images_BCHW), pre_logits=True)
         return read if self.model.head_dist is None else read.mean(dim=1)
 
     def fingerprint(self) -> str:
