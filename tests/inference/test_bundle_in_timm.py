@@ -32,6 +32,7 @@ OPTIONS = {
     "five channels": {"in_channels": 5},
     "no qkv bias": {"qkv_bias": False},
     "one head": {"attention": "scaled_dot_product"},
+    "differential": {"attention": "differential", "qk_norm": True, "registers": 1},
     "narrow MLP": {"mlp_ratio": 1.5},
     "one class": {"num_classes": 1},
     "RMS": {"norm_layer": "rms", "qk_norm": True},

@@ -25,6 +25,7 @@ OPTIONS = {
     "rotary, registers, attention pool": {"position": "rotary", "registers": 2, "pool": "attention"},
     "sincos, mean, QK norm, LayerScale": {"position": "sincos", "pool": "mean", "qk_norm": True, "layer_scale": 0.1},
     "dot product": {"attention": "dot_product"},
+    "differential": {"attention": "differential"},
     "post-norm, no positions": {"norm": "post", "position": "none"},
     "not square, one channel": {"image_size": (24, 40), "patch_size": (8, 4), "in_channels": 1},
     "CLIP": {"embed_norm": "tokens", "patch_bias": False, "norm_eps": 1e-5, "activation": "quick_gelu"},

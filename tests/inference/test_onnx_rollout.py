@@ -27,6 +27,7 @@ OPTIONS = {
     "distilled": {"distillation_token": True},
     "not square, one channel": {"image_size": (24, 40), "patch_size": (8, 4), "in_channels": 1},
     "dot product": {"attention": "dot_product"},
+    "differential": {"attention": "differential"},
     "post-norm": {"norm": "post"},
     "RMS norm, gated": {"norm_layer": "rms", "mlp": "swiglu"},
     "noise in training": {"drop_path": 0.5, "dropout": 0.5, "attention_dropout": 0.5},
@@ -70,7 +71,7 @@ def test_the_rollout_of_recorded_weights_at_every_batch_size(tmp_path, options):
         np.testing.assert_allclose(shown.sum(axis=(1, 2)), 1, rtol=0, atol=1e-5)
         ours = rollout(record.weights, model.num_prefix_tokens, model.grid, record.readout)
         np.testing.assert_allclose(shown, ours.numpy(), rtol=0, atol=1e-5)
-        formula = written_out(record.weights, record.readout, model.num_prefix_tokens, model.grid)
+        formula = written_out(record.weights.fractions(), record.readout, model.num_prefix_tokens, model.grid)
         np.testing.assert_allclose(shown, formula, rtol=0, atol=1e-5)
         assert np.ptp(shown) > 1e-3  # it says something
 

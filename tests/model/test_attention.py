@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vit.model.attention import (
     CrossAttention,
+    DifferentialAttention,
     DotProductAttention,
     MultiHeadAttention,
     dot_product_attention,
@@ -133,6 +134,36 @@ def test_cross_attention_is_the_formula_by_both_paths(reference, shake, heads, B
         np.testing.assert_allclose(weights[b], w_HNM, **CLOSE)
         np.testing.assert_allclose(written_out[b], y_ND, **CLOSE)
         np.testing.assert_allclose(fused[b], y_ND, **CLOSE)
+
+
+def test_differential_attention_is_the_formula(shake):
+    """Ye et al. 2024, equations 1 to 3: two maps in each head, their difference, and a norm of each head's outputs."""
+    layer, (B, N, H, d) = 3, (2, 5, 2, 3)  # d of a map
+    attention = shake(DifferentialAttention(2 * H * d, H, layer=layer).double(), 0.5)
+    x = draw(0, B, N, 2 * H * d)
+    with torch.no_grad():
+        outputs, weights, _ = attention(x, rows=slice(None))
+    a = {name.removeprefix("a."): tensor for name, tensor in arrays(attention).items()}
+    first = 0.8 - 0.6 * np.exp(-0.3 * layer)
+    share = np.exp(a["lambda_q1"] @ a["lambda_k1"]) - np.exp(a["lambda_q2"] @ a["lambda_k2"]) + first
+    np.testing.assert_allclose(weights.sum(-1), 1 - share, **CLOSE)
+    assert (weights < 0).any()
+    for b in range(B):
+        q, k, v = np.split(x[b].numpy() @ a["qkv.weight"].T + a["qkv.bias"], 3, axis=1)
+        heads = []
+        for h in range(H):
+            maps = []
+            for each in (2 * h, 2 * h + 1):
+                own = slice(each * d, (each + 1) * d)
+                powers = np.exp(q[:, own] @ k[:, own].T / d**0.5)
+                maps.append(powers / powers.sum(axis=1, keepdims=True))
+            difference = maps[0] - share * maps[1]
+            np.testing.assert_allclose(weights[b, h], difference, **CLOSE)
+            out = difference @ v[:, 2 * h * d : 2 * (h + 1) * d]
+            out = out / np.sqrt((out**2).mean(axis=1, keepdims=True) + 1e-5) * a["sub_norm.weight"]
+            heads.append((1 - first) * out)
+        wanted = np.concatenate(heads, axis=1) @ a["proj.weight"].T + a["proj.bias"]
+        np.testing.assert_allclose(outputs[b], wanted, **CLOSE)
 
 
 def test_cross_attention_to_itself_with_equal_matrices_is_self_attention(shake):

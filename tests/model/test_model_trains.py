@@ -14,6 +14,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "attention: one head": dict(attention="scaled_dot_product"),
     "attention: dot product": dict(attention="dot_product"),
+    "attention: differential": dict(attention="differential"),
     "norm: post": dict(norm="post"),
     "norm: post, dot product": dict(norm="post", attention="dot_product"),
     "position: sincos": dict(position="sincos"),

@@ -53,6 +53,10 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "five channels": (dict(in_channels=5, mlp_ratio=2.5), dict(in_chans=5, mlp_ratio=2.5)),
     "no positions": (dict(position="none"), dict(pos_embed="none")),
     "sine-cosine, as timm keeps it": (dict(position="sincos"), dict()),
+    "differential": (
+        dict(attention="differential", qk_norm=True, attention_norm=True),
+        dict(attn_layer="diff", qk_norm=True, scale_attn_norm=True),
+    ),
     "one head": (dict(attention="scaled_dot_product"), dict(num_heads=1)),
 }
 

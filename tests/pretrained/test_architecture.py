@@ -118,7 +118,6 @@ def test_most_of_what_timm_can_build_is_known():
         (dict(global_pool="prr"), "pooling (prr)"),
         (dict(act_layer="relu"), "Mlp with ReLU"),
         (dict(mlp_layer=GluMlp), "GluMlp"),
-        (dict(attn_layer="diff"), "DiffAttention"),
         (dict(dynamic_img_pad=True), "pads images"),
         (dict(embed_norm_layer=RmsNorm), "several kinds"),
         (dict(pre_norm=True, embed_norm_layer=LayerNorm), "two norms"),

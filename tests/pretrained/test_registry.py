@@ -64,7 +64,6 @@ def test_a_name_that_timm_has_changed_is_the_new_one():
         ("vit_base_patch16_xp_224", "ParallelScalingBlock; did you mean 'vit_base_patch16"),
         ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
         ("vit_base_patch16_rpn_224", "ResPostBlock"),
-        ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
         ("eva02_base_patch14_224", "only the DINOv3 models"),
         ("vit_pe_core_base_patch16_224", "only the DINOv3 models"),
         ("vit_base_patch16_sapiens2", "blocks differ from DINOv3's"),

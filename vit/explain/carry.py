@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vit.errors import VitError, did_you_mean
+from vit.explain.record import Weights
 from vit.model.reduction import Move
 
 Fusion = Literal["mean", "max", "min"]
@@ -32,7 +33,8 @@ def rollout(
     they went stand between the layers: `R = M_L Â_L ... M_1 Â_1`.
 
     Arguments
-        weights: A_1 to A_L, (B, H, N, N) each.
+        weights: A_1 to A_L, (B, H, N, N) each; of a record of differential attention, their positive part is taken
+            and made to sum to 1 by row, so that every layer is half residual, as with any other attention.
         prefix_tokens: class token and registers, in front of the patches.
         grid: rows and columns of patches.
         readout: (B, N) or (B, R, N), how the head weighs the last tokens; None: the class token, token 0, or without
@@ -49,6 +51,7 @@ def rollout(
     if moves is None:
         moves = getattr(weights, "moves", None) or [None] * (len(weights) + 1)
     _check_sizes(weights, moves)
+    weights = weights.fractions() if isinstance(weights, Weights) else weights
     row_BN = back(moves[-1], _start(readout, _sizes(weights, moves), prefix_tokens))
     return to_map(carry(weights, row_BN, moves, prefix_tokens, fusion, discard), prefix_tokens, grid)
 

@@ -60,7 +60,8 @@ def head_importance(t: Trace) -> Tensor:
     """
     if t.gradients is None:
         raise ValueError("head importance needs a trace with gradients")
-    return torch.stack([(a * g).sum(dim=(2, 3)).abs().mean(dim=0) for a, g in zip(t.weights, t.gradients, strict=True)])
+    weights = t.signed_weights or t.weights
+    return torch.stack([(a * g).sum(dim=(2, 3)).abs().mean(dim=0) for a, g in zip(weights, t.gradients, strict=True)])
 
 
 def sinks(t: Trace) -> tuple[Tensor, Tensor]:

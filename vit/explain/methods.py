@@ -49,7 +49,8 @@ class Trace:
     Attributes
         logits: (B, K).
         target: int64 (B,), the class whose score `gradients` are of.
-        weights: L times (B, H, N, N).
+        weights: L times (B, H, N, N), at least 0, rows sum to 1.
+        signed_weights: those of differential attention, of which `weights` has the positive part; None: the same.
         readout: (B, R, N), see `Record.readout`.
         gradients, readout_gradients: of the score by `weights` and `readout`; None where not asked for.
         legrad: L times (B, N), mean positive gradient of each layer's own score; None where not asked for.
@@ -69,6 +70,7 @@ class Trace:
     gradients: list[Tensor] | None = None
     readout_gradients: Tensor | None = None
     legrad: list[Tensor] | None = None
+    signed_weights: list[Tensor] | None = None
     moves: Sequence[Move | None] | None = None
 
     def front(self, layer: int) -> Move | None:
@@ -167,6 +169,9 @@ def trace(
         )
         if gradients:
             _differentiate(out, logits, vit, record, legrad="legrad" in wanted)
+    if record.weights.signed:
+        out.signed_weights = out.weights
+        out.weights = Weights(out.weights, record.moves, signed=True).fractions()
     return out
 
 
@@ -312,7 +317,7 @@ CLASS_SPECIFIC = frozenset({"relevance", "gradient_rollout", "legrad"})
 def _positive(t: Trace) -> list[Tensor]:
     """(A ∘ ∂s/∂A)⁺ of every layer."""
     assert t.gradients is not None
-    return [(a * g).clamp(min=0) for a, g in zip(t.weights, t.gradients, strict=True)]
+    return [(a * g).clamp(min=0) for a, g in zip(t.signed_weights or t.weights, t.gradients, strict=True)]
 
 
 def _entry(t: Trace, layer: int | None, gradients: bool = False) -> Tensor:

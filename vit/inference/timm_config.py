@@ -103,6 +103,7 @@ def _dinov3_obstacle(a: dict[str, Any]) -> str | None:
     """timm has these in a class of its own, which knows fewer options, and none for keys' biases."""
     front = a["class_token"] or a["registers"]  # timm's mean leaves them out, its attention pooling does not
     wrong = {
+        "differential attention": a["attention"] == "differential",
         "biases of the keys": a["qkv_bias"],
         "norms other than LayerNorm of eps 1e-05": (a["norm_layer"], a["norm_eps"]) != ("layer", 1e-5),
         "no LayerScale": a["layer_scale"] is None,
@@ -196,6 +197,7 @@ def _plain(a: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         "fc_norm": a["final_norm"] == "pooled",
         "pool_include_prefix": a["pool_prefix"],
         "reg_tokens": a["registers"],
+        **({"attn_layer": "diff"} if a["attention"] == "differential" else {}),
         **norm,
     }
     if a["mlp"] == "swiglu_packed":

@@ -38,7 +38,7 @@ SIZES = {
 
 CHOICES = {
     "size": tuple(SIZES),
-    "attention": ("multi_head", "scaled_dot_product", "dot_product"),
+    "attention": ("multi_head", "scaled_dot_product", "dot_product", "differential"),
     "mlp": ("plain", "swiglu", "swiglu_packed"),
     "activation": tuple(ACTIVATIONS),
     "norm": ("pre", "post"),
@@ -71,7 +71,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
             raise VitError(f"model.{key}: no {a[key]!r}; {did_you_mean(str(a[key]), choices)}")
     for key, value in SIZES[a.pop("size")]._asdict().items():
         a[key] = value if a[key] is None else a[key]
-    if a["attention"] != "multi_head":
+    if a["attention"] in ("scaled_dot_product", "dot_product"):
         a["heads"] = 1
     if a["class_token"] is None:
         a["class_token"] = a["pool"] == "token" or a["distillation_token"]
@@ -94,6 +94,11 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     _check_fits(a)
     resolve_reduction(a)
     return a
+
+
+def maps_per_head(a: Mapping[str, Any]) -> int:
+    """Return how many maps of weights each head of attention has in a model of these arguments."""
+    return 2 if a.get("attention") == "differential" else 1
 
 
 def resolve_reduction(a: dict[str, Any]) -> None:
@@ -169,18 +174,21 @@ def _check_fits(a: dict[str, Any]) -> None:
                 "model.attention_norm: model.attention=dot_product has no heads to mix after it; "
                 "set model.attention_norm=false"
             )
-    if width % heads:
+    maps = maps_per_head(a)
+    of_two = " of two maps each" if maps > 1 else ""
+    if width % (maps * heads):
+        fits = _near(_divisors(width // maps) if width % maps == 0 else [], heads)
         raise VitError(
-            f"model.heads: width {width} does not divide into {heads} heads; "
-            f"heads that divide it: {_near(_divisors(width), heads)}"
+            f"model.heads: width {width} does not divide into {heads} heads{of_two}; "
+            + (f"heads that divide it: {fits}" if fits else "set an even model.width")
         )
     if a["position"] == "sincos" and width % 4:
         fits = _near(range(4, width + 8, 4), width)
         raise VitError(f"model.width: sine-cosine positions need a width divisible by 4, not {width}, such as {fits}")
-    if a["position"] in ROTARY and width // heads % 4:
-        fits = _near([n for n in _divisors(width) if width // n % 4 == 0], heads)
+    if a["position"] in ROTARY and width // heads % (4 * maps):
+        fits = _near([n for n in _divisors(width) if width // n % (4 * maps) == 0], heads)
         raise VitError(
-            f"model.heads: rotary positions need a width per head divisible by 4, not {width} / {heads} = "
+            f"model.heads: rotary positions need a width per head divisible by {4 * maps}, not {width} / {heads} = "
             f"{width // heads}; " + (f"heads that give one: {fits}; or " if fits else "") + "set model.position=learned"
         )
     if width * a["mlp_ratio"] < 1:

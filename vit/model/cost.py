@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vit.model.arguments import counts
+from vit.model.arguments import counts, maps_per_head
 from vit.model.reduction import REDUCTION
 
 
@@ -36,19 +36,20 @@ def products(architecture: Mapping[str, Any]) -> list[int]:
     class_token, distilled = bool(a.get("class_token", True)), bool(a.get("distillation_token", False))
     prefix = class_token + distilled + a.get("registers", 0)
     hidden = int(D * a.get("mlp_ratio", 4.0))
+    maps = maps_per_head(a)
     matrices = 2 if a.get("mlp", "plain") == "plain" else 3
     plain = a.get("attention", "multi_head") == "dot_product"
     pool, fewer = a.get("pool", "token"), counts(a) or (0,) * depth
     found, P = [patches * D * a["in_channels"] * rows * columns], patches
     for count in fewer:
         N = prefix + P
-        attention = (0 if plain else 4 * N * D**2) + 2 * N**2 * D
+        attention = (0 if plain else 4 * N * D**2) + (1 + maps) * N**2 * D
         if count and a["reduction"] == "keep":
             looking = 1 + distilled if pool == "token" else N if a.get("pool_prefix") else P
             attention += looking * N * D + P * D
             attention += looking * N if patches > P else 0  # a mean over what the tokens that look stand for
         elif count:
-            head = D if plain else D // a["heads"]
+            head = D if plain else D // a["heads"] // maps
             attention += (P - P // 2) * (P // 2) * head + (P // 2) * count * (D + 1)
         P -= count
         found.append(attention + matrices * hidden * (prefix + P) * D)

@@ -66,13 +66,15 @@ def initialise(model: nn.Module, scheme: str) -> None:
     for name, parameter in model.named_parameters():
         if name == "attn_pool.latent":
             nn.init.trunc_normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif ".lambda_" in name:
+            nn.init.normal_(parameter, std=0.1)
     for module in model.modules():
         if type(module) is Block and isinstance(module.attn, DotProductAttention):
             gain = module.norm1.get_parameter("weight")
             nn.init.constant_(gain, gain.numel() ** -0.5)
     if scheme == "mimetic":
         for module in model.modules():
-            if isinstance(module, MultiHeadAttention):
+            if type(module) is MultiHeadAttention:
                 _shape_attention(module)
 
 

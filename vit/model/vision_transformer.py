@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, did_you_mean
-from vit.model.arguments import SIZES, counts, resolve, resolve_reduction
-from vit.model.attention import DotProductAttention, MultiHeadAttention
+from vit.model.arguments import SIZES, counts, maps_per_head, resolve, resolve_reduction
+from vit.model.attention import DifferentialAttention, DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, PostNormBlock, make_mlp
 from vit.model.heads import AttentionPool, MeanPool
 from vit.model.initialisation import initialise
@@ -40,7 +40,7 @@ class VisionTransformer(nn.Module):
         mlp: "plain", or gated as "swiglu" or "swiglu_packed" (both halves in one matrix); mlp_ratio: width of its
             hidden layer, in widths; activation: of a plain one, "gelu", "gelu_tanh" or "quick_gelu".
         attention: "multi_head"; "scaled_dot_product", the same with one head whatever `heads` says; "dot_product",
-            no parameters, and one head.
+            no parameters, and one head; "differential", each head takes the difference of two maps of weights.
         norm: "pre" (norm before each branch) or "post" (after each sum, as the original Transformer).
         norm_layer: "layer" or "rms"; norm_eps: added under its root.
         embed_norm: one more, of the "patches" as they are embedded (AIMv2) or of all "tokens" before the first block
@@ -84,7 +84,7 @@ class VisionTransformer(nn.Module):
         mlp: Literal["plain", "swiglu", "swiglu_packed"] = "plain",
         mlp_ratio: float = 4.0,
         activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu",
-        attention: Literal["multi_head", "scaled_dot_product", "dot_product"] = "multi_head",
+        attention: Literal["multi_head", "scaled_dot_product", "dot_product", "differential"] = "multi_head",
         norm: Literal["pre", "post"] = "pre",
         norm_layer: Literal["layer", "rms"] = "layer",
         norm_eps: float = 1e-6,
@@ -134,7 +134,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if a["class_token"] else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, width)) if distillation_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.pos_embed, rotary = self._positions(position, position_prefix, width // heads)
+        self.pos_embed, rotary = self._positions(position, position_prefix, width // heads // maps_per_head(a))
         self.register_buffer("rotary", rotary, persistent=False)
         self.embed_drop = nn.Dropout(dropout)
         self.norm_pre = make(width) if embed_norm == "tokens" else nn.Identity()
@@ -304,7 +304,10 @@ def _block(a: dict[str, Any], layer: int) -> Block:
     attention: nn.Module = DotProductAttention(**drops)
     if a["attention"] != "dot_product":
         inner = {key: a[key] for key in ("qk_norm", "attention_norm", "qkv_bias", "proj_bias")}
-        attention = MultiHeadAttention(width, a["heads"], norm=make, **inner, **drops)
+        if a["attention"] == "differential":
+            attention = DifferentialAttention(width, a["heads"], layer=layer, norm=make, **inner, **drops)
+        else:
+            attention = MultiHeadAttention(width, a["heads"], norm=make, **inner, **drops)
     mlp = make_mlp(
         a["mlp"],
         width,

@@ -81,15 +81,18 @@ def _shared(model: Any) -> dict[str, Any]:
 def _plain(model: Any) -> dict[str, Any]:
     """Read the other options of timm's `VisionTransformer`."""
     from timm.layers.attention import Attention
+    from timm.layers.diff_attention import DiffAttention
     from timm.models.vision_transformer import Block
 
+    kinds = {Attention: "multi_head", DiffAttention: "differential"}
     for block in model.blocks:
         if type(block) is not Block:
             raise VitError(f"its blocks are not the plain ones but timm's {type(block).__name__}")
-        if type(block.attn) is not Attention:
+        if type(block.attn) not in kinds or getattr(block.attn, "dual_lambda", False):
             raise VitError(f"its attention is not the plain one but timm's {type(block.attn).__name__}")
     block = model.blocks[0]
     return {
+        "attention": kinds[type(block.attn)],
         "position": "none" if model.pos_embed is None else "learned",
         "distillation_token": hasattr(model, "dist_token"),
         "qkv_bias": block.attn.qkv.bias is not None,
@@ -170,11 +173,12 @@ def _activation(mlp: Any) -> str | None:
 
 
 def _norm(model: Any) -> dict[str, Any]:
-    """Kind and eps of the norms, which have to be the same everywhere."""
+    """Kind and eps of the norms, which have to be the same everywhere but inside differential attention."""
     from timm.layers.norm import LayerNorm, RmsNorm
 
     kinds = {LayerNorm: "layer", nn.LayerNorm: "layer", RmsNorm: "rms"}
-    found = {(kinds.get(type(module)), module.eps) for module in model.modules() if hasattr(module, "eps")}
+    norms = [module for name, module in model.named_modules() if hasattr(module, "eps") and "sub_norm" not in name]
+    found = {(kinds.get(type(module)), module.eps) for module in norms}
     kind, eps = next(iter(found))
     if len(found) != 1 or kind is None:
         raise VitError("its norms are of several kinds, or of one that is not known here")

@@ -48,8 +48,8 @@ class ModelConfig:
     mlp_ratio: float = setting("width of the MLP's hidden layer, in widths", gt=0)
     activation: str = setting("of a plain MLP", choices=("gelu", "gelu_tanh", "quick_gelu"))
     attention: str = setting(
-        "scaled_dot_product has one head, dot_product no parameters",
-        choices=("multi_head", "scaled_dot_product", "dot_product"),
+        "scaled_dot_product has one head, dot_product no parameters, differential two maps in each head",
+        choices=("multi_head", "scaled_dot_product", "dot_product", "differential"),
     )
     norm: str = setting("norm before each branch, or after each sum (Vaswani et al.)", choices=("pre", "post"))
     norm_layer: str = setting("LayerNorm, or RMSNorm without mean and offset", choices=("layer", "rms"))
