@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.results import parser, report, spread
 from vit.data.preprocess import Preprocessing
-from vit.explain.observer import Observer
+from vit.explain.with_rollout import WithRollout
 from vit.inference.description import Description
 from vit.inference.export import export_onnx
 from vit.inference.loading import load_torch
@@ -68,7 +68,7 @@ def measure_speed(
     names = [str(number) for number in range(1000)]
     description = Description(model.architecture, names, Preprocessing(image_size=(image_size, image_size)))
     export_onnx(folder / "onnx", model, description)
-    export_onnx(folder / "rollout", model, description, observer=Observer)
+    export_onnx(folder / "rollout", model, description, with_rollout=WithRollout)
     noise = np.random.default_rng(0).normal(size=(max(16, *batches), 3, image_size, image_size)).astype(np.float32)
     to_integers(str(folder / "onnx"), str(folder / "int8"), noise[:16])
     runs: dict[str, Callable[[np.ndarray], Any]] = {"torch": TorchBackend(model, description).logits}

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.results import parser, report, spread
-from vit.explain.carry import rollout
 from vit.explain.methods import trace
 from vit.explain.record import record_attention
+from vit.explain.rollout import rollout
 from vit.model import VisionTransformer
 
 

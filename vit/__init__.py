@@ -38,7 +38,7 @@ _MODULES = {
     "ImageError": "vit.data.decode",
     "VitError": "vit.errors",
     "record_attention": "vit.explain.record",
-    "rollout": "vit.explain.carry",
+    "rollout": "vit.explain.rollout",
 }
 
 __all__ = [
@@ -65,9 +65,9 @@ if TYPE_CHECKING:
     from vit.data.decode import ImageError
     from vit.data.preprocess import Preprocessing
     from vit.errors import VitError
-    from vit.explain.carry import rollout
     from vit.explain.maps import Explanation
     from vit.explain.record import record_attention
+    from vit.explain.rollout import rollout
     from vit.inference.classifier import Classifier, Result
     from vit.inference.description import Description
     from vit.inference.loading import load, load_torch

@@ -15,10 +15,10 @@ from vit.cli.viewer import Viewer
 from vit.dashboard.check import check
 from vit.dashboard.format import PROBE, RUN, RecordError, pack_arrays
 from vit.data.preprocess import Preprocessing
+from vit.explain.attention_tab import run_info, summarise, token_assignments
 from vit.explain.maps import Mapper
 from vit.explain.methods import trace
 from vit.explain.record import record_attention
-from vit.explain.records import fates, observe, run_info
 from vit.model import VisionTransformer
 
 SIZE, PATCH, GRID = 32, 4, (8, 8)
@@ -39,8 +39,8 @@ def tokens_of(model: VisionTransformer, images: torch.Tensor) -> list[np.ndarray
         model(images)
     found, prefix = [], model.num_prefix_tokens
     place = torch.arange(prefix, prefix + GRID[0] * GRID[1]).expand(len(images), -1)
-    for move in record.moves[1:]:
-        place = place if move is None else move.place_BN.gather(1, place)
+    for token_map in record.token_maps[1:]:
+        place = place if token_map is None else token_map.index_BN.gather(1, place)
         found.append(place.numpy())
     return found
 
@@ -69,7 +69,7 @@ def test_fates_tell_which_patches_are_one_after_every_layer(plan):
     model, images = model_that(**plan), torch.randn(3, 3, SIZE, SIZE)
     t = trace(model, images, methods=["rollout"])
     for i in range(3):
-        found = fates(t, i)
+        found = token_assignments(t, i)
         assert found is not None
         for layer, place in enumerate(tokens_of(model, images)):
             first = followed(found, layer)
@@ -80,16 +80,16 @@ def test_fates_tell_which_patches_are_one_after_every_layer(plan):
 
 def test_a_model_that_keeps_all_tokens_has_nothing_to_tell():
     model = model_that()
-    seen = observe(model, torch.randn(1, 3, SIZE, SIZE), [None])
-    assert "reduced" not in seen.probes[0]
+    _, probes, _ = summarise(model, torch.randn(1, 3, SIZE, SIZE), [None])
+    assert "reduced" not in probes[0]
     assert "reduction" not in run_info(model, ["a", "b", "c"], "x")
 
 
 class TestCheck:
     @pytest.fixture
     def record(self) -> dict[str, Any]:
-        seen = observe(model_that(**PLANS["merge"]), torch.randn(1, 3, SIZE, SIZE), [1])
-        return pack_arrays({"v": 1, "step": 0, **seen.probes[0]})
+        _, probes, _ = summarise(model_that(**PLANS["merge"]), torch.randn(1, 3, SIZE, SIZE), [1])
+        return pack_arrays({"v": 1, "step": 0, **probes[0]})
 
     def test_what_is_written_may_be_shown(self, record):
         check(f"{PROBE}00", record)

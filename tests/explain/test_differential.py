@@ -9,8 +9,8 @@ import torch
 
 import vit
 from vit.explain import METHODS, explain, record_attention
+from vit.explain.attention_tab import summarise
 from vit.explain.methods import trace
-from vit.explain.records import observe
 from vit.model import VisionTransformer
 
 SMALL: dict[str, Any] = dict(
@@ -63,8 +63,8 @@ def test_every_method_gives_maps(options):
         assert maps.shape == (2, 4, 6)
         assert (maps >= 0).all()
         torch.testing.assert_close(maps.sum(dim=(1, 2)), torch.ones(2))
-    seen = observe(model, images(), [0, None])
-    assert all((rows >= 0).all() for rows in [each["rows"] for each in seen.probes])
+    _, probes, _ = summarise(model, images(), [0, None])
+    assert all((probe["rows"] >= 0).all() for probe in probes)
 
 
 def test_rollout_takes_the_positive_part_by_row():

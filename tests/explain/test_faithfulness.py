@@ -74,8 +74,8 @@ def setting():
 def test_curves_and_areas_are_those_of_the_definition(setting, batch_size):
     model, values, maps, target = setting
     found = perturb(model, images_of(values), maps, target, steps=6, temperature=1.7, batch_size=batch_size)
-    shares = np.linspace(0, 1, 7)
-    assert found.shares.numpy() == pytest.approx(shares)
+    fractions = np.linspace(0, 1, 7)
+    assert found.fractions.numpy() == pytest.approx(fractions)
     for b in range(5):
         down = np.argsort(-maps[b].flatten().numpy()).tolist()
         most, most_hits = by_hand(model, values[b].double().numpy(), down, int(target[b]), 6, 1.7)
@@ -83,14 +83,14 @@ def test_curves_and_areas_are_those_of_the_definition(setting, batch_size):
         assert found.most[b].numpy() == pytest.approx(most, abs=1e-5)
         assert found.least[b].numpy() == pytest.approx(least, abs=1e-5)
         assert found.most_hits[b].numpy().astype(float) == pytest.approx(most_hits)
-        assert float(found.deletion[b]) == pytest.approx(np.trapezoid(most, shares), abs=1e-5)
+        assert float(found.deletion[b]) == pytest.approx(np.trapezoid(most, fractions), abs=1e-5)
         # showing patches on a blank image, best first, is the other run read backwards
         shown = [by_hand(model, values[b].double().numpy(), down[n:], int(target[b]), 1, 1.7)[0][1] for n in range(7)]
-        assert float(found.insertion[b]) == pytest.approx(np.trapezoid(shown, shares), abs=1e-5)
-        upto = shares <= 0.9
-        wanted = np.trapezoid(most_hits[upto], shares[upto]) / shares[upto][-1]
+        assert float(found.insertion[b]) == pytest.approx(np.trapezoid(shown, fractions), abs=1e-5)
+        upto = fractions <= 0.9
+        wanted = np.trapezoid(most_hits[upto], fractions[upto]) / fractions[upto][-1]
         assert float(found.positive[b]) == pytest.approx(wanted, abs=1e-6)
-        wanted = np.trapezoid(least_hits[upto], shares[upto]) / shares[upto][-1]
+        wanted = np.trapezoid(least_hits[upto], fractions[upto]) / fractions[upto][-1]
         assert float(found.negative[b]) == pytest.approx(wanted, abs=1e-6)
     assert max(model.batches) <= batch_size
 

@@ -98,7 +98,7 @@ def test_a_trace_is_what_the_formulas_say(name):
             assert t.readout_gradients is None
         else:
             assert t.readout_gradients is not None
-            own_part = slice(naive.prefix, None)  # what no head reads has no weight to move
+            own_part = slice(naive.prefix, None)  # what no head reads has no weight to token_map
             np.testing.assert_allclose(
                 t.readout_gradients[b][:, own_part] * t.readout[b][:, own_part],
                 (by_readout * done.readout)[:, own_part],

@@ -20,11 +20,11 @@ import torch
 
 import vit
 from vit.errors import VitError
+from vit.explain.attention_tab import summarise, token_pairs
 from vit.explain.diagnostics import attention_distance, patch_mass, sinks
 from vit.explain.methods import METHODS, explain, rollout_by_depth, trace
-from vit.explain.observer import Observer
 from vit.explain.record import record_attention
-from vit.explain.records import observe
+from vit.explain.with_rollout import WithRollout
 from vit.model import VisionTransformer
 
 Array = np.ndarray
@@ -70,7 +70,7 @@ def built(name: str) -> tuple[VisionTransformer, torch.Tensor, list[Any], Callab
     state = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
 
     def run(image: Array, **given: Any) -> Any:
-        return reduced.run(image, state, model.architecture, model.reduction.counts, formulas.parts, **given)
+        return reduced.run(image, state, model.architecture, model.reduction.removed_per_layer, formulas.parts, **given)
 
     return model, images, [run(image) for image in images.numpy()], run
 
@@ -126,15 +126,17 @@ def test_the_record_is_what_happened(name):
     with record_attention(model) as record:
         logits = model(images)
     assert isinstance(record.weights, list)
-    assert len(record.moves) == 4
-    assert record.moves[0] is None
+    assert len(record.token_maps) == 4
+    assert record.token_maps[0] is None
     for b, done in enumerate(passes):
         np.testing.assert_allclose(logits[b].detach(), done.logits, atol=1e-6)
         np.testing.assert_allclose(record.readout[b], done.readout, atol=1e-6)
         for layer, (weights, matrix) in enumerate(zip(done.weights, done.matrices, strict=True)):
             np.testing.assert_allclose(record.weights[layer][b], weights, atol=1e-6)
-            move = record.moves[layer + 1]
-            np.testing.assert_allclose(np.eye(len(matrix)) if move is None else move.matrix[b], matrix, atol=1e-6)
+            token_map = record.token_maps[layer + 1]
+            np.testing.assert_allclose(
+                np.eye(len(matrix)) if token_map is None else token_map.matrix[b], matrix, atol=1e-6
+            )
             found = [token.x for token in done.tokens[layer]]
             np.testing.assert_allclose(record.tokens[layer][b], found, atol=1e-6)
             sizes = record.sizes[layer]
@@ -149,7 +151,7 @@ def test_recording_changes_no_logit_and_every_part_of_a_record_agrees(name):
         before = model(images)
     with record_attention(model) as record, torch.no_grad():
         torch.testing.assert_close(model(images), before, rtol=0, atol=0)
-    assert len(record.moves) == len(record.weights) + 1
+    assert len(record.token_maps) == len(record.weights) + 1
     with record_attention(model, gradients=True) as whole:
         torch.testing.assert_close(model(images), before)
     for ours, theirs in zip(whole.weights, record.weights, strict=True):
@@ -226,7 +228,9 @@ def test_the_public_rollout_takes_a_record_as_it_is(name, options):
     given: dict[str, Any] = dict(prefix_tokens=model.num_prefix_tokens, grid=model.grid)
     maps = vit.rollout(record.weights, **given, **options)
     formulas.assert_maps(maps, 2, model.grid)
-    torch.testing.assert_close(vit.rollout(list(record.weights), moves=record.moves, **given, **options), maps)
+    torch.testing.assert_close(
+        vit.rollout(list(record.weights), token_maps=record.token_maps, **given, **options), maps
+    )
     if model.pool == "token" or (model.pool == "mean" and not model.num_prefix_tokens):
         torch.testing.assert_close(vit.rollout(record.weights, readout=record.readout, **given, **options), maps)
     if record.weights[0].shape != record.weights[-1].shape:
@@ -243,7 +247,7 @@ def test_with_reduction_off_nothing_differs():
         torch.testing.assert_close(explain(model, images, method), maps, rtol=0, atol=0)
     with record_attention(model) as record:
         model(images)
-    assert record.moves == [None] * 4
+    assert record.token_maps == [None] * 4
     assert record.sizes == [None] * 3
 
 
@@ -251,7 +255,7 @@ def test_with_reduction_off_nothing_differs():
 def test_the_exported_module_gives_the_same_map(name):
     model, images, _, _ = built(name)
     with torch.no_grad():
-        logits, maps = Observer(model)(images)
+        logits, maps = WithRollout(model)(images)
         torch.testing.assert_close(logits, model(images))
     torch.testing.assert_close(maps, explain(model, images).double(), check_dtype=False)
 
@@ -260,10 +264,10 @@ def test_the_exported_module_gives_the_same_map(name):
 def test_what_the_tab_shows_is_on_the_grid(name):
     """Class rows, and pairs: patches that are one token attend alike, and share what it is attended to."""
     model, images, passes, _ = built(name)
-    seen = observe(model, images, [0, None])
+    _, probes, t = summarise(model, images, [0, None])
     P, prefix = model.grid[0] * model.grid[1], model.num_prefix_tokens
     for i, done in enumerate(passes):
-        pairs = seen.pairs(i, per_head=True)["attention"]
+        pairs = token_pairs(t, i, per_head=True)["attention"]
         assert pairs.shape == (3, 2, prefix + P, prefix + P)
         gone = np.eye(prefix + P)
         row = done.readout.mean(axis=0)
@@ -275,7 +279,7 @@ def test_what_the_tab_shows_is_on_the_grid(name):
             for matrix in reversed(done.matrices[layer:]):
                 own = own @ matrix
             rows = np.stack([own @ head @ gone for head in done.weights[layer]])[:, prefix:]
-            np.testing.assert_allclose(seen.probes[i]["rows"][layer], rows, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(probes[i]["rows"][layer], rows, rtol=1e-5, atol=1e-6)
             gone = done.matrices[layer] @ gone
 
 
@@ -294,9 +298,9 @@ def test_numbers_about_reduced_attention(name):
             between = weights[:, prefix:, prefix:]
             wanted[layer] += ((between * apart).sum(axis=-1) / between.sum(axis=-1)).mean(axis=-1) / 2
             gone = done.matrices[layer] @ gone
-    found = attention_distance(t.only(range(3)), prefix, model.grid)
+    found = attention_distance(t.select_layers(range(3)), prefix, model.grid)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    np.testing.assert_allclose(attention_distance(t.only([2]), prefix, model.grid)[0], wanted[2], rtol=1e-5)
+    np.testing.assert_allclose(attention_distance(t.select_layers([2]), prefix, model.grid)[0], wanted[2], rtol=1e-5)
     assert patch_mass(t).shape == (3, 2)
     top, outliers = sinks(t)
     assert ((top > 0) & (top <= 1)).all()

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import vit
 from vit.errors import VitError
-from vit.explain.carry import rollout
 from vit.explain.methods import explain, rollout_by_depth, trace
 from vit.explain.record import record_attention
+from vit.explain.rollout import rollout
 
 
 def _load(path: Path) -> ModuleType:

@@ -9,8 +9,9 @@ import torch
 
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
-from vit.explain import record_attention, rollout
-from vit.explain.observer import Observer
+from vit.explain import record_attention
+from vit.explain.rollout import rollout
+from vit.explain.with_rollout import WithRollout
 from vit.inference import export
 from vit.inference.description import Description
 from vit.inference.export import export_onnx, trace
@@ -58,7 +59,7 @@ def written_out(weights: list[torch.Tensor], readout: torch.Tensor, prefix: int,
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_rollout_of_recorded_weights_at_every_batch_size(tmp_path, options):
     model, description = make(**options)
-    export_onnx(tmp_path / "x.onnx", model, description, observer=Observer)
+    export_onnx(tmp_path / "x.onnx", model, description, with_rollout=WithRollout)
     session, a = open_session(tmp_path / "x.onnx"), model.architecture
     for batch in (1, 4):
         images = torch.randn(batch, a["in_channels"], *a["image_size"])
@@ -82,14 +83,14 @@ def test_the_newer_exporter_writes_the_same(tmp_path, monkeypatch):
     answers = []
     for dynamo in (False, True):
         monkeypatch.setattr(export, "_trace", lambda model, images, dynamo=dynamo: trace(model, images, dynamo=dynamo))
-        export_onnx(tmp_path / "x.onnx", model, description, observer=Observer)
+        export_onnx(tmp_path / "x.onnx", model, description, with_rollout=WithRollout)
         answers.append(open_session(tmp_path / "x.onnx").run(["rollout"], {"image": images})[0])
     np.testing.assert_allclose(*answers, rtol=0, atol=1e-6)
 
 
 def test_the_file_says_what_it_gives_and_is_a_model_as_before(tmp_path):
     model, description = make()
-    export_onnx(tmp_path / "x.onnx", model, description, observer=Observer)
+    export_onnx(tmp_path / "x.onnx", model, description, with_rollout=WithRollout)
     message = onnx.load(tmp_path / "x.onnx")
     onnx.checker.check_model(message, full_check=True)
     shapes = {
@@ -108,14 +109,14 @@ def test_the_file_says_what_it_gives_and_is_a_model_as_before(tmp_path):
 
 
 def test_a_rollout_that_is_wrong_is_not_kept(tmp_path):
-    class Wrong(Observer):
+    class Wrong(WithRollout):
         def forward(self, images):
             logits, shown = super().forward(images)
             return logits, shown.flip(1) if torch.jit.is_tracing() else shown
 
     model, description = make()
     with pytest.raises(VitError, match=r"x\.onnx was not written: .* disagree by"):
-        export_onnx(tmp_path / "x.onnx", model, description, observer=Wrong)
+        export_onnx(tmp_path / "x.onnx", model, description, with_rollout=Wrong)
     assert not list(tmp_path.iterdir())
 
 

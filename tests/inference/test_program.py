@@ -12,7 +12,7 @@ import torch
 
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
-from vit.explain.observer import Observer
+from vit.explain.with_rollout import WithRollout
 from vit.inference import program
 from vit.inference.description import Description
 from vit.inference.loading import load
@@ -54,11 +54,11 @@ def test_a_process_that_has_only_torch_gets_logits_and_description(tmp_path):
 
 def test_with_a_rollout(tmp_path):
     model, description = make(pool="mean", drop_path=0.5)
-    export_program(tmp_path / "x.pt2", model, description, observer=Observer)
+    export_program(tmp_path / "x.pt2", model, description, with_rollout=WithRollout)
     images = torch.randn(2, 3, 24, 24)
     logits, shown = torch.export.load(tmp_path / "x.pt2").module()(images)
     with torch.no_grad():
-        wanted = Observer(model)(images)
+        wanted = WithRollout(model)(images)
     torch.testing.assert_close((logits, shown), wanted, rtol=0, atol=1e-5)
 
 

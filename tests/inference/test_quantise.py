@@ -13,7 +13,7 @@ from PIL import Image
 
 from vit.data.catalogue import DataConfig, open_data, preprocessing_for
 from vit.errors import VitError
-from vit.explain.observer import Observer
+from vit.explain.with_rollout import WithRollout
 from vit.inference import quantise as module
 from vit.inference import sample
 from vit.inference.description import Description
@@ -58,7 +58,7 @@ def files(classifier, tmp_path_factory):
     """The float32 file, that in integers, and its figures."""
     model, description = classifier
     folder = tmp_path_factory.mktemp("int8")
-    export_onnx(folder / "float.onnx", model, description, observer=Observer)
+    export_onnx(folder / "float.onnx", model, description, with_rollout=WithRollout)
     figures = quantise(folder / "int8.onnx", folder / "float.onnx", *to_quantise(description))
     return folder / "float.onnx", folder / "int8.onnx", figures
 

@@ -13,7 +13,7 @@ import torch
 from vit.cli import main
 from vit.data.preprocess import Preprocessing
 from vit.explain.methods import explain
-from vit.explain.observer import Observer
+from vit.explain.with_rollout import WithRollout
 from vit.inference import export
 from vit.inference.bundle import read_bundle, write_bundle
 from vit.inference.description import Description
@@ -67,7 +67,7 @@ def test_the_file_answers_as_torch_at_every_batch_size(tmp_path, monkeypatch, na
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_file_gives_maps_of_the_image_s_grid(tmp_path, options):
     model, description = make(**options)
-    export_onnx(tmp_path / "x.onnx", model, description, observer=Observer)
+    export_onnx(tmp_path / "x.onnx", model, description, with_rollout=WithRollout)
     images = torch.randn(2, 3, 24, 24)
     (maps,) = open_session(tmp_path / "x.onnx").run([ROLLOUT], {"image": images.numpy()})
     assert maps.shape == (2, 6, 6)
@@ -76,10 +76,10 @@ def test_the_file_gives_maps_of_the_image_s_grid(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [OPTIONS["keep"], OPTIONS["merge"]], ids=["keep", "merge"])
-@pytest.mark.parametrize("observer", [None, Observer], ids=["logits", "rollout"])
-def test_a_program_of_torch_export(tmp_path, options, observer):
+@pytest.mark.parametrize("with_rollout", [None, WithRollout], ids=["logits", "rollout"])
+def test_a_program_of_torch_export(tmp_path, options, with_rollout):
     model, description = make(**options)
-    assert export_program(tmp_path / "x.pt2", model, description, observer=observer) < 1e-4
+    assert export_program(tmp_path / "x.pt2", model, description, with_rollout=with_rollout) < 1e-4
 
 
 class TestBundle:
@@ -160,7 +160,7 @@ def test_the_description_carries_a_schedule(tmp_path):
     assert read_bundle(folder).architecture["reduction_schedule"] == [0, 20, 5]
     model, _ = load_torch(folder)
     assert model.reduction is not None
-    assert model.reduction.counts == (0, 20, 5)
+    assert model.reduction.removed_per_layer == (0, 20, 5)
 
 
 class Jumpy:

@@ -18,9 +18,20 @@ from torch.nn import functional as F
 
 from vit.errors import VitError
 from vit.model import VisionTransformer
-from vit.model.arguments import counts
+from vit.model.arguments import removed_per_layer
 from vit.model.attention import attention_weights
-from vit.model.reduction import SCHEDULES, Move, Reduction, most, parse, possible, schedule, spell, take, together
+from vit.model.reduction import (
+    SCHEDULES,
+    Reduction,
+    TokenMap,
+    clamp_removed,
+    compose_all,
+    format_reduction,
+    gather_tokens,
+    max_removable,
+    parse,
+    schedule,
+)
 
 SMALL: dict[str, Any] = dict(image_size=(8, 10), patch_size=2, num_classes=5, width=16, depth=3, heads=2)
 
@@ -78,7 +89,7 @@ def test_the_model_is_its_formula(reference, reduced, shake, options, plan):
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert model.reduction is not None
     for image, found in zip(images.numpy(), logits.numpy(), strict=True):
-        wanted = reduced.run(image, state, model.architecture, model.reduction.counts, reference).logits
+        wanted = reduced.run(image, state, model.architecture, model.reduction.removed_per_layer, reference).logits
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -95,12 +106,12 @@ def test_where_tokens_went_is_on_record(reference, reduced, shake, options, plan
             x_BND = block(x_BND, rotary, reducer)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     for i, image in enumerate(images.numpy()):
-        wanted = reduced.run(image, state, model.architecture, model.reduction.counts, reference).matrices
-        for move, matrix in zip(reducer.moves, wanted, strict=True):
-            if move is None:
+        wanted = reduced.run(image, state, model.architecture, model.reduction.removed_per_layer, reference).matrices
+        for token_map, matrix in zip(reducer.token_maps, wanted, strict=True):
+            if token_map is None:
                 np.testing.assert_array_equal(matrix, np.eye(len(matrix)))
             else:
-                np.testing.assert_allclose(move.matrix[i], matrix, atol=1e-9)
+                np.testing.assert_allclose(token_map.matrix[i], matrix, atol=1e-9)
                 np.testing.assert_allclose(matrix.sum(axis=1), 1)
 
 
@@ -118,7 +129,7 @@ class TestMoves:
         random = torch.Generator().manual_seed(seed)
         left, planned = patches, []
         for rate in rates:
-            planned.append(round(rate * most(method, left)))
+            planned.append(round(rate * max_removable(method, left)))
             left -= planned[-1]
         read = slice(0, 1) if prefix else slice(0, None)
         plan = Reduction(method, planned, patches, proportional=True, prefix=prefix, read=read)
@@ -133,19 +144,21 @@ class TestMoves:
             before.append(x)
         assert x.shape == (2, prefix + left, 3)
         torch.testing.assert_close(x[:, :prefix], first)
-        for start, move, end in zip(before, reducer.moves, before[1:], strict=False):
-            if move is None:
+        for start, token_map, end in zip(before, reducer.token_maps, before[1:], strict=False):
+            if token_map is None:
                 assert start is end
                 continue
-            torch.testing.assert_close(move.matrix @ start, end)
-            torch.testing.assert_close(move.matrix.sum(dim=2), torch.ones(2, move.tokens, dtype=torch.float64))
-            assert move.matrix[:, :prefix, :prefix].equal(torch.eye(prefix, dtype=torch.float64).expand(2, -1, -1))
-        whole = together(reducer.moves)
+            torch.testing.assert_close(token_map.matrix @ start, end)
+            torch.testing.assert_close(
+                token_map.matrix.sum(dim=2), torch.ones(2, token_map.tokens, dtype=torch.float64)
+            )
+            assert token_map.matrix[:, :prefix, :prefix].equal(torch.eye(prefix, dtype=torch.float64).expand(2, -1, -1))
+        whole = compose_all(reducer.token_maps)
         if whole is not None:
             torch.testing.assert_close(whole.matrix @ before[0], x)
             rows = torch.rand(2, 5, whole.tokens, dtype=torch.float64, generator=random)
-            torch.testing.assert_close(whole.back(rows), rows @ whole.matrix)
-            sizes = whole.added(torch.ones(2, prefix + patches, dtype=torch.float64))
+            torch.testing.assert_close(whole.unmerge(rows), rows @ whole.matrix)
+            sizes = whole.scatter_sum(torch.ones(2, prefix + patches, dtype=torch.float64))
             torch.testing.assert_close(sizes, reducer.sizes_BN)
         if angles is not None and reducer.rotary is not None:
             assert all(each.shape[-2:] == (prefix + left, 4) for each in reducer.rotary)
@@ -160,23 +173,23 @@ class TestMoves:
             reducer = model.reduction.begin(x.shape[1], rotary)
             for block in model.blocks:
                 x = block(x, rotary, reducer)
-        whole = together(reducer.moves)
+        whole = compose_all(reducer.token_maps)
         assert whole is not None
         assert reducer.rotary is not None
         for i in range(3):
-            alone = (whole.share_BN[i] == 1).nonzero()[:, 0]
-            assert (whole.place_BN[i, alone].diff() > 0).all()
-            torch.testing.assert_close(reducer.rotary[0][i, 0, whole.place_BN[i, alone]], rotary[0][alone])
+            alone = (whole.fraction_BN[i] == 1).nonzero()[:, 0]
+            assert (whole.index_BN[i, alone].diff() > 0).all()
+            torch.testing.assert_close(reducer.rotary[0][i, 0, whole.index_BN[i, alone]], rotary[0][alone])
 
     def test_rows_are_taken_by_image(self):
         x = torch.randn(3, 5, 2)
         rows = torch.tensor([[0, 4], [2, 2], [3, 1]])
-        torch.testing.assert_close(take(x, rows), torch.stack([x[i, row] for i, row in enumerate(rows)]))
+        torch.testing.assert_close(gather_tokens(x, rows), torch.stack([x[i, row] for i, row in enumerate(rows)]))
 
     def test_nothing_moves_nothing(self):
-        assert together([None, None]) is None
-        move = Move(torch.tensor([[0, 0, 1]]), torch.tensor([[0.25, 0.75, 1.0]]), 2)
-        assert together([None, move, None]) is move
+        assert compose_all([None, None]) is None
+        token_map = TokenMap(torch.tensor([[0, 0, 1]]), torch.tensor([[0.25, 0.75, 1.0]]), 2)
+        assert compose_all([None, token_map, None]) is token_map
 
 
 class TestOff:
@@ -289,7 +302,7 @@ class TestSchedules:
         found = schedule(method, rate, name, patches, depth)
         assert len(found) == depth
         assert all(each >= 0 for each in found)
-        assert possible(method, found, patches) == found
+        assert clamp_removed(method, found, patches) == found
         assert sum(found) <= round(rate * patches) + 1
         if name == "decreasing":
             assert all(after <= before + 1 for before, after in itertools.pairwise(found))
@@ -304,10 +317,10 @@ class TestSchedules:
 
     def test_counts_of_an_architecture(self):
         a = build(reduction="merge", reduction_schedule=[4, 0, 2]).architecture
-        assert counts(a) == (4, 0, 2)
-        assert VisionTransformer(**a).reduction.counts == (4, 0, 2)  # type: ignore[union-attr]
-        assert counts({**a, "reduction": "none"}) is None
-        assert build(reduction="keep", reduction_rate=0.5).reduction.counts == (4, 3, 3)  # type: ignore[union-attr]
+        assert removed_per_layer(a) == (4, 0, 2)
+        assert VisionTransformer(**a).reduction.removed_per_layer == (4, 0, 2)  # type: ignore[union-attr]
+        assert removed_per_layer({**a, "reduction": "none"}) is None
+        assert build(reduction="keep", reduction_rate=0.5).reduction.removed_per_layer == (4, 3, 3)  # type: ignore[union-attr]
 
     @pytest.mark.parametrize(("options", "says"), [
         (dict(reduction="merg"), r"model\.reduction: no 'merg'; did you mean 'merge'"),
@@ -329,12 +342,12 @@ class TestLine:
         "none", "merge:0.5:constant", "keep:0.66:stages", "keep:0.25:decreasing", "merge:8-8-0-4",
     ])  # fmt: skip
     def test_back_and_forth(self, line):
-        assert spell(parse(line)) == line
+        assert format_reduction(parse(line)) == line
 
     def test_what_is_left_out(self):
-        assert spell(parse("merge")) == "merge:0.5:constant"
-        assert spell(parse("keep:0.3")) == "keep:0.3:stages"
-        assert spell({}) == "none"
+        assert format_reduction(parse("merge")) == "merge:0.5:constant"
+        assert format_reduction(parse("keep:0.3")) == "keep:0.3:stages"
+        assert format_reduction({}) == "none"
 
     @pytest.mark.parametrize(("line", "says"), [
         ("mrege:0.5", "no method 'mrege'; did you mean 'merge'"),

@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     images = Images(description, arguments.calibration, integers=arguments.int8)
     options: dict[str, Any] = {"images": images.compared and images.compared.images}
     if arguments.with_rollout:
-        from vit.explain.observer import Observer
+        from vit.explain.with_rollout import WithRollout
 
-        options["observer"] = Observer
+        options["with_rollout"] = WithRollout
     messages: list[str] = []
     difference: float | None
     if arguments.int8:

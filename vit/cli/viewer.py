@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vit.explain.maps import Mapper
-    from vit.explain.records import Observed
+    from vit.explain.methods import Trace
 
 NAME = "index.html"
 _MAX_BYTES, _MAX_PAIR_BYTES = 48 << 20, 24 << 20
@@ -64,16 +64,16 @@ class Viewer:
         added = named[:room]
         self._left_out += len(named[room:])
         faithful = (self._mapper.method,)
-        for (path, pixels), (observed, i) in zip(
-            added, self._mapper.observations([pixels for _, pixels in added], faithful=faithful), strict=True
+        for (path, pixels), (step, probe, traced, i) in zip(
+            added, self._mapper.summaries([pixels for _, pixels in added], faithful=faithful), strict=True
         ):
             png = _png(self._mapper.seen(pixels))
-            probe = pack_arrays({"v": 1, "step": 0, **observed.probes[i]})
+            probe = pack_arrays({"v": 1, "step": 0, **probe})
             self._images.append({"name": printable(path), "label": None, "png": png})
-            self._steps.append(observed.steps[i])
+            self._steps.append(step)
             self._probes.append(probe)
             self._bytes += len(png) + _size(probe)
-            self._add_pairs(observed, i)
+            self._add_pairs(traced, i)
 
     def add_problem(self, path: str, reason: str) -> None:
         """Add an input that cannot be used."""
@@ -84,7 +84,7 @@ class Viewer:
     def write(self, path: Path) -> None:
         """Write the page atomically.  Raises `VitError`."""
         from vit.dashboard.page import render_page
-        from vit.explain.records import run_info
+        from vit.explain.attention_tab import run_info
 
         run, mapper = self._title, self._mapper
         info = {"v": 1, **run_info(mapper.model, self._class_names, run), "probes": self._images}
@@ -115,15 +115,17 @@ class Viewer:
             remarks.append(f"{count} did not fit this page: the overlays are beside it")
         return remarks
 
-    def _add_pairs(self, observed: Observed, i: int) -> None:
-        layers, (_, heads, tokens, _) = len(observed.weights), observed.weights[0].shape
+    def _add_pairs(self, traced: Trace, i: int) -> None:
+        from vit.explain.attention_tab import token_pairs
+
+        layers, (_, heads, tokens, _) = len(traced.weights), traced.weights[0].shape
         all_means = len(self) * layers * tokens**2 * 4 // 3  # bytes in base64
         if heads * all_means > _MAX_PAIR_BYTES:
             self._heads = None
         if self._heads is not None:
-            self._heads.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=True)}))
+            self._heads.append(pack_arrays({"v": 1, "step": 0, **token_pairs(traced, i, per_head=True)}))
         if all_means <= _MAX_PAIR_BYTES:
-            self._means.append(pack_arrays({"v": 1, "step": 0, **observed.pairs(i, per_head=False)}))
+            self._means.append(pack_arrays({"v": 1, "step": 0, **token_pairs(traced, i, per_head=False)}))
 
 
 def is_page(path: Path) -> bool:

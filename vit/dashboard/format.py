@@ -18,7 +18,7 @@ Records, by tag (`NN` is the number of the probe image, two digits or more):
                       the true class by it
 `attention/steps`     every step: prediction, faithfulness and sinks of each probe
 `attention/probe/NN`  every step: class rows, rollout, relevance and so on: `probe_record`; with token reduction also
-                      the assignment of each patch, "reduced" (`vit.explain.records.fates`)
+                      the assignment of each patch, "reduced" (`vit.explain.attention_tab.token_assignments`)
 `attention/pairs/NN`  some steps: every patch's attention to every other: `pairs_record`; a blob sequence of one
 """
 

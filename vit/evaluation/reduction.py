@@ -59,9 +59,9 @@ class Candidate:
     @property
     def line(self) -> str:
         """Format the reduction as in the option `--reduction`."""
-        from vit.model.reduction import spell
+        from vit.model.reduction import format_reduction
 
-        return spell(self.options)
+        return format_reduction(self.options)
 
     def better_than(self, other: Candidate) -> bool:
         """Compare the accuracy, then the loss."""
@@ -173,7 +173,7 @@ class _Search:
 
     def move_tokens(self, best: Candidate) -> dict[str, Any] | None:
         """Remove some tokens of `best` in another layer, as few as the budget allows; None if impossible."""
-        from vit.model.reduction import possible
+        from vit.model.reduction import clamp_removed
 
         if self.depth == 1:
             return None
@@ -185,16 +185,16 @@ class _Search:
         counts[from_layer] -= moved
         counts[to_layer] += moved
         max_cost = self.budget if self.measure == "flops" else self.relative_flops(method, best.counts)
-        while self.relative_flops(method, possible(method, counts, self.patches)) > max_cost:
-            if possible(method, counts, self.patches) != tuple(counts):
+        while self.relative_flops(method, clamp_removed(method, counts, self.patches)) > max_cost:
+            if clamp_removed(method, counts, self.patches) != tuple(counts):
                 return None
             counts[to_layer] += 1
-        while counts[to_layer] and possible(method, counts, self.patches) == tuple(counts):
+        while counts[to_layer] and clamp_removed(method, counts, self.patches) == tuple(counts):
             counts[to_layer] -= 1
             if self.relative_flops(method, counts) > max_cost:
                 counts[to_layer] += 1
                 break
-        if possible(method, counts, self.patches) != tuple(counts):
+        if clamp_removed(method, counts, self.patches) != tuple(counts):
             return None
         return {"reduction": method, "reduction_schedule": counts}
 
@@ -237,7 +237,7 @@ class _Search:
         seconds = time.perf_counter() - start
         top1, loss = compute_metrics(logits, self.labels)
         reduction = self.model.reduction
-        counts = (0,) * self.depth if reduction is None else reduction.counts
+        counts = (0,) * self.depth if reduction is None else reduction.removed_per_layer
         candidate = Candidate(dict(options), counts, cost, top1, loss, len(self.images) / seconds)
         self.report(candidate)
         return candidate

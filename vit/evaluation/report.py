@@ -83,7 +83,7 @@ def evaluate(
         VitError: if the model or data cannot be used, the classes do not match, the split has no images, an image can
             no longer be read, or the folder cannot be written.
     """
-    from vit.model.reduction import spell
+    from vit.model.reduction import format_reduction
 
     if split not in SPLITS:
         raise VitError(f"split={split!r}: {did_you_mean(str(split), SPLITS)}")
@@ -141,7 +141,7 @@ def evaluate(
         "bad_files": len(opened.bad_files),
         # training measured with the model's own reduction
         "at_training": at_training(description, config, split) if reduction is None else None,
-        **({} if reduction is None else {"reduction": spell(description.architecture)}),
+        **({} if reduction is None else {"reduction": format_reduction(description.architecture)}),
         "reliability": {"uncalibrated": before.rows(), "calibrated": after.rows()},
         **({} if map_measures is None else {"faithfulness": map_measures}),
         "seconds": round(seconds, 3),

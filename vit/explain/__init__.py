@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vit.explain.carry import rollout
     from vit.explain.methods import METHODS, explain, trace
     from vit.explain.record import Record, record_attention
 
@@ -21,11 +20,10 @@ _HOMES = {
     "Record": "record",
     "explain": "methods",
     "record_attention": "record",
-    "rollout": "carry",
     "trace": "methods",
 }
 
-__all__ = ["METHODS", "Record", "explain", "record_attention", "rollout", "trace"]
+__all__ = ["METHODS", "Record", "explain", "record_attention", "trace"]
 
 
 def __getattr__(name: str) -> Any:

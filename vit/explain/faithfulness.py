@@ -30,13 +30,13 @@ from vit.model import VisionTransformer
 class Perturbation:
     """What became of the target class as patches were removed.
 
-    Attributes
-        shares: (S,), the share of patches removed, from 0 to 1.
+    Attributes:
+        fractions: (S,), the fraction of patches removed, from 0 to 1.
         most, least: probability of the target (B, S), the most or the least relevant patches removed first.
         most_hits, least_hits: whether the target was still the predicted class (B, S).
     """
 
-    shares: Tensor
+    fractions: Tensor
     most: Tensor
     least: Tensor
     most_hits: Tensor
@@ -45,13 +45,13 @@ class Perturbation:
     @property
     def deletion(self) -> Tensor:
         """Area under the probability as the most relevant patches go: (B,), in [0, 1]; lower is better."""
-        return torch.trapezoid(self.most, self.shares, dim=1)
+        return torch.trapezoid(self.most, self.fractions, dim=1)
 
     @property
     def insertion(self) -> Tensor:
         """Area under the probability as patches are shown on a blank image, the most relevant first: (B,); higher is
         better."""
-        return torch.trapezoid(self.least, self.shares, dim=1)
+        return torch.trapezoid(self.least, self.fractions, dim=1)
 
     @property
     def positive(self) -> Tensor:
@@ -65,8 +65,8 @@ class Perturbation:
         return self._accuracy(self.least_hits)
 
     def _accuracy(self, hits: Tensor) -> Tensor:
-        upto = self.shares <= 0.9 + 1e-6
-        return torch.trapezoid(hits[:, upto].float(), self.shares[upto], dim=1) / self.shares[upto][-1]
+        upto = self.fractions <= 0.9 + 1e-6
+        return torch.trapezoid(hits[:, upto].float(), self.fractions[upto], dim=1) / self.fractions[upto][-1]
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def perturb(
 ) -> Perturbation:
     """Remove patches in the order of `maps` (B, rows, columns) from normalised `images` (B, C, height, width).
 
-    Arguments
+    Args:
         target: int64 (B,), the class to watch.
         steps: how many steps from all patches to none.
         temperature: probabilities are softmax(logits / temperature).
@@ -92,19 +92,19 @@ def perturb(
     """
     B, P = len(images), maps[0].numel()
     order_BP = _ranked(maps.flatten(1), seed)
-    shares = torch.linspace(0, 1, steps + 1, device=images.device)
-    counts = (shares * P).round().long()
-    place_BP = order_BP.argsort(dim=1)  # of each patch in the order: 0 is the most relevant
+    fractions = torch.linspace(0, 1, steps + 1, device=images.device)
+    counts = (fractions * P).round().long()
+    index_BP = order_BP.argsort(dim=1)  # of each patch in the order: 0 is the most relevant
     found = []
-    for rank_BP in (place_BP, P - 1 - place_BP):
+    for rank_BP in (index_BP, P - 1 - index_BP):
         keep_SBP = rank_BP[None] >= counts[:, None, None]
         found.append(_scores(model, images, keep_SBP.flatten(0, 1), maps.shape[1:], target, temperature, batch_size))
     (most, most_hits), (least, least_hits) = ((p.view(steps + 1, B).T, hits.view(steps + 1, B).T) for p, hits in found)
-    return Perturbation(shares, most, least, most_hits, least_hits)
+    return Perturbation(fractions, most, least, most_hits, least_hits)
 
 
 def _ranked(maps_BP: Tensor, seed: int) -> Tensor:
-    """Patches from the most to the least relevant: int64 (B, P)."""
+    """Rank patches from the most to the least relevant: int64 (B, P)."""
     B, P = maps_BP.shape
     shuffled = torch.rand(B, P, generator=torch.Generator().manual_seed(seed)).argsort(dim=1).to(maps_BP.device)
     within = maps_BP.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
@@ -120,7 +120,7 @@ def _scores(
     temperature: float,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Probability of the target and whether it is predicted, for M = S B maskings of the B images: two tensors (M,)."""
+    """Compute probability of the target and whether it is predicted, for M = S B maskings of B images: (M,) each."""
     B, height, width = len(images), *images.shape[2:]
     patch = next(
         (module.patch_size for module in model.modules() if isinstance(module, VisionTransformer)),
@@ -149,7 +149,7 @@ def _scores(
 
 
 def pointing(maps: Tensor, boxes: Tensor, image_size: tuple[int, int], tolerance: float = 0.0) -> Tensor:
-    """The pointing game (Zhang et al. 2016): whether the map's largest patch has its centre in the box, bool (B,).
+    """Play the pointing game (Zhang et al. 2016): whether the map's largest patch has its centre in the box, bool (B,).
 
     Takes maps (B, rows, columns) and boxes (B, 4), x0 y0 x1 y1 in pixels of an image of (height, width).
     `tolerance`, in patches, widens the box on every side, as the game's 15 pixels do: with 0.5 every patch that the
@@ -162,18 +162,18 @@ def pointing(maps: Tensor, boxes: Tensor, image_size: tuple[int, int], tolerance
 def pointing_chance(
     grid: tuple[int, int], boxes: Tensor, image_size: tuple[int, int], tolerance: float = 0.0
 ) -> Tensor:
-    """What a random map gets in the pointing game: the share of patches that would be right, (B,)."""
+    """Return what a random map gets in the pointing game: the fraction of patches that would be right, (B,)."""
     return _right(torch.Size(grid), boxes, image_size, tolerance).float().mean(dim=1)
 
 
 def energy(maps: Tensor, boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Share of the map's mass inside the box, (B,); a patch counts by the part of it that the box covers
+    """Compute the fraction of the map's mass inside the box, (B,); a patch counts by the part of it that the box covers
     (Wang et al. 2020, "Score-CAM")."""
     return (maps.flatten(1) * covered(maps.shape[1:], boxes, image_size)).sum(dim=1)
 
 
 def covered(grid: torch.Size | tuple[int, int], boxes: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """The part of each patch that lies in the box: (B, P), in [0, 1].  Its mean is the `energy` of an even map."""
+    """Compute the part of each patch in the box: (B, P), in [0, 1].  Its mean is the `energy` of an even map."""
     sides = []
     for count, extent, low, high in zip(grid, image_size, (1, 0), (3, 2), strict=True):
         edges = torch.arange(count + 1, device=boxes.device) * (extent / count)
@@ -196,7 +196,7 @@ def _right(grid: torch.Size, boxes: Tensor, image_size: tuple[int, int], toleran
 
 
 def randomisation(model: nn.Module, images: Tensor, target: Tensor, method: str, *, seed: int = 0) -> dict[str, Tensor]:
-    """The sanity check of Adebayo et al. 2018: parts of the model are started anew, from the head downwards.
+    """Run the sanity check of Adebayo et al. 2018: parts of the model are started anew, from the head downwards.
 
     Returns, by the lowest part that is random ("head", "blocks.5", ..., "patch_embed"), the rank correlation of each
     image's map with its map from the whole model, (B,).  A map that explains the model loses it.  Class-agnostic
@@ -224,7 +224,7 @@ def _cascade(model: VisionTransformer, seed: int) -> Iterator[tuple[str, VisionT
 
 
 def rank_correlation(a_BP: Tensor, b_BP: Tensor) -> Tensor:
-    """Spearman's correlation of each row of `a` with that of `b`, (B,); equal values share their mean rank."""
+    """Compute Spearman's correlation of each row of `a` with that of `b`, (B,); equal values share their mean rank."""
     a, b = (_ranks(each) for each in (a_BP, b_BP))
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
@@ -240,7 +240,7 @@ def _ranks(x_BP: Tensor) -> Tensor:
 
 
 def interval(values: np.ndarray, *, samples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the mean of `values` (n,) by percentiles (Efron 1979): its lower and upper end."""
+    """Compute the bootstrap interval of the mean of `values` (n,) by percentiles (Efron 1979): both its ends."""
     values = np.asarray(values, dtype=np.float64)
     picked = np.random.default_rng(seed).integers(0, len(values), (samples, len(values)))
     low, high = np.quantile(values[picked].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])

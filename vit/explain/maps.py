@@ -11,6 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError, did_you_mean
-from vit.explain.methods import CLASS_SPECIFIC, METHODS, check_method, trace
+from vit.explain.attention_tab import measure, summarise
+from vit.explain.methods import CLASS_SPECIFIC, METHODS, Trace, check_method, trace
 from vit.explain.record import find, resolve_layer
-from vit.explain.records import Observed, measure, observe
 from vit.explain.render import OPACITY, enlarge, overlay, panel, picture
 from vit.files import atomic_write
 
@@ -33,7 +34,7 @@ _MARK = ("Software", "vit explain")
 class Mapped:
     """A map and what it is of.
 
-    Attributes
+    Attributes:
         values: float32 (rows, columns) of patches, at least 0, sum 1.
         index, probability: the class: the one that was asked for, or the predicted one.
     """
@@ -44,7 +45,7 @@ class Mapped:
 
 
 def class_index(label: str | int | None, names: Sequence[str]) -> int | None:
-    """The class that `label` names, by its name or, where no class is called so, by its number; None for None.
+    """Return the class that `label` names, by its name or, where no class is called so, by its number; None for None.
 
     A whole number is always the number.  Raises `VitError` where there is no such class, or several of that name.
     """
@@ -69,7 +70,7 @@ def class_index(label: str | int | None, names: Sequence[str]) -> int | None:
 class Explanation:
     """What a model attends to in one image; shows itself as a picture in a notebook.
 
-    Attributes
+    Attributes:
         map: float32 (rows, columns) of the model's patch grid, at least 0, sum 1.
         label, index, probability: the class that was asked for, or the predicted one.
         method: the name of the map's method.
@@ -84,7 +85,7 @@ class Explanation:
     image: np.ndarray
 
     def overlay(self, opacity: float = OPACITY) -> Image.Image:
-        """The map laid over the image, in RGB; a small image is enlarged.  `opacity` of the map: from 0 to 1."""
+        """Lay the map over the image, in RGB; a small image is enlarged.  `opacity` of the map: from 0 to 1."""
         return overlay(enlarge(picture(self.image)), self.map, opacity)
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class Explanation:
 class Mapper:
     """Maps by one method.
 
-    Arguments
+    Args:
         model: a `VisionTransformer`.
         preprocessing, temperature: as the model's description has them.
         method, target, layer: as for `vit.explain.explain`; `target` is one class for all images, or None.
@@ -133,7 +134,7 @@ class Mapper:
         self._drawn = 0
 
     def maps(self, images: Sequence[np.ndarray]) -> list[Mapped | None]:
-        """Maps of prepared images, uint8 (H, W, C) each; None where the model gives no finite numbers.
+        """Compute maps of prepared images, uint8 (H, W, C) each; None where the model gives no finite numbers.
 
         Raises `VitError` when the device has not enough memory.
         """
@@ -141,13 +142,13 @@ class Mapper:
         return [mapped for part in self._parts(images, copies) for mapped in self._maps(self._tensor(part))]
 
     def seen(self, image: np.ndarray) -> np.ndarray:
-        """What lies in patches, of a prepared image (H, W, C): a map says nothing about pixels left over."""
+        """Cut a prepared image (H, W, C) to what lies in patches: a map says nothing about pixels left over."""
         return image[: self._covered[0], : self._covered[1]]
 
-    def observations(
+    def summaries(
         self, images: Sequence[np.ndarray], *, faithful: Sequence[str] = ()
-    ) -> Iterator[tuple[Observed, int]]:
-        """What the viewer shows of each image that has finite numbers: a batch's observation and the place in it.
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], Trace, int]]:
+        """Yield what the viewer shows of each image: its step and probe, the trace of its batch, and its index there.
 
         Where a class is asked for it takes the place of the true one.  `faithful` are the methods whose deletion and
         insertion is measured, on the predicted class.
@@ -155,13 +156,14 @@ class Mapper:
         for part in self._parts(images, 6):
             with _within_memory(self._device, len(part)):
                 tensor = self._tensor(part)
-                observed = observe(self.model, tensor, [self.target] * len(part), temperature=self.temperature)
+                wanted = [self.target] * len(part)
+                steps, probes, traced = summarise(self.model, tensor, wanted, temperature=self.temperature)
                 if faithful:
-                    maps = {method: observed.maps(method) for method in dict.fromkeys([*faithful, "random"])}
-                    target, t = observed.predicted.target, self.temperature
-                    measure(self.model, tensor, observed.steps, maps, target, temperature=t, batch_size=32)
+                    maps = {method: METHODS[method](traced) for method in dict.fromkeys([*faithful, "random"])}
+                    target, t = traced.target, self.temperature
+                    measure(self.model, tensor, steps, maps, target, temperature=t, batch_size=32)
             for i in range(len(part)):
-                yield observed, i
+                yield steps[i], probes[i], traced, i
 
     def _maps(self, images: Tensor) -> list[Mapped | None]:
         with _within_memory(self._device, len(images)):
@@ -203,7 +205,7 @@ def _within_memory(device: torch.device, count: int) -> Iterator[None]:
 
 
 def save_overlay(path: Path, pixels: np.ndarray, values: np.ndarray) -> None:
-    """The map over what the model saw, as a PNG; small images are enlarged.  Raises `VitError`."""
+    """Write the map over what the model saw as a PNG; small images are enlarged.  Raises `VitError`."""
     info = PngImagePlugin.PngInfo()
     info.add_text(*_MARK)
     with atomic_write(path) as part:
@@ -211,7 +213,7 @@ def save_overlay(path: Path, pixels: np.ndarray, values: np.ndarray) -> None:
 
 
 def is_overlay(path: Path) -> bool:
-    """Whether the file is a picture that `save_overlay` wrote."""
+    """Return whether the file is a picture that `save_overlay` wrote."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return image.info.get(_MARK[0]) == _MARK[1]
@@ -220,13 +222,13 @@ def is_overlay(path: Path) -> bool:
 
 
 def save_map(path: Path, mapped: Mapped, label: str, method: str) -> None:
-    """The map as `.npz`: `map` (rows, columns), `label`, `probability`, `method`.  Raises `VitError`."""
+    """Write the map as `.npz`: `map` (rows, columns), `label`, `probability`, `method`.  Raises `VitError`."""
     with atomic_write(path) as part, open(part, "wb") as file:
         np.savez(file, map=mapped.values, label=label, probability=mapped.probability, method=method)
 
 
 def is_map(path: Path) -> bool:
-    """Whether the file is an array that `save_map` wrote."""
+    """Return whether the file is an array that `save_map` wrote."""
     try:
         with np.load(path, allow_pickle=False) as held:
             return set(held.files) == {"map", "label", "probability", "method"}

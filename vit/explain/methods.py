@@ -13,7 +13,7 @@ sum 1; `trace` runs the model once for several of them.
 | `random` | uniform noise | nothing: the baseline |
 
 Notable: the head's row is `Record.readout`, one-hot for a class token, uniform for a mean, a pooling head's own
-weights; it is carried down as a row, a vector times a matrix a layer, and never multiplies two matrices.
+weights; it is propagated as a row, a vector times a matrix a layer, and never multiplies two matrices.
 Class-specific methods weigh it by its own gradient like any other attention, except where it is one-hot.
 
 `legrad` follows its paper (arXiv 2404.03214) and its authors' program: with a class token, s_l is the head's score of the
@@ -36,17 +36,17 @@ import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, did_you_mean
-from vit.explain.carry import Fusion, back, carry, down, through, to_map
 from vit.explain.record import Record, Weights, find, record_attention, resolve_layer
+from vit.explain.rollout import Fusion, attend_mean, propagate, rollout_step, to_map, unmerge
 from vit.model.attention import at_least_float32
-from vit.model.reduction import Move, ReducedTokens, shares, together
+from vit.model.reduction import ReducedTokens, TokenMap, compose_all, to_fractions
 
 
 @dataclass
 class Trace:
     """One forward pass, and what a class's score says about it.
 
-    Attributes
+    Attributes:
         logits: (B, K).
         target: int64 (B,), the class whose score `gradients` are of.
         weights: L times (B, H, N, N), at least 0, rows sum to 1.
@@ -55,7 +55,7 @@ class Trace:
         gradients, readout_gradients: of the score by `weights` and `readout`; None where not asked for.
         legrad: L times (B, N), mean positive gradient of each layer's own score; None where not asked for.
         tokens: (B, N, D), the last layer's.
-        moves: see `Record.moves`; None: all tokens stay.
+        token_maps: see `Record.token_maps`; None: all tokens stay.
         prefix_tokens, grid, pool: of the model.
     """
 
@@ -71,36 +71,36 @@ class Trace:
     readout_gradients: Tensor | None = None
     legrad: list[Tensor] | None = None
     signed_weights: list[Tensor] | None = None
-    moves: Sequence[Move | None] | None = None
+    token_maps: Sequence[TokenMap | None] | None = None
 
-    def front(self, layer: int) -> Move | None:
-        """Where tokens went in front of the attention of `layer`, or with the number of layers, after the last."""
-        return None if self.moves is None else self.moves[layer]
+    def map_before(self, layer: int) -> TokenMap | None:
+        """Return the token map in front of the attention of `layer`, or with the number of layers, after the last."""
+        return None if self.token_maps is None else self.token_maps[layer]
 
-    def only(self, layers: Sequence[int]) -> Weights:
-        """The weights of these layers, in order, with where tokens went in front of each."""
-        moves = [None] * (len(self.weights) + 1) if self.moves is None else self.moves
-        bounds = [0, *(layer + 1 for layer in layers), len(moves)]
-        between = [together(moves[low:high]) for low, high in itertools.pairwise(bounds)]
+    def select_layers(self, layers: Sequence[int]) -> Weights:
+        """Select the weights of these layers, in order, with the token maps between them."""
+        token_maps = [None] * (len(self.weights) + 1) if self.token_maps is None else self.token_maps
+        bounds = [0, *(layer + 1 for layer in layers), len(token_maps)]
+        between = [compose_all(token_maps[low:high]) for low, high in itertools.pairwise(bounds)]
         return Weights([self.weights[layer] for layer in layers], between)
 
     def to_image(self, rows: Tensor, layer: int) -> Tensor:
-        """Rows over the tokens that the attention of `layer` sees (with the number of layers, the head), back to those
-        of the image: (B, ..., N) -> (B, ..., prefix + P)."""
+        """Turn rows over the tokens that the attention of `layer` sees (with the number of layers, the head) into rows
+        over those of the image: (B, ..., N) -> (B, ..., prefix + P)."""
         for each in range(layer, -1, -1):
-            rows = back(self.front(each), rows)
+            rows = unmerge(self.map_before(each), rows)
         return rows
 
-    def row(self, layer: int) -> Tensor:
-        """What the head reads, by the tokens that come out of the attention of `layer`: (B, N)."""
+    def readout_row(self, layer: int) -> Tensor:
+        """Return how the head weighs the tokens that come out of the attention of `layer`: (B, N)."""
         row_BN = self.readout.mean(dim=1)
         for each in range(len(self.weights), layer, -1):
-            row_BN = back(self.front(each), row_BN)
+            row_BN = unmerge(self.map_before(each), row_BN)
         return row_BN
 
-    def looks(self, layer: int) -> Tensor:
-        """The attention in `layer` of what the head reads, by head, to the tokens of the image: (B, H, prefix + P)."""
-        rows_BHN = (self.row(layer)[:, None, None] @ self.weights[layer])[:, :, 0]
+    def readout_attention(self, layer: int) -> Tensor:
+        """Return the attention in `layer` of what the head reads, to tokens of the image: (B, H, prefix + P)."""
+        rows_BHN = (self.readout_row(layer)[:, None, None] @ self.weights[layer])[:, :, 0]
         return self.to_image(rows_BHN, layer)
 
 
@@ -116,9 +116,9 @@ def explain(
     discard: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """A map for each image: (B, rows, columns) of patches, float32, at least 0, sum 1.
+    """Compute a map for each image: (B, rows, columns) of patches, float32, at least 0, sum 1.
 
-    Arguments
+    Args:
         model: a `VisionTransformer`; runs in evaluation mode, and is left as it was.
         images: normalised, (B, C, height, width).
         method: a key of `METHODS`.
@@ -128,7 +128,7 @@ def explain(
             higher than this one, None: the last; `legrad` takes it and the one below.
         head: this head alone, instead of all; not for `legrad`.
         fusion: how `rollout` makes one matrix of a layer's heads.
-        discard: `rollout`: the share of each layer's smallest weights that is left out.
+        discard: `rollout`: the fraction of each layer's smallest weights that is left out.
         seed: of `random`.
 
     Raises `VitError` for a method, target, layer or head that does not exist.
@@ -141,7 +141,7 @@ def explain(
 def trace(
     model: nn.Module, images: Tensor, target: int | Tensor | None = None, *, methods: Iterable[str] | None = None
 ) -> Trace:
-    """Run `model` once, with what `methods` (None: all of them) need.
+    """Run `model` once and return what `methods` (None: all of them) need.
 
     In evaluation mode and float32, without touching parameters' gradients or any random generator; arguments as those
     of `explain`.  Raises `VitError`.
@@ -165,13 +165,13 @@ def trace(
             prefix_tokens=record.prefix_tokens,
             grid=record.grid,
             pool=vit.pool,
-            moves=record.moves,
+            token_maps=record.token_maps,
         )
         if gradients:
             _differentiate(out, logits, vit, record, legrad="legrad" in wanted)
     if record.weights.signed:
         out.signed_weights = out.weights
-        out.weights = Weights(out.weights, record.moves, signed=True).fractions()
+        out.weights = Weights(out.weights, record.token_maps, signed=True).fractions()
     return out
 
 
@@ -187,7 +187,7 @@ def _differentiate(out: Trace, logits: Tensor, vit: Any, record: Record, *, legr
         out.legrad = []
         for weights, tokens, sizes in zip(out.weights, record.tokens, record.sizes, strict=True):
             if out.pool == "token":
-                mean_B1D = tokens.mean(1, keepdim=True) if sizes is None else shares(sizes)[:, None] @ tokens
+                mean_B1D = tokens.mean(1, keepdim=True) if sizes is None else to_fractions(sizes)[:, None] @ tokens
                 tokens = mean_B1D.expand_as(tokens)
             normed = vit.norm(tokens)
             logits = vit.forward_head(normed if sizes is None else ReducedTokens(normed, sizes))
@@ -242,16 +242,18 @@ def check_method(method: str) -> None:
 
 
 def rollout_by_depth(t: Trace, *, fusion: Fusion = "mean", discard: float = 0.0) -> Tensor:
-    """Rollout through layers 0 to l, as if the head read there, for every l: (L, B, rows, columns).
+    """Compute rollout through layers 0 to l, as if the head read there, for every l: (L, B, rows, columns).
 
-    The last is the rollout.  All are carried down together, so it costs hardly more than the deepest alone.
+    The last is the rollout.  All are propagated together, so it costs hardly more than the deepest alone.
     """
     start_B1N = t.readout.mean(dim=1, keepdim=True)
     rows_BLN = start_B1N[:, :0]
     for layer in reversed(range(len(t.weights))):
-        start_B1N, rows_BLN = (back(t.front(layer + 1), each) for each in (start_B1N, rows_BLN))
-        rows_BLN = down(torch.cat([start_B1N, rows_BLN], dim=1), t.weights[layer], t.prefix_tokens, fusion, discard)
-    rows_BLN = back(t.front(0), rows_BLN)
+        start_B1N, rows_BLN = (unmerge(t.map_before(layer + 1), each) for each in (start_B1N, rows_BLN))
+        rows_BLN = rollout_step(
+            torch.cat([start_B1N, rows_BLN], dim=1), t.weights[layer], t.prefix_tokens, fusion, discard
+        )
+    rows_BLN = unmerge(t.map_before(0), rows_BLN)
     return torch.stack([to_map(row_BN, t.prefix_tokens, t.grid) for row_BN in rows_BLN.unbind(dim=1)])
 
 
@@ -260,7 +262,7 @@ def _raw(t: Trace, *, layer: int | None = None, head: int | None = None, **_: An
     if t.pool == "attention" and layer is None:
         return to_map(t.to_image(_heads(t.readout, head).mean(dim=1), depth), t.prefix_tokens, t.grid)
     layer = depth - 1 if layer is None else resolve_layer(layer, depth)
-    row_BN = through(t.row(layer), _heads(t.weights[layer], head))
+    row_BN = attend_mean(t.readout_row(layer), _heads(t.weights[layer], head))
     return to_map(t.to_image(row_BN, layer), t.prefix_tokens, t.grid)
 
 
@@ -268,21 +270,21 @@ def _rollout(
     t: Trace, *, layer: int | None = None, head: int | None = None, fusion: str = "mean", discard: float = 0.0, **_: Any
 ) -> Tensor:
     weights, row_BN = _below(t, t.weights, layer, head), _entry(t, layer)
-    return to_map(carry(weights, row_BN, t.moves, t.prefix_tokens, fusion, discard), t.prefix_tokens, t.grid)
+    return to_map(propagate(weights, row_BN, t.token_maps, t.prefix_tokens, fusion, discard), t.prefix_tokens, t.grid)
 
 
 def _gradient_rollout(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
     row_BN = _entry(t, layer, gradients=True)
     for each, weights in reversed(list(enumerate(_below(t, _positive(t), layer, head)))):
-        share_BN = row_BN / (weights.mean(dim=1).sum(dim=2) + 1)
-        row_BN = back(t.front(each), through(share_BN, weights) + share_BN)
+        fraction_BN = row_BN / (weights.mean(dim=1).sum(dim=2) + 1)
+        row_BN = unmerge(t.map_before(each), attend_mean(fraction_BN, weights) + fraction_BN)
     return to_map(row_BN, t.prefix_tokens, t.grid)
 
 
 def _relevance(t: Trace, *, layer: int | None = None, head: int | None = None, **_: Any) -> Tensor:
     row_BN = _entry(t, layer, gradients=True)
     for each, weights in reversed(list(enumerate(_below(t, _positive(t), layer, head)))):
-        row_BN = back(t.front(each), row_BN + through(row_BN, weights))
+        row_BN = unmerge(t.map_before(each), row_BN + attend_mean(row_BN, weights))
     return to_map(row_BN, t.prefix_tokens, t.grid)
 
 
@@ -321,8 +323,8 @@ def _positive(t: Trace) -> list[Tensor]:
 
 
 def _entry(t: Trace, layer: int | None, gradients: bool = False) -> Tensor:
-    """The row that a method carries down, by the tokens that come out of the attention of `layer` (None: the last), as
-    if the head read there: (B, N)."""
+    """Return the row that a method propagates, as if the head read what the attention of `layer` (None: the last) puts
+    out: (B, N)."""
     readout, depth = t.readout, len(t.weights)
     layer = depth - 1 if layer is None else resolve_layer(layer, depth)
     last = layer == depth - 1
@@ -331,8 +333,8 @@ def _entry(t: Trace, layer: int | None, gradients: bool = False) -> Tensor:
         readout = (readout * t.readout_gradients).clamp(min=0)
         total = readout.sum(dim=(1, 2), keepdim=True)
         readout = torch.where(total > 0, readout / total.clamp(min=1e-30), t.readout)
-        return back(t.front(depth), readout.mean(dim=1))
-    return t.row(layer)
+        return unmerge(t.map_before(depth), readout.mean(dim=1))
+    return t.readout_row(layer)
 
 
 def _below(t: Trace, tensors: list[Tensor], layer: int | None, head: int | None) -> list[Tensor]:

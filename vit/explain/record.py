@@ -4,8 +4,8 @@
         logits = model(images)
     record.weights  # one tensor (B, H, N, N) a layer
 
-Where tokens are reduced there are fewer of them in later layers, N of each layer; `record.moves` says where they went,
-and `record.weights` carry that along, so that `vit.rollout` gives maps of the image's own grid all the same.
+Where tokens are reduced, later layers have fewer of them; `record.token_maps` says where they went, and
+`record.weights` keep that, so that `vit.rollout` gives maps of the image's own grid all the same.
 
 Notable:
 - all attention of a model runs through `vit.model.attention.Attend`; forward hooks on these modules compute the weights
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vit.errors import VitError
 from vit.model.attention import Attend, at_least_float32
 from vit.model.heads import MeanPool
-from vit.model.reduction import Move, Reducer
+from vit.model.reduction import Reducer, TokenMap
 from vit.model.vision_transformer import VisionTransformer
 
 
@@ -38,17 +38,17 @@ class Weights(list[Tensor]):
     """Attention weights by layer, with what their readers have to know.
 
     Attributes:
-        moves: see `Record.moves`.
+        token_maps: see `Record.token_maps`.
         signed: whether weights may be negative and rows need not sum to 1, as in differential attention.
     """
 
-    def __init__(self, weights: Iterable[Tensor], moves: Sequence[Move | None], signed: bool = False) -> None:
+    def __init__(self, weights: Iterable[Tensor], token_maps: Sequence[TokenMap | None], signed: bool = False) -> None:
         super().__init__(weights)
-        self.moves, self.signed = list(moves), signed
+        self.token_maps, self.signed = list(token_maps), signed
 
     def fractions(self) -> Weights:
         """Return weights that are at least 0 and whose rows sum to 1: where they are signed, their positive part."""
-        return Weights([_positive_part(each) for each in self], self.moves) if self.signed else self
+        return Weights([_positive_part(each) for each in self], self.token_maps) if self.signed else self
 
 
 def _positive_part(weights_BHNN: Tensor) -> Tensor:
@@ -82,14 +82,15 @@ class Record:
 
         Those of differential attention are differences: they may be negative, and `weights.signed` is true.
         """
-        return Weights(self._layers(self._weights), self.moves, self._signed)
+        return Weights(self._layers(self._weights), self.token_maps, self._signed)
 
     @property
-    def moves(self) -> list[Move | None]:
-        """Where reduction took tokens, one more than layers: `moves[i]` in front of the attention of layer i, the last
-        after all of them; None where every token stayed."""
+    def token_maps(self) -> list[TokenMap | None]:
+        """Where reduction took tokens: `token_maps[i]` in front of the attention of layer i, the last after all.
+
+        None where every token stayed."""
         self._check_ran()
-        return [None, *(self._reducer.moves if self._reducer else [None] * len(self._weights))]
+        return [None, *(self._reducer.token_maps if self._reducer else [None] * len(self._weights))]
 
     @property
     def sizes(self) -> list[Tensor | None]:

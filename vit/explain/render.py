@@ -26,7 +26,7 @@ _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
 
 def colour(values: np.ndarray) -> np.ndarray:
-    """A map (rows, columns), at least 0, as colours: uint8 (rows, columns, 3).
+    """Turn a map (rows, columns), at least 0, into colours: uint8 (rows, columns, 3).
 
     Raises ValueError for anything else, and for numbers that are not finite.
     """
@@ -38,15 +38,14 @@ def colour(values: np.ndarray) -> np.ndarray:
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
-    """The model's input before normalisation, uint8 (H, W, C), as RGB: of many channels the first three as colours,
-    one or two in grey."""
+    """Turn the model's input, uint8 (H, W, C), into RGB: the first three channels as colours, one or two in grey."""
     if pixels.shape[2] < 3:
         return Image.fromarray(np.ascontiguousarray(pixels[:, :, 0])).convert("RGB")
     return Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))
 
 
 def enlarge(image: Image.Image, least: int = _SMALLEST) -> Image.Image:
-    """A small image at the whole multiple that brings its longer side to `least` pixels, each pixel a square."""
+    """Enlarge a small image by a whole factor, so that its longer side has at least `least` pixels."""
     factor = -(-least // max(image.size))
     if factor <= 1:
         return image
@@ -54,9 +53,9 @@ def enlarge(image: Image.Image, least: int = _SMALLEST) -> Image.Image:
 
 
 def overlay(image: Image.Image | np.ndarray, values: np.ndarray, opacity: float = OPACITY) -> Image.Image:
-    """`image` with a map laid over it: RGB, of the image's own size.
+    """Lay a map over `image`: RGB, of the image's own size.
 
-    Arguments
+    Args:
         image: what the model saw, a Pillow image or uint8 (H, W, C).  Resized and cropped as for the model, so that
             patches lie where the model has them.
         values: (rows, columns), at least 0; as `vit.explain.explain` gives, on any device once it is an array.
@@ -81,7 +80,7 @@ def panel(
     method: str,
     opacity: float = OPACITY,
 ) -> Image.Image:
-    """What the model saw, beside it the overlay, and under both what the map is of: one RGB picture.
+    """Draw what the model saw, beside it the overlay, and under both what the map is of: one RGB picture.
 
     Arguments as those of `overlay`; a small image is enlarged.  A caption that is too long is cut.
     """

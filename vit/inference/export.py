@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from vit.model import VisionTransformer
 
-    Observer = Callable[[VisionTransformer], nn.Module]
-    """Makes of a model a module that gives (logits, rollout): `vit.explain.observer.Observer`."""
+    AddRollout = Callable[[VisionTransformer], nn.Module]
+    """Turns a model into a module that returns (logits, rollout): `vit.explain.with_rollout.WithRollout`."""
 
 OPSET = 17
 TOLERANCE = 1e-4
@@ -65,7 +65,7 @@ def export_onnx(
     description: Description,
     *,
     images: np.ndarray | None = None,
-    observer: Observer | None = None,
+    with_rollout: AddRollout | None = None,
 ) -> float:
     """Write `model` to `path`, verified and atomically; return the largest difference from torch.
 
@@ -75,7 +75,7 @@ def export_onnx(
     Arguments
         images: to compare on, normalised, float32 (N, C, H, W); the first `COMPARED` of them.  None: noise of mean
             0 and deviation 1, which is what normalised images have.
-        observer: what adds the output `rollout`; None: there is none.
+        with_rollout: what adds the output `rollout`; None: there is none.
 
     Raises `VitError` when the model is too large for one file, the disk is full, or the result disagrees with torch.
     """
@@ -84,7 +84,8 @@ def export_onnx(
     if not fits_onnx(model):
         raise VitError(f"cannot write {os.fspath(path)}: the model is too large for one ONNX file (2 GB)")
     twin = export_copy(model)
-    shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
+    # exporters give modes back, to all that is inside
+    shown = twin if with_rollout is None else with_rollout(twin).eval()
     images = stable_images(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False):
         message = _trace(shown, torch.from_numpy(images[:2]))
@@ -93,7 +94,7 @@ def export_onnx(
         describe(message, {METADATA_KEY: description.to_json(), TABLE_KEY: index(message, state)})
         part.write_bytes(add_onnx_checksum(message.SerializeToString()))
         session = open_session(part)
-        names = [OUTPUT] if observer is None else [OUTPUT, ROLLOUT]
+        names = [OUTPUT] if with_rollout is None else [OUTPUT, ROLLOUT]
         return check(path, lambda batch: session.run(names, {INPUT: batch}), images, expected(twin, shown, images))
 
 

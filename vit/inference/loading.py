@@ -145,13 +145,13 @@ def load_torch(
     """
     if reduction is None:
         return _load_torch(model, device)
-    from vit.model.reduction import parse, spell
+    from vit.model.reduction import format_reduction, parse
 
     options = parse(reduction)
     network, description = _load_torch(model, device)
     network.reduce(**options)
     # figures are those of the model as it was
-    same = spell(network.architecture) == spell(description.architecture)
+    same = format_reduction(network.architecture) == format_reduction(description.architecture)
     metrics = description.metrics if same else {}
     return network, dataclasses.replace(description, architecture=dict(network.architecture), metrics=metrics)
 

@@ -25,7 +25,7 @@ from vit.inference.description import Description
 from vit.inference.export import check, expected, export_copy, images_to_check, quiet, stable_images
 
 if TYPE_CHECKING:
-    from vit.inference.export import Observer
+    from vit.inference.export import AddRollout
     from vit.model import VisionTransformer
 
 EXTRA = "vit.json"
@@ -52,17 +52,18 @@ def export_program(
     description: Description,
     *,
     images: np.ndarray | None = None,
-    observer: Observer | None = None,
+    with_rollout: AddRollout | None = None,
 ) -> float:
     """Write `model` to `path`, verified and atomically; return the largest difference from the model.
 
-    Arguments as for `vit.inference.export.export_onnx`; with an observer the program gives (logits, rollout).
+    Arguments as for `vit.inference.export.export_onnx`; with `with_rollout` the program gives (logits, rollout).
     Raises `VitError` when it cannot be exported or written, or the result disagrees with the model.
     """
     import torch
 
     twin = export_copy(model)
-    shown = twin if observer is None else observer(twin).eval()  # exporters give modes back, to all that is inside
+    # exporters give modes back, to all that is inside
+    shown = twin if with_rollout is None else with_rollout(twin).eval()
     images = stable_images(twin, images_to_check(description, images))
     with atomic_write(path) as part, torch.inference_mode(False), torch.no_grad(), quiet():
         try:

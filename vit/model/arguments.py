@@ -15,7 +15,7 @@ from vit.model.blocks import ACTIVATIONS
 from vit.model.initialisation import SCHEMES
 from vit.model.norms import NORMS
 from vit.model.patches import pair
-from vit.model.reduction import DEFAULT_SCHEDULE, METHODS, REDUCTION, SCHEDULES, most, schedule
+from vit.model.reduction import DEFAULT_SCHEDULE, METHODS, REDUCTION, SCHEDULES, max_removable, schedule
 
 
 class Size(NamedTuple):
@@ -111,11 +111,11 @@ def resolve_reduction(a: dict[str, Any]) -> None:
     _check("reduction_proportional", proportional, right, "true, false or null")
     if isinstance(a["reduction_schedule"], list | tuple):
         a["reduction_schedule"] = list(a["reduction_schedule"])
-    counts(a)
+    removed_per_layer(a)
 
 
-def counts(a: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """How many patch tokens fewer there are after each layer of a model of these arguments; None where all stay.
+def removed_per_layer(a: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return how many patch tokens each layer of a model of these arguments removes; None where all stay.
 
     Raises `VitError` when the schedule is none, or cannot be.
     """
@@ -133,10 +133,10 @@ def counts(a: Mapping[str, Any]) -> tuple[int, ...] | None:
     expected = f"{', '.join(SCHEDULES)}, or whole numbers of tokens, one for each of {depth} layers"
     _check("reduction_schedule", plan, whole and len(plan) == depth, expected)
     for layer, count in enumerate(plan if method != "none" else ()):
-        if count > most(method, patches):
+        if count > max_removable(method, patches):
             raise VitError(
                 f"model.reduction_schedule: layer {layer} (from 0) has {patches} patch tokens, and model.reduction="
-                f"{method} can do without {most(method, patches)} of them at most, not {count}"
+                f"{method} can do without {max_removable(method, patches)} of them at most, not {count}"
             )
         patches -= count
     return tuple(plan) if method != "none" and any(plan) else None

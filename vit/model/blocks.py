@@ -112,7 +112,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, leave a residual branch out for a share of the images.
+    """Stochastic depth (Huang et al. 2016): in training, leave a residual branch out for a fraction of the images.
 
     Branches that stay are scaled by 1 / (1 - rate), so that the expected output does not change.
     """

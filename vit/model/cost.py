@@ -11,25 +11,26 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vit.model.arguments import counts, maps_per_head
+from vit.model.arguments import maps_per_head, removed_per_layer
 from vit.model.reduction import REDUCTION
 
 
 def flops(architecture: Mapping[str, Any]) -> float:
-    """Floating point operations of one image's forward pass through the model of these arguments, reduction included.
+    """Count the floating point operations of one image's forward pass through a model of these arguments.
 
-    Two for each multiplication with its addition.  Raises `VitError` when the reduction is none that can be.
+    Two for each multiplication with its addition; token reduction is included.  Raises `VitError` for a reduction that
+    is not possible.
     """
     return 2.0 * math.fsum(products(architecture))
 
 
 def relative(architecture: Mapping[str, Any]) -> float:
-    """`flops` as a share of those without reduction."""
+    """Return `flops` as a fraction of those without reduction."""
     return flops(architecture) / flops({**architecture, **REDUCTION})
 
 
 def products(architecture: Mapping[str, Any]) -> list[int]:
-    """Multiplications of the embedding, of each layer, and of the head."""
+    """Count the multiplications of the embedding, of each layer, and of the head."""
     a, D, depth = architecture, architecture["width"], architecture["depth"]
     (height, width), (rows, columns) = a["image_size"], a["patch_size"]
     patches = (height // rows) * (width // columns)
@@ -39,7 +40,7 @@ def products(architecture: Mapping[str, Any]) -> list[int]:
     maps = maps_per_head(a)
     matrices = 2 if a.get("mlp", "plain") == "plain" else 3
     plain = a.get("attention", "multi_head") == "dot_product"
-    pool, fewer = a.get("pool", "token"), counts(a) or (0,) * depth
+    pool, fewer = a.get("pool", "token"), removed_per_layer(a) or (0,) * depth
     found, P = [patches * D * a["in_channels"] * rows * columns], patches
     for count in fewer:
         N = prefix + P

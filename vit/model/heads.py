@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from vit.model.attention import CrossAttention
 from vit.model.blocks import Mlp
 from vit.model.norms import LAYER_NORM, MakeNorm
-from vit.model.reduction import shares
+from vit.model.reduction import to_fractions
 
 
 class MeanPool(nn.Module):
@@ -26,12 +26,12 @@ class MeanPool(nn.Module):
         read_BND = x_BND[:, self.first :]
         if sizes_BN is None:
             return read_BND.mean(dim=1)
-        return (shares(sizes_BN[:, self.first :]).to(x_BND.dtype)[:, None] @ read_BND)[:, 0]
+        return (to_fractions(sizes_BN[:, self.first :]).to(x_BND.dtype)[:, None] @ read_BND)[:, 0]
 
     def weights(self, x_BND: Tensor, sizes_BN: Tensor | None = None) -> Tensor:
         """Compute the weight of each token in the mean: (B, 1, N), rows sum to 1."""
         B, R, _ = x_BND[:, self.first :].shape
-        weights_BR = x_BND.new_full((B, R), 1 / R) if sizes_BN is None else shares(sizes_BN[:, self.first :])
+        weights_BR = x_BND.new_full((B, R), 1 / R) if sizes_BN is None else to_fractions(sizes_BN[:, self.first :])
         return F.pad(weights_BR.to(x_BND.dtype)[:, None], (self.first, 0))
 
     def average(self, weights_B1N: Tensor, x_BND: Tensor) -> Tensor:

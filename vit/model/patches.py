@@ -59,9 +59,9 @@ def drop_patches(tokens_BPD: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """Keep a random subset of each image's patches (Liu et al. 2022, "PatchDropout").
 
     Returns the kept tokens (B, K, D), with K = max(1, round(P (1 - rate))), in their original order, and their
-    places (B, K), int64.  The draw is torch's generator on the tokens' device.
+    indices (B, K), int64.  The draw is torch's generator on the tokens' device.
     """
     B, P, D = tokens_BPD.shape
     keep = max(1, round(P * (1 - rate)))
-    places_BK = torch.rand(B, P, device=tokens_BPD.device).topk(keep, dim=1).indices.sort(dim=1).values
-    return tokens_BPD.gather(1, places_BK[:, :, None].expand(-1, -1, D)), places_BK
+    indices_BK = torch.rand(B, P, device=tokens_BPD.device).topk(keep, dim=1).indices.sort(dim=1).values
+    return tokens_BPD.gather(1, indices_BK[:, :, None].expand(-1, -1, D)), indices_BK

@@ -8,7 +8,7 @@ Three ways to tell it, and a fourth, none, to see what is lost:
   Self-Supervised Vision Transformers");
 - 2-D rotary: queries and keys are turned by an angle that grows with the position, so that their product depends on
   the distance alone (Su et al. 2021, "RoFormer"; axial in two dimensions, Heo et al. 2024, "Rotary Position
-  Embedding for Vision Transformer"); in grid steps, or in shares of the image, so that it spans the same
+  Embedding for Vision Transformer"); in grid steps, or in fractions of the image, so that it spans the same
   angles at any resolution (Siméoni et al. 2025, "DINOv3").
 """
 
@@ -48,10 +48,10 @@ def rotary_2d(
 
     The first half of each head's width turns with the column and the second with the row, in pairs of neighbouring
     channels; pair i turns by `position * temperature^(-i / (head_width/4))` radians.  Prefix tokens (class token,
-    registers) have no place, so they do not turn: angle 0.
+    registers) have no position, so they do not turn: angle 0.
 
-    Positions are rows and columns from 0; with `box` they are 2π times the place of a patch's middle in a box from -1
-    to 1, so that grids of any size and shape span the same angles (Siméoni et al. 2025, section 3.2).
+    Positions are rows and columns from 0; with `box` they are 2π times the position of a patch's middle in a box from
+    -1 to 1, so that grids of any size and shape span the same angles (Siméoni et al. 2025, section 3.2).
 
     The temperature is 100, as Heo et al. found for grids of tens of patches, not the 10,000 of long texts.
     Raises `VitError` when the head's width is not divisible by 4.
@@ -59,10 +59,10 @@ def rotary_2d(
     if head_width % 4:
         raise VitError(f"model.width: rotary positions need a width per head divisible by 4, not {head_width}")
     frequencies = temperature ** -(torch.arange(head_width // 4, dtype=torch.float64) / (head_width // 4))
-    places = [torch.arange(n, dtype=torch.float64) for n in grid]
+    steps = [torch.arange(n, dtype=torch.float64) for n in grid]
     if box:
-        places = [2 * math.pi * ((2 * place + 1) / len(place) - 1) for place in places]
-    rows, columns = torch.meshgrid(*places, indexing="ij")
+        steps = [2 * math.pi * ((2 * step + 1) / len(step) - 1) for step in steps]
+    rows, columns = torch.meshgrid(*steps, indexing="ij")
     angles = torch.cat([p.flatten()[:, None] * frequencies for p in (columns, rows)], dim=1)
     angles = torch.cat([torch.zeros(prefix, head_width // 2, dtype=torch.float64), angles])
     angles = angles.repeat_interleave(2, dim=1)

@@ -12,8 +12,8 @@ Notable:
 - how many tokens go is fixed for each layer, so shapes do not depend on the image: batches, compilers and exporters
   see an ordinary model;
 - patches stay in the order of the image, each with its own rotary position; a fused rest has none, like a class token;
-- where each patch went is on record as a row-normalised matrix (N' x N) with one entry a column (`Move`), from which
-  `vit.explain` finds its way back to the grid.
+- where each patch went is kept as a row-normalised matrix (N' x N) with one entry a column (`TokenMap`), from which
+  `vit.explain` makes maps on the grid of the image.
 
 Letters in names are axes: B batch, N tokens, K tokens that stay, D width, H heads, d width of one head.
 """
@@ -53,45 +53,45 @@ class ReducedTokens(NamedTuple):
     sizes_BN: Tensor | None
 
 
-class Move(NamedTuple):
-    """Where tokens went: new token i is the sum of `share_j` times token j over all j with `place_j = i`.
+class TokenMap(NamedTuple):
+    """Which tokens became one: new token i is the sum of `fraction_j` times token j over all j with `index_j = i`.
 
-    `place_BN` int64 and `share_BN` are the one entry a column of the matrix (N' x N), whose rows sum to 1; `tokens` is
-    N', how many there are afterwards.
+    `index_BN` int64 and `fraction_BN` are the one entry a column of the matrix (N' x N), whose rows sum to 1; `tokens`
+    is N', how many there are afterwards.
     """
 
-    place_BN: Tensor
-    share_BN: Tensor
+    index_BN: Tensor
+    fraction_BN: Tensor
     tokens: int
 
-    def then(self, later: Move) -> Move:
-        """Both moves as one, this one first."""
-        place_BN, share_BN = (each.gather(1, self.place_BN) for each in (later.place_BN, later.share_BN))
-        return Move(place_BN, self.share_BN * share_BN, later.tokens)
+    def compose(self, later: TokenMap) -> TokenMap:
+        """Compose two token maps, this one first."""
+        index_BN, fraction_BN = (each.gather(1, self.index_BN) for each in (later.index_BN, later.fraction_BN))
+        return TokenMap(index_BN, self.fraction_BN * fraction_BN, later.tokens)
 
-    def back(self, rows_BxM: Tensor) -> Tensor:
-        """Rows over new tokens times the matrix: the same rows over the tokens before, (B, ..., N') -> (B, ..., N)."""
-        place_BxN, share_BxN = self.place_BN, self.share_BN
+    def unmerge(self, rows_BxM: Tensor) -> Tensor:
+        """Multiply rows over the new tokens by the matrix: rows over the tokens before, (B, ..., N') -> (B, ..., N)."""
+        index_BxN, fraction_BxN = self.index_BN, self.fraction_BN
         for _ in range(rows_BxM.ndim - 2):
-            place_BxN, share_BxN = place_BxN[:, None], share_BxN[:, None]
-        return rows_BxM.gather(-1, place_BxN.expand(*rows_BxM.shape[:-1], -1)) * share_BxN.to(rows_BxM.dtype)
+            index_BxN, fraction_BxN = index_BxN[:, None], fraction_BxN[:, None]
+        return rows_BxM.gather(-1, index_BxN.expand(*rows_BxM.shape[:-1], -1)) * fraction_BxN.to(rows_BxM.dtype)
 
-    def added(self, values_BN: Tensor) -> Tensor:
-        """The sum of a value over the tokens that went to the same place: (B, N) -> (B, N')."""
-        return values_BN.new_zeros(values_BN.shape[0], self.tokens).scatter_add(1, self.place_BN, values_BN)
+    def scatter_sum(self, values_BN: Tensor) -> Tensor:
+        """Sum a value over the tokens that became one: (B, N) -> (B, N')."""
+        return values_BN.new_zeros(values_BN.shape[0], self.tokens).scatter_add(1, self.index_BN, values_BN)
 
     @property
     def matrix(self) -> Tensor:
-        """The matrix itself, (B, N', N)."""
-        rows = torch.arange(self.tokens, device=self.place_BN.device)
-        return (self.place_BN[:, None] == rows[:, None]) * self.share_BN[:, None]
+        """The matrix, (B, N', N)."""
+        rows = torch.arange(self.tokens, device=self.index_BN.device)
+        return (self.index_BN[:, None] == rows[:, None]) * self.fraction_BN[:, None]
 
 
 def parse(text: str) -> dict[str, Any]:
-    """Arguments of `VisionTransformer` from one line: none, METHOD, METHOD:RATE, METHOD:RATE:SCHEDULE or METHOD:COUNTS.
+    """Parse a reduction from one line: none, METHOD, METHOD:RATE, METHOD:RATE:SCHEDULE or METHOD:COUNTS.
 
-    `merge:0.5:decreasing`; COUNTS are how many tokens go in each layer, joined by "-", such as `keep:0-0-60-0-40-0`.
-    Raises `VitError`.
+    Returns arguments of `VisionTransformer`.  Examples: `merge:0.5:decreasing`; `keep:0-0-60-0-40-0`, with how many
+    tokens go in each layer.  Raises `VitError`.
     """
     method, *rest = text.strip().split(":")
     if method not in METHODS:
@@ -118,8 +118,8 @@ def parse(text: str) -> dict[str, Any]:
     )
 
 
-def spell(a: Mapping[str, Any]) -> str:
-    """The line for the arguments of a model, as `parse` reads it."""
+def format_reduction(a: Mapping[str, Any]) -> str:
+    """Format the reduction of a model's arguments as one line, as `parse` reads it."""
     method, plan = a.get("reduction", "none"), a.get("reduction_schedule")
     if method == "none":
         return "none"
@@ -128,18 +128,18 @@ def spell(a: Mapping[str, Any]) -> str:
     return f"{method}:{a.get('reduction_rate', RATE):g}:{plan or DEFAULT_SCHEDULE[method]}"
 
 
-def together(moves: Sequence[Move | None]) -> Move | None:
-    """Moves one after the other as one; None for no move at all."""
-    found = [move for move in moves if move is not None]
-    return functools.reduce(Move.then, found) if found else None
+def compose_all(token_maps: Sequence[TokenMap | None]) -> TokenMap | None:
+    """Compose token maps, the first one first; None where all are None."""
+    found = [token_map for token_map in token_maps if token_map is not None]
+    return functools.reduce(TokenMap.compose, found) if found else None
 
 
 class Reduction:
-    """What a model does to its tokens: a method, and how many patch tokens fewer there are after each layer.
+    """A model's plan of token reduction: a method, and how many patch tokens are removed in each layer.
 
-    Arguments
+    Args:
         method: "keep" or "merge".
-        counts: by layer, for an image of `patches` patches.
+        removed_per_layer: how many tokens, for an image of `patches` patches.
         proportional: a token that stands for several patches is attended to as if it were there as often, by adding
             the logarithm of their number to its scores (Bolya et al. 2023, equation 1).
         prefix: tokens in front of the patches.
@@ -147,24 +147,31 @@ class Reduction:
     """
 
     def __init__(
-        self, method: str, counts: Sequence[int], patches: int, *, proportional: bool, prefix: int, read: slice
+        self,
+        method: str,
+        removed_per_layer: Sequence[int],
+        patches: int,
+        *,
+        proportional: bool,
+        prefix: int,
+        read: slice,
     ) -> None:
-        self.method, self.counts, self.patches = method, tuple(counts), patches
+        self.method, self.removed_per_layer, self.patches = method, tuple(removed_per_layer), patches
         self.proportional, self.prefix, self.read = proportional, prefix, read
 
     def begin(self, tokens: int, rotary: Rotary | None) -> Reducer:
-        """What reduces the tokens of one forward pass, `tokens` of them at the start."""
-        patches, counts = int(tokens) - self.prefix, self.counts  # a tracer has numbers of its own kind
-        if patches != self.patches:  # patch dropout: the same shares of fewer patches
-            counts = possible(self.method, [round(each * patches / self.patches) for each in counts], patches)
+        """Return the reducer of one forward pass, which begins with so many tokens."""
+        patches, counts = int(tokens) - self.prefix, self.removed_per_layer  # a tracer has numbers of its own kind
+        if patches != self.patches:  # patch dropout: the same fractions of fewer patches
+            counts = clamp_removed(self.method, [round(each * patches / self.patches) for each in counts], patches)
         return (Keeper if self.method == "keep" else Merger)(self, counts, patches, rotary)
 
 
 def schedule(method: str, rate: float, name: str, patches: int, depth: int) -> tuple[int, ...]:
-    """How many patch tokens go in each of `depth` layers, so that a share `rate` of `patches` is gone in the end.
+    """Plan how many patch tokens each of `depth` layers removes, so that the fraction `rate` is gone in the end.
 
     "constant": as many in every layer; "decreasing": falling by equal steps to nearly none in the last; "stages": at a
-    quarter, half and three quarters of the depth, each time the same share of those that are left, as Liang et al.
+    quarter, half and three quarters of the depth, each time the same fraction of those that are left, as Liang et al.
     place them.  Never more than a layer can do: merging at most halves, keeping leaves one patch and the rest.
     """
     total = rate * patches
@@ -177,27 +184,27 @@ def schedule(method: str, rate: float, name: str, patches: int, depth: int) -> t
     else:
         gone = [total * (layer + 1) / depth for layer in range(depth)]
     whole = [0, *(round(each) for each in gone)]
-    return possible(method, [after - before for before, after in itertools.pairwise(whole)], patches)
+    return clamp_removed(method, [after - before for before, after in itertools.pairwise(whole)], patches)
 
 
-def possible(method: str, counts: Sequence[int], patches: int) -> tuple[int, ...]:
-    """`counts`, each lowered to what can go of the patch tokens that are there."""
+def clamp_removed(method: str, counts: Sequence[int], patches: int) -> tuple[int, ...]:
+    """Lower each count to what a layer can remove of the patch tokens that are left."""
     found = []
     for count in counts:
-        found.append(max(0, min(count, most(method, patches))))
+        found.append(max(0, min(count, max_removable(method, patches))))
         patches -= found[-1]
     return tuple(found)
 
 
-def most(method: str, patches: int) -> int:
-    """How many of so many patch tokens one layer can do without."""
+def max_removable(method: str, patches: int) -> int:
+    """Return how many of so many patch tokens one layer can remove at most."""
     return max(0, patches - 2) if method == "keep" else patches // 2
 
 
 class Reducer:
     """Reduces the tokens of one forward pass, block by block, by what attention says about them.
 
-    Attributes
+    Attributes:
         rotary: angles of the tokens there are now.
         sizes_BN: how many patches each token stands for, or 1 for one in front of them; None while each is itself.
     """
@@ -208,12 +215,12 @@ class Reducer:
         self.plan, self.patches, self.rotary = plan, patches, rotary
         self.sizes_BN: Tensor | None = None
         self._left, self._now = list(counts), patches
-        self._moves: list[Callable[[], Move] | None] = []
+        self._token_maps: list[Callable[[], TokenMap] | None] = []
 
     @property
-    def moves(self) -> list[Move | None]:
-        """Of the layers so far, where the tokens went; None where all stayed.  Made when asked for."""
-        return [make and make() for make in self._moves]
+    def token_maps(self) -> list[TokenMap | None]:
+        """The token map of each layer so far; None where all tokens stayed.  Made when asked for."""
+        return [make and make() for make in self._token_maps]
 
     @property
     def rows(self) -> slice | None:
@@ -221,7 +228,7 @@ class Reducer:
         return self._needs if self._left[0] else None
 
     def bias(self) -> Tensor | None:
-        """What is added to the scores of attention to each token, (B, 1, 1, N); None for nothing."""
+        """Return what attention adds to the scores of each token, (B, 1, 1, N); None for nothing."""
         return log_sizes(self.sizes_BN) if self.plan.proportional else None
 
     def reduce(self, x_BND: Tensor, rows_BHRN: Tensor | None = None, keys_BHNd: Tensor | None = None) -> Tensor:
@@ -231,7 +238,7 @@ class Reducer:
         """
         count = self._left.pop(0)
         if not count:
-            self._moves.append(None)
+            self._token_maps.append(None)
             return x_BND
         assert rows_BHRN is not None
         assert keys_BHNd is not None
@@ -243,18 +250,18 @@ class Reducer:
     def _reduce(self, x_BND: Tensor, rows_BHRN: Tensor, keys_BHNd: Tensor, P: int, count: int) -> Tensor:
         raise NotImplementedError
 
-    def _turn(self, rows_BK: Tensor) -> None:
-        """Leave the angles of these tokens."""
+    def _gather_rotary(self, rows_BK: Tensor) -> None:
+        """Keep the rotary angles of these tokens alone."""
         if self.rotary is not None:
-            cos, sin = (each[rows_BK] if each.ndim == 2 else take(each[:, 0], rows_BK) for each in self.rotary)
+            cos, sin = (each[rows_BK] if each.ndim == 2 else gather_tokens(each[:, 0], rows_BK) for each in self.rotary)
             self.rotary = cos[:, None], sin[:, None]
 
-    def _moved(self, place_BP: Tensor, share_BP: Tensor, patches: int) -> Move:
-        """A move of the patch tokens, with the tokens in front of them staying where they are."""
+    def _token_map(self, index_BP: Tensor, fraction_BP: Tensor, patches: int) -> TokenMap:
+        """Return the map of all tokens, given that of the patches; the tokens in front of them stay."""
         prefix = self.plan.prefix
-        first = torch.arange(prefix, device=place_BP.device).expand(place_BP.shape[0], -1)
-        places_BN = torch.cat([first, place_BP + prefix], dim=1)
-        return Move(places_BN, F.pad(share_BP, (prefix, 0), value=1.0), prefix + patches)
+        first = torch.arange(prefix, device=index_BP.device).expand(index_BP.shape[0], -1)
+        indices_BN = torch.cat([first, index_BP + prefix], dim=1)
+        return TokenMap(indices_BN, F.pad(fraction_BP, (prefix, 0), value=1.0), prefix + patches)
 
 
 class Keeper(Reducer):
@@ -271,8 +278,8 @@ class Keeper(Reducer):
         if self.sizes_BN is None:
             scores_BN = rows_BRN.mean(dim=1)
         else:
-            scores_BN = (shares(self.sizes_BN[:, self.plan.read])[:, None] @ rows_BRN)[:, 0]
-        # a patch that nothing looks at has a weight in the rest all the same, so that weights can always be shares
+            scores_BN = (to_fractions(self.sizes_BN[:, self.plan.read])[:, None] @ rows_BRN)[:, 0]
+        # a patch that nothing looks at has a weight in the rest all the same, so that weights always have a sum
         return scores_BN[:, self.plan.prefix :].clamp(min=1e-12)
 
     def _reduce(self, x_BND: Tensor, rows_BHRN: Tensor, keys_BHNd: Tensor, P: int, count: int) -> Tensor:
@@ -282,7 +289,7 @@ class Keeper(Reducer):
         if self.sizes_BN is not None:  # the last is the rest already
             candidates_BP = candidates_BP[:, :-1]
         kept_BK = candidates_BP.topk(keep, dim=1).indices.sort(dim=1).values
-        rest_BP = shares(scores_BP.scatter(1, kept_BK, 0.0))
+        rest_BP = to_fractions(scores_BP.scatter(1, kept_BK, 0.0))
         patches_BPD = x_BND[:, prefix:]
         fused_B1D = rest_BP[:, None].to(x_BND.dtype) @ patches_BPD
         first = torch.arange(prefix, device=kept_BK.device).expand(B, -1)
@@ -290,19 +297,19 @@ class Keeper(Reducer):
 
         weights_BP = rest_BP.detach()
 
-        def move() -> Move:
+        def token_map() -> TokenMap:
             stays_BP = torch.zeros_like(weights_BP, dtype=torch.int64).scatter(1, kept_BK, 1)
-            place_BP = torch.where(stays_BP > 0, stays_BP.cumsum(dim=1) - 1, keep)
-            return self._moved(place_BP, torch.where(stays_BP > 0, 1.0, weights_BP), keep + 1)
+            index_BP = torch.where(stays_BP > 0, stays_BP.cumsum(dim=1) - 1, keep)
+            return self._token_map(index_BP, torch.where(stays_BP > 0, 1.0, weights_BP), keep + 1)
 
-        self._moves.append(move)
-        self._turn(rows_BK)
+        self._token_maps.append(token_map)
+        self._gather_rotary(rows_BK)
         if self.rotary is not None:
             cos, sin = self.rotary
             self.rotary = F.pad(cos, (0, 0, 0, 1), value=1.0), F.pad(sin, (0, 0, 0, 1))
         ones = torch.ones(prefix + keep, dtype=scores_BP.dtype, device=x_BND.device)
         self.sizes_BN = F.pad(ones, (0, 1), value=float(self.patches - keep)).expand(B, -1)
-        return torch.cat([take(x_BND, rows_BK), fused_B1D], dim=1)
+        return torch.cat([gather_tokens(x_BND, rows_BK), fused_B1D], dim=1)
 
 
 class Merger(Reducer):
@@ -326,7 +333,7 @@ class Merger(Reducer):
         mass_BR = sizes_BP.gather(1, 2 * gone_BR)
         own_BQ = sizes_BP[:, 1::2]
         sum_BQ = own_BQ + (taken_BQR.to(mass_BR.dtype) @ mass_BR[:, :, None])[:, :, 0]
-        brought_BRD = take(x_BND, prefix + 2 * gone_BR) * mass_BR[:, :, None].to(x_BND.dtype)
+        brought_BRD = gather_tokens(x_BND, prefix + 2 * gone_BR) * mass_BR[:, :, None].to(x_BND.dtype)
         second_BQD = x_BND[:, prefix + 1 :: 2]
         merged_BQD = (second_BQD * own_BQ[:, :, None] + taken_BQR @ brought_BRD) / sum_BQ[:, :, None]
         # those that stay, in the order of the image: the first set without those that went, and the second
@@ -340,20 +347,20 @@ class Merger(Reducer):
         everything_BN = F.pad(sizes_BP, (prefix, 0), value=1.0)
         new_sizes_BK = torch.cat([everything_BN, sum_BQ], dim=1).gather(1, sources_BK)
 
-        def move() -> Move:
+        def token_map() -> TokenMap:
             target_BP = torch.arange(P, device=device).expand(B, -1).scatter(1, 2 * gone_BR, 2 * target_BR + 1)
             stays_BP = torch.ones_like(target_BP).scatter(1, 2 * gone_BR, 0)
-            place_BP = (stays_BP.cumsum(dim=1) - 1).gather(1, target_BP)
-            return self._moved(place_BP, sizes_BP / new_sizes_BK[:, prefix:].gather(1, place_BP), P - count)
+            index_BP = (stays_BP.cumsum(dim=1) - 1).gather(1, target_BP)
+            return self._token_map(index_BP, sizes_BP / new_sizes_BK[:, prefix:].gather(1, index_BP), P - count)
 
-        self._moves.append(move)
-        self._turn(rows_BK)
+        self._token_maps.append(token_map)
+        self._gather_rotary(rows_BK)
         self.sizes_BN = new_sizes_BK
-        return take(torch.cat([x_BND, merged_BQD.to(x_BND.dtype)], dim=1), sources_BK)
+        return gather_tokens(torch.cat([x_BND, merged_BQD.to(x_BND.dtype)], dim=1), sources_BK)
 
 
-def take(x_BND: Tensor, rows_BK: Tensor) -> Tensor:
-    """Of each image the tokens that its rows name: (B, N, D), int64 (B, K) -> (B, K, D).
+def gather_tokens(x_BND: Tensor, rows_BK: Tensor) -> Tensor:
+    """Gather tokens of each image by their numbers: (B, N, D), int64 (B, K) -> (B, K, D).
 
     As one choice of rows from a matrix (B N, D), which copies whole rows; torch's `gather` and ONNX's GatherElements
     go number by number.
@@ -363,11 +370,11 @@ def take(x_BND: Tensor, rows_BK: Tensor) -> Tensor:
     return x_BND.reshape(B * N, D).index_select(0, (rows_BK + starts_B1).flatten()).view(B, rows_BK.shape[1], D)
 
 
-def shares(weights_BN: Tensor) -> Tensor:
-    """Weights as shares of their sum, by row."""
+def to_fractions(weights_BN: Tensor) -> Tensor:
+    """Divide weights by their sum, by row."""
     return weights_BN / weights_BN.sum(dim=1, keepdim=True)
 
 
 def log_sizes(sizes_BN: Tensor | None) -> Tensor | None:
-    """The logarithms as a bias of scores, (B, 1, 1, N)."""
+    """Return the logarithms of sizes as a bias of scores, (B, 1, 1, N)."""
     return None if sizes_BN is None else sizes_BN.log()[:, None, None]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.errors import VitError, did_you_mean
-from vit.model.arguments import SIZES, counts, maps_per_head, resolve, resolve_reduction
+from vit.model.arguments import SIZES, maps_per_head, removed_per_layer, resolve, resolve_reduction
 from vit.model.attention import DifferentialAttention, DotProductAttention, MultiHeadAttention
 from vit.model.blocks import Block, PostNormBlock, make_mlp
 from vit.model.heads import AttentionPool, MeanPool
@@ -30,12 +30,12 @@ from vit.model.reduction import RATE, REDUCTION, ReducedTokens, Reduction, log_s
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, in_channels, height, width) -> logits (B, num_classes), or without classes features (B, width).
+    """A Vision Transformer: images (B, in_channels, height, width) -> logits (B, num_classes).
 
-    Arguments
+    Args:
         image_size, patch_size: one number or (height, width), in pixels; the image must divide into whole patches,
             or with `crop_to_patches` loses what is left over at the right and at the bottom.
-        num_classes: outputs of the head; 0 for no head, so that the model returns what a head would read.
+        num_classes: outputs of the head; 0 for no head, so that the model returns what a head would read, (B, width).
         size: "nano", "tiny", "small", "base", "large" or "huge" sets width, depth and heads; each may be set alone.
         mlp: "plain", or gated as "swiglu" or "swiglu_packed" (both halves in one matrix); mlp_ratio: width of its
             hidden layer, in widths; activation: of a plain one, "gelu", "gelu_tanh" or "quick_gelu".
@@ -46,7 +46,7 @@ class VisionTransformer(nn.Module):
         embed_norm: one more, of the "patches" as they are embedded (AIMv2) or of all "tokens" before the first block
             (CLIP); attention_norm, mlp_norm: of the heads' outputs before they are mixed, of the MLP's hidden layer
             (BEiT-3); final_norm: of the last "tokens", of what was "pooled", or "none"; None for what `pool` suggests.
-        position: "learned", "sincos", "rotary", "rotary_box" (in shares of the image, as DINOv3) or "none";
+        position: "learned", "sincos", "rotary", "rotary_box" (in fractions of the image, as DINOv3) or "none";
             `position_prefix` gives learned positions to the tokens in front too, as timm's plain ViTs have it.
         pool: "token" (class token), "mean" (of the patches) or "attention" (a learned query cross-attends to them);
             with `pool_prefix` the last two read the tokens in front, too.
@@ -57,10 +57,10 @@ class VisionTransformer(nn.Module):
         layer_scale: start of each branch's scale, None for none; qk_norm: normalise queries and keys, None
             to do so where attention has them; qkv_bias, proj_bias, patch_bias: biases of queries, keys and values, of
             attention's output and the MLP, of the patch embedding.
-        dropout, attention_dropout, drop_path, patch_dropout: shares in [0, 1), in training only; drop_path grows
+        dropout, attention_dropout, drop_path, patch_dropout: fractions in [0, 1), in training only; drop_path grows
             linearly from 0 in the first block to its value in the last.
         reduction: "keep" the patches that matter or "merge" similar ones, so that blocks have less to do; or "none".
-            reduction_rate: the share of the patches that are gone in the end; reduction_schedule: where they go,
+            reduction_rate: the fraction of the patches that is gone in the end; reduction_schedule: where they go,
             "constant", "decreasing" or "stages", or how many for each layer; None for what suits the method;
             reduction_proportional: attend to a token by how many patches it stands for; None: where they merge.
         init: "trunc_normal", "xavier" or "mimetic".
@@ -182,7 +182,7 @@ class VisionTransformer(nn.Module):
         return x_BND if reducer is None else ReducedTokens(x_BND, reducer.sizes_BN)
 
     def embed(self, images_BCHW: Tensor) -> tuple[Tensor, Rotary | None]:
-        """Images -> the sequence (B, N, D) of class token, registers and patches, and the angles of rotary positions.
+        """Embed images as class token, registers and patches (B, N, D), with the angles of rotary positions.
 
         In training with `patch_dropout`, each image keeps a random subset of its patches, each with its own position.
         """
@@ -197,10 +197,10 @@ class VisionTransformer(nn.Module):
             if covered:
                 tokens = [torch.cat(tokens, dim=1) + self.pos_embed[:, :covered]]
         if self.training and self.patch_dropout:
-            patches_BPD, places_BK = drop_patches(patches_BPD, self.patch_dropout)
+            patches_BPD, indices_BK = drop_patches(patches_BPD, self.patch_dropout)
             if rotary is not None:
-                first = torch.arange(prefix, device=places_BK.device).expand(B, -1)
-                rows_BN = torch.cat([first, places_BK + prefix], dim=1)
+                first = torch.arange(prefix, device=indices_BK.device).expand(B, -1)
+                rows_BN = torch.cat([first, indices_BK + prefix], dim=1)
                 rotary = rotary[0][rows_BN].unsqueeze(1), rotary[1][rows_BN].unsqueeze(1)
         return self.norm_pre(self.embed_drop(torch.cat([*tokens, patches_BPD], dim=1))), rotary
 
@@ -227,7 +227,7 @@ class VisionTransformer(nn.Module):
         return self.mean_pool(x_BND, sizes_BN)
 
     def pool_bias(self, sizes_BN: Tensor | None) -> Tensor | None:
-        """What is added to the scores of the pooling query's attention, (B, 1, 1, N of those that it reads)."""
+        """Return what is added to the scores of the pooling query's attention, (B, 1, 1, N of those that it reads)."""
         proportional = self.reduction is not None and self.reduction.proportional
         return log_sizes(sizes_BN[:, self.read]) if proportional and sizes_BN is not None else None
 
@@ -262,7 +262,7 @@ class VisionTransformer(nn.Module):
         return patches
 
     def reduce(self, reduction: str = "none", **options: Any) -> VisionTransformer:
-        """Reduce tokens otherwise from now on; the arguments are those of the constructor.  Returns the model itself.
+        """Change the token reduction; the arguments are those of the constructor.  Returns the model itself.
 
         `model.reduce("merge", reduction_rate=0.5)`; no weights change.  Raises `VitError`, and then nothing changes.
         """
@@ -276,7 +276,7 @@ class VisionTransformer(nn.Module):
 
     def _reduction(self) -> Reduction | None:
         a = self.architecture
-        found = counts(a)
+        found = removed_per_layer(a)
         if found is None:
             return None
         proportional = a["reduction"] == "merge" if a["reduction_proportional"] is None else a["reduction_proportional"]
@@ -298,7 +298,7 @@ class VisionTransformer(nn.Module):
 
 
 def _block(a: dict[str, Any], layer: int) -> Block:
-    """Block number `layer` of the model that has these arguments."""
+    """Build block number `layer` of the model that has these arguments."""
     width, make = a["width"], make_norm(a["norm_layer"], a["norm_eps"])
     drops = {key: a[key] for key in ("dropout", "attention_dropout")}
     attention: nn.Module = DotProductAttention(**drops)

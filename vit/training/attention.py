@@ -32,7 +32,7 @@ from vit.data.augment import normalise
 from vit.data.dataset import ImageData
 from vit.data.preprocess import Preprocessing
 from vit.data.resident import free_memory
-from vit.explain.records import measure, run_info
+from vit.explain.attention_tab import measure, run_info
 from vit.training import attention_pictures, pictures
 from vit.training.budget import Budget, CostEstimate
 from vit.training.events import EventFile

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vit.explain.attention_tab import summarise, token_pairs
 from vit.explain.diagnostics import attention_distance, entropy, patch_mass
-from vit.explain.methods import Trace
-from vit.explain.records import Observed, observe
+from vit.explain.methods import METHODS, Trace
 
 MOST_STEPS = 100
 MOST_SHOWS = 7  # of them with pictures, and with pairs at most
@@ -94,7 +94,7 @@ class Observation:
     """Attention at one step.  Lists have one entry an image.
 
     Attributes
-        steps, probes: as `vit.explain.records.Observed` has them.
+        steps, probes: as `vit.explain.attention_tab.summarise` returns them.
         pairs: of the first images, where they were asked for.
         maps: by method, (n, rows, columns), for the predicted class.
         predicted: int64 (n,).
@@ -115,16 +115,16 @@ def look(model: nn.Module, images: Tensor, labels: list[int], kept: Plan, *, pai
     sums: dict[str, float] = {}
     for start in range(0, len(labels), kept.chunk):
         chunk = slice(start, start + kept.chunk)
-        seen = observe(model, images[chunk], list(labels[chunk]))
-        out.steps += seen.steps
-        out.probes += seen.probes
+        steps, probes, traced = summarise(model, images[chunk], list(labels[chunk]))
+        out.steps += steps
+        out.probes += probes
         if pairs:
-            for i in range(max(0, min(len(seen.steps), kept.pairs_images - start))):
-                out.pairs.append(seen.pairs(i, per_head=kept.per_head))
-        maps.append(_maps(seen))
-        predicted.append(seen.predicted.target)
-        for tag, value in _curves(seen.predicted).items():
-            sums[tag] = sums.get(tag, 0.0) + value * len(seen.steps)
+            for i in range(max(0, min(len(steps), kept.pairs_images - start))):
+                out.pairs.append(token_pairs(traced, i, per_head=kept.per_head))
+        maps.append({method: METHODS[method](traced) for method in (*FIRST, *REST)})
+        predicted.append(traced.target)
+        for tag, value in _curves(traced).items():
+            sums[tag] = sums.get(tag, 0.0) + value * len(steps)
     out.maps = {method: torch.cat([each[method] for each in maps]) for method in maps[0]}
     out.predicted = torch.cat(predicted)
     sink = [step["sink"] for step in out.steps]
@@ -134,15 +134,11 @@ def look(model: nn.Module, images: Tensor, labels: list[int], kept: Plan, *, pai
     return out
 
 
-def _maps(seen: Observed) -> dict[str, Tensor]:
-    return {method: seen.maps(method) for method in (*FIRST, *REST)}
-
-
 def _curves(t: Trace) -> dict[str, float]:
     """Distance in patches, entropy in nats and share of the mass on patches, of some layers, means over heads."""
     depth = len(t.weights)
     layers = sorted({round(i * (depth - 1) / (_CURVES - 1)) for i in range(_CURVES)})
-    chosen = t.only(layers)
+    chosen = t.select_layers(layers)
     found = {
         "distance": attention_distance(chosen, t.prefix_tokens, t.grid),
         "entropy": entropy(chosen),

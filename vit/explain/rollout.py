@@ -1,4 +1,4 @@
-"""Attention rollout, from weights alone: information is followed from the head down to the image, a row at a time."""
+"""Attention rollout from weights alone: a row of weights goes from the head down through the layers to the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vit.errors import VitError, did_you_mean
 from vit.explain.record import Weights
-from vit.model.reduction import Move
+from vit.model.reduction import TokenMap
 
 Fusion = Literal["mean", "max", "min"]
 FUSIONS: tuple[Fusion, ...] = ("mean", "max", "min")
@@ -24,15 +24,15 @@ def rollout(
     *,
     fusion: Fusion = "mean",
     discard: float = 0.0,
-    moves: Sequence[Move | None] | None = None,
+    token_maps: Sequence[TokenMap | None] | None = None,
 ) -> Tensor:
-    """Attention rollout (Abnar & Zuidema 2020, section 3): maps (B, rows, columns), each of sum 1.
+    """Compute attention rollout (Abnar & Zuidema 2020, section 3): maps (B, rows, columns), each of sum 1.
 
     `R = Â_L ... Â_1` with `Â = rownorm(fuse_h(A) + I)`, half for the residual connection; the map is the row of `R`
-    that the head reads, its patches' share made to sum to 1.  Where tokens were reduced, the matrices that say where
-    they went stand between the layers: `R = M_L Â_L ... M_1 Â_1`.
+    that the head reads, its part of the patches made to sum to 1.  Where tokens were reduced, the matrices of the
+    token maps stand between the layers: `R = M_L Â_L ... M_1 Â_1`.
 
-    Arguments
+    Args:
         weights: A_1 to A_L, (B, H, N, N) each; of a record of differential attention, their positive part is taken
             and made to sum to 1 by row, so that every layer is half residual, as with any other attention.
         prefix_tokens: class token and registers, in front of the patches.
@@ -40,49 +40,50 @@ def rollout(
         readout: (B, N) or (B, R, N), how the head weighs the last tokens; None: the class token, token 0, or without
             prefix tokens the mean of the patches.
         fusion: "mean", "max" or "min" over heads.
-        discard: this share of each image's and layer's fused weights, the smallest, is set to 0; columns of prefix
+        discard: this fraction of each image's and layer's fused weights, the smallest, is set to 0; columns of prefix
             tokens always stay, and rows sum to 1 again afterwards.
-        moves: as `Record.moves` has them; None: as the weights of a record carry them along.
+        token_maps: see `Record.token_maps`; None: those of `weights`, which a record's weights have.
 
     Raises `VitError` when the sizes do not fit each other or an option is out of range.
     """
     if not len(weights):
         raise VitError("rollout: there are no weights")
-    if moves is None:
-        moves = getattr(weights, "moves", None) or [None] * (len(weights) + 1)
-    _check_sizes(weights, moves)
+    if token_maps is None:
+        token_maps = getattr(weights, "token_maps", None) or [None] * (len(weights) + 1)
+    _check_sizes(weights, token_maps)
     weights = weights.fractions() if isinstance(weights, Weights) else weights
-    row_BN = back(moves[-1], _start(readout, _sizes(weights, moves), prefix_tokens))
-    return to_map(carry(weights, row_BN, moves, prefix_tokens, fusion, discard), prefix_tokens, grid)
+    row_BN = unmerge(token_maps[-1], _initial_row(readout, _sizes(weights, token_maps), prefix_tokens))
+    return to_map(propagate(weights, row_BN, token_maps, prefix_tokens, fusion, discard), prefix_tokens, grid)
 
 
-def _check_sizes(weights: Sequence[Tensor], moves: Sequence[Move | None]) -> None:
-    """Raise `VitError` where layers do not fit each other and what was moved between them."""
-    if len(moves) != len(weights) + 1:
-        raise VitError(f"rollout: {len(weights)} layers need {len(weights) + 1} moves, not {len(moves)}")
+def _check_sizes(weights: Sequence[Tensor], token_maps: Sequence[TokenMap | None]) -> None:
+    """Raise `VitError` where layers do not fit each other and the token maps between them."""
+    if len(token_maps) != len(weights) + 1:
+        raise VitError(f"rollout: {len(weights)} layers need {len(weights) + 1} token maps, not {len(token_maps)}")
     B, N = weights[0].shape[0], weights[0].shape[-1]
-    for each, move in zip(weights, moves[1:], strict=True):
+    for each, token_map in zip(weights, token_maps[1:], strict=True):
         shape = tuple(each.shape)
         if len(shape) != 4 or (shape[0], *shape[2:]) != (B, N, N):
-            reduced = each.ndim == 4 and shape[0] == B and shape[2] == shape[3] and not any(moves)
-            hint = ": were tokens reduced? Give record.weights as they are, or moves=record.moves" if reduced else ""
-            raise VitError(f"rollout: expected all rows of every layer, (B, H, N, N), not {shape}{hint}")
-        if move is not None:
-            if move.place_BN.shape != (B, N):
-                raise VitError(f"rollout: moves of {tuple(move.place_BN.shape)} tokens for weights of ({B}, {N})")
-            N = move.tokens
+            reduced = each.ndim == 4 and shape[0] == B and shape[2] == shape[3] and not any(token_maps)
+            hint = ": were tokens reduced? Give record.weights as they are, or token_maps=record.token_maps"
+            raise VitError(f"rollout: expected all rows of every layer, (B, H, N, N), not {shape}{hint * reduced}")
+        if token_map is not None:
+            if token_map.index_BN.shape != (B, N):
+                shape = tuple(token_map.index_BN.shape)
+                raise VitError(f"rollout: a token map of {shape} tokens for weights of ({B}, {N})")
+            N = token_map.tokens
 
 
-def _sizes(weights: Sequence[Tensor], moves: Sequence[Move | None]) -> Tensor:
-    """How many of the first layer's tokens each of the last stands for, (B, N)."""
+def _sizes(weights: Sequence[Tensor], token_maps: Sequence[TokenMap | None]) -> Tensor:
+    """Count the tokens of the first layer that each of the last stands for, (B, N)."""
     sizes_BN = torch.ones_like(weights[0][:, 0, 0])
-    for move in moves[1:]:
-        if move is not None:
-            sizes_BN = move.added(sizes_BN)
+    for token_map in token_maps[1:]:
+        if token_map is not None:
+            sizes_BN = token_map.scatter_sum(sizes_BN)
     return sizes_BN
 
 
-def _start(readout: Tensor | None, sizes_BN: Tensor, prefix: int) -> Tensor:
+def _initial_row(readout: Tensor | None, sizes_BN: Tensor, prefix: int) -> Tensor:
     B, N = sizes_BN.shape
     if readout is None:
         readout = sizes_BN * (torch.arange(N, device=sizes_BN.device) < (1 if prefix else N))
@@ -92,44 +93,44 @@ def _start(readout: Tensor | None, sizes_BN: Tensor, prefix: int) -> Tensor:
     return readout / readout.sum(dim=1, keepdim=True)
 
 
-def carry(
+def propagate(
     weights: Sequence[Tensor],
     row_BN: Tensor,
-    moves: Sequence[Move | None] | None,
+    token_maps: Sequence[TokenMap | None] | None,
     prefix: int,
     fusion: str,
     discard: float,
 ) -> Tensor:
-    """Carry a row down through all layers: (B, N) -> (B, N) of the image, of sum 1."""
+    """Propagate a row from the last layer to the image: (B, N) -> (B, N), of sum 1."""
     rows_B1N = row_BN[:, None]
     for layer in reversed(range(len(weights))):
-        rows_B1N = down(rows_B1N, weights[layer], prefix, fusion, discard)
-        rows_B1N = back(None if moves is None else moves[layer], rows_B1N)
+        rows_B1N = rollout_step(rows_B1N, weights[layer], prefix, fusion, discard)
+        rows_B1N = unmerge(None if token_maps is None else token_maps[layer], rows_B1N)
     return rows_B1N[:, 0]
 
 
-def back(move: Move | None, rows_BxN: Tensor) -> Tensor:
-    """Rows over the tokens after a move -> over those before it."""
-    return rows_BxN if move is None else move.back(rows_BxN)
+def unmerge(token_map: TokenMap | None, rows_BxN: Tensor) -> Tensor:
+    """Turn rows over the tokens after a token map into rows over those before it."""
+    return rows_BxN if token_map is None else token_map.unmerge(rows_BxN)
 
 
-def down(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
-    """Rows times `Â = rownorm(fuse_h(A) + I)`: (B, R, N) -> (B, R, N)."""
+def rollout_step(rows_BRN: Tensor, weights_BHNN: Tensor, prefix: int, fusion: str, discard: float) -> Tensor:
+    """Multiply rows by `Â = rownorm(fuse_h(A) + I)`: (B, R, N) -> (B, R, N)."""
     if fusion not in FUSIONS:
         raise VitError(f"fusion: no {fusion!r}; {did_you_mean(str(fusion), FUSIONS)}")
     if not 0 <= discard < 1:
         raise VitError(f"discard: expected a share from 0 to under 1, not {discard!r}")
     if fusion == "mean" and not discard and rows_BRN.shape[1] == 1:
         # (mean_h A + I) / 2: its rows sum to 1 as they are, and no mean matrix has to be made
-        return (through(rows_BRN[:, 0], weights_BHNN)[:, None] + rows_BRN) / 2
-    fused_BNN = _discarded(_fuse(weights_BHNN, fusion), prefix, discard)
-    shares_BRN = rows_BRN / (fused_BNN.sum(dim=2) + 1)[:, None]
+        return (attend_mean(rows_BRN[:, 0], weights_BHNN)[:, None] + rows_BRN) / 2
+    fused_BNN = _discard_smallest(_fuse(weights_BHNN, fusion), prefix, discard)
+    fractions_BRN = rows_BRN / (fused_BNN.sum(dim=2) + 1)[:, None]
     with torch.autocast(fused_BNN.device.type, enabled=False):
-        return torch.bmm(shares_BRN, fused_BNN) + shares_BRN
+        return torch.bmm(fractions_BRN, fused_BNN) + fractions_BRN
 
 
-def through(row_BN: Tensor, weights_BHNN: Tensor) -> Tensor:
-    """`row @ mean_h A`, without making the mean matrix: (B, N) -> (B, N)."""
+def attend_mean(row_BN: Tensor, weights_BHNN: Tensor) -> Tensor:
+    """Multiply a row by `mean_h A`, without making the mean matrix: (B, N) -> (B, N)."""
     with torch.autocast(row_BN.device.type, enabled=False):
         return (row_BN[:, None, None] @ weights_BHNN)[:, :, 0].mean(dim=1)
 
@@ -140,7 +141,7 @@ def _fuse(weights_BHNN: Tensor, fusion: str) -> Tensor:
     return weights_BHNN.amax(dim=1) if fusion == "max" else weights_BHNN.amin(dim=1)
 
 
-def _discarded(fused_BNN: Tensor, prefix: int, discard: float) -> Tensor:
+def _discard_smallest(fused_BNN: Tensor, prefix: int, discard: float) -> Tensor:
     B, N, _ = fused_BNN.shape
     count = int(discard * N * (N - prefix))
     if not count:
@@ -152,7 +153,7 @@ def _discarded(fused_BNN: Tensor, prefix: int, discard: float) -> Tensor:
 
 
 def to_map(row_BN: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
-    """The patches' part of a row as a map of sum 1; where nothing is left of it, every patch the same."""
+    """Turn the patches' part of a row into a map of sum 1; where nothing is left of it, every patch gets the same."""
     patches_BP = row_BN[:, prefix:].float()
     if patches_BP.shape[1] != grid[0] * grid[1]:
         raise VitError(

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vit.explain.carry import FUSIONS
 from vit.explain.diagnostics import sinks
 from vit.explain.faithfulness import perturb
 from vit.explain.methods import METHODS, Trace, rollout_by_depth, trace
 from vit.explain.record import find
-from vit.model.reduction import Move
+from vit.explain.rollout import FUSIONS
+from vit.model.reduction import TokenMap
 
 SHOWN = ("rollout", "raw", "relevance", "gradient_rollout", "legrad")
 """The methods that the tab offers."""
@@ -29,45 +28,24 @@ _TOP = 5
 _STAYS = 0xFFFF
 
 
-@dataclass
-class Observed:
-    """A batch, observed.  Lists have one entry an image.
+def token_pairs(t: Trace, i: int, *, per_head: bool) -> dict[str, Any]:
+    """Return every token's attention to every other in image `i`: (L, H or 1, N, N).
 
-    Attributes
-        steps: prediction, probabilities, sinks; "faithfulness" is None, for others to fill in.
-        probes: class rows (L, H, P), rollout by fusion (L, P), maps of class-specific methods (T, P) for "targets"; and
-            where tokens are reduced, "reduced": `fates`.
-        weights: L times (B, H, N, N), for `pairs`.
-        predicted: Trace of the predicted class, for further measures.
+    Patches that are one token attend alike, and each gets its fraction of the attention to that token.
     """
-
-    steps: list[dict[str, Any]]
-    probes: list[dict[str, Any]]
-    weights: list[Tensor]
-    predicted: Trace
-
-    def pairs(self, i: int, *, per_head: bool) -> dict[str, Any]:
-        """Every token's attention to every other in image `i`: (L, H or 1, N, N).
-
-        Patches that are one token attend alike, and have its attention in the shares that they have in it.
-        """
-        layers = [weights[i] if per_head else weights[i].mean(dim=0, keepdim=True) for weights in self.weights]
-        gone: Move | None = None
-        for layer, move in enumerate(self.predicted.moves or ()):
-            if move is not None:
-                only = Move(move.place_BN[i : i + 1], move.share_BN[i : i + 1], move.tokens)
-                gone = only if gone is None else gone.then(only)
-            if gone is not None and layer < len(layers):
-                layers[layer] = gone.back(layers[layer][None])[0][:, gone.place_BN[0]]
-        return {"per_head": per_head, "attention": torch.stack(layers).cpu().numpy()}
-
-    def maps(self, method: str) -> Tensor:
-        """Maps (B, rows, columns) of a method, for the predicted class."""
-        return METHODS[method](self.predicted)
+    layers = [weights[i] if per_head else weights[i].mean(dim=0, keepdim=True) for weights in t.weights]
+    to_layer: TokenMap | None = None
+    for layer, token_map in enumerate(t.token_maps or ()):
+        if token_map is not None:
+            own = TokenMap(token_map.index_BN[i : i + 1], token_map.fraction_BN[i : i + 1], token_map.tokens)
+            to_layer = own if to_layer is None else to_layer.compose(own)
+        if to_layer is not None and layer < len(layers):
+            layers[layer] = to_layer.unmerge(layers[layer][None])[0][:, to_layer.index_BN[0]]
+    return {"per_head": per_head, "attention": torch.stack(layers).cpu().numpy()}
 
 
 def run_info(model: nn.Module, class_names: list[str], name: str) -> dict[str, Any]:
-    """What the tab needs to know of a model, without probes."""
+    """Describe a model as the tab needs it, without probes."""
     vit = find(model)
     grid, patch, image = vit.grid, vit.patch_size, vit.covered
     first: Any = vit.blocks[0]
@@ -86,10 +64,17 @@ def run_info(model: nn.Module, class_names: list[str], name: str) -> dict[str, A
     }
 
 
-def observe(model: nn.Module, images: Tensor, labels: list[int | None], *, temperature: float = 1.0) -> Observed:
-    """Run the model forward and back, twice where some image is labelled otherwise than predicted.
+def summarise(
+    model: nn.Module, images: Tensor, labels: list[int | None], *, temperature: float = 1.0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Trace]:
+    """Summarise attention as the tab shows it: two lists with an entry for each image, and the trace behind them.
 
-    Arguments
+    The first has prediction, probabilities and sinks; "faithfulness" is None, for `measure`.  The second has class rows
+    (L, H, P), rollout by fusion (L, P), maps of class-specific methods (T, P) for "targets", and where tokens are
+    reduced, "reduced": `token_assignments`.  The trace is of the predicted class.  The model runs forward and back,
+    twice where some image is labelled otherwise than predicted.
+
+    Args:
         images: normalised (B, C, height, width), on the model's device.
         labels: the true class of each, None where it is not known.
         temperature: probabilities are softmax(logits / temperature).
@@ -125,13 +110,13 @@ def observe(model: nn.Module, images: Tensor, labels: list[int | None], *, tempe
         }
         rolled = {fusion: each[:, i] for fusion, each in rollouts.items()}
         probes.append({"rows": rows[i], "rollout": rolled, "targets": [predicted[i], label], **maps})
-        if found := fates(first, i):
+        if found := token_assignments(first, i):
             probes[-1]["reduced"] = found
-    return Observed(steps, probes, first.weights, first)
+    return steps, probes, first
 
 
-def fates(t: Trace, i: int) -> dict[str, str] | None:
-    """What became of the patches of image `i`; None where all stay.
+def token_assignments(t: Trace, i: int) -> dict[str, str] | None:
+    """Return what became of the patches of image `i`; None where all stay.
 
     "gone": after which layer (from 0) each was no token of its own; "into": which patch it joined, the first of those
     that are now one.  Both uint16 (P,) in base64.
@@ -140,23 +125,22 @@ def fates(t: Trace, i: int) -> dict[str, str] | None:
     first patch of the token that a patch is in after that layer.
     """
     P = t.grid[0] * t.grid[1]
-    if not any(t.moves or ()):
+    if not any(t.token_maps or ()):
         return None
-    place = np.arange(t.prefix_tokens, t.prefix_tokens + P)
+    index = np.arange(t.prefix_tokens, t.prefix_tokens + P)
     own = np.arange(P)
-    first, gone, into = own.copy(), np.full(P, _STAYS), own.copy()
-    for layer, move in enumerate((t.moves or [])[1:]):
-        if move is None:
+    first, removed_after, merged_into = own.copy(), np.full(P, _STAYS), own.copy()
+    for layer, token_map in enumerate((t.token_maps or [])[1:]):
+        if token_map is None:
             continue
-        place = move.place_BN[i].cpu().numpy()[place]
-        leads = np.full(move.tokens, P)
-        np.minimum.at(leads, place, first)
-        joined = (first == own) & (leads[place] != own)
-        gone[joined], into[joined] = layer, leads[place][joined]
-        first = leads[place]
-    return {
-        name: base64.b64encode(each.astype("<u2").tobytes()).decode() for name, each in (("gone", gone), ("into", into))
-    }
+        index = token_map.index_BN[i].cpu().numpy()[index]
+        leads = np.full(token_map.tokens, P)
+        np.minimum.at(leads, index, first)
+        joined = (first == own) & (leads[index] != own)
+        removed_after[joined], merged_into[joined] = layer, leads[index][joined]
+        first = leads[index]
+    found = {"gone": removed_after, "into": merged_into}
+    return {name: base64.b64encode(each.astype("<u2").tobytes()).decode() for name, each in found.items()}
 
 
 def measure(
@@ -170,9 +154,9 @@ def measure(
     temperature: float = 1.0,
     batch_size: int = 128,
 ) -> None:
-    """Add deletion and insertion of `maps`, by method, to the "faithfulness" of observed steps.
+    """Add deletion and insertion of `maps`, by method, to the "faithfulness" of the steps that `summarise` returns.
 
-    Costs 2 (counts + 1) forward passes a method and image; arguments as those of `observe` and `perturb`.
+    Costs 2 (counts + 1) forward passes a method and image; arguments as those of `summarise` and `perturb`.
     """
     for method, each in maps.items():
         with torch.compiler.set_stance("force_eager"):  # other sizes of batch would be compiled anew
@@ -184,7 +168,7 @@ def measure(
 
 def _class_rows(t: Trace) -> np.ndarray:
     """The attention of what the head reads to the patches, by layer and head: (B, L, H, P)."""
-    layers = [t.looks(layer)[:, :, t.prefix_tokens :] for layer in range(len(t.weights))]
+    layers = [t.readout_attention(layer)[:, :, t.prefix_tokens :] for layer in range(len(t.weights))]
     return torch.stack(layers, dim=1).float().cpu().numpy()
 
 
