@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vit.cli.parser import parse as parse_command
-from vit.model.reduction import METHODS, SCHEDULES, parse, spell
+from vit.model.reduction import METHODS, SCHEDULES, format_reduction, parse
 from vit.training.sections import ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_every_command_can_be_read(command):
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"\b((?:keep|merge):[\d.:\-a-z]*\d)", TEXT))))
 def test_every_line_is_a_reduction(line):
-    assert spell(parse(line)).startswith(line)
+    assert format_reduction(parse(line)).startswith(line)
 
 
 def test_every_training_composes():
