@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"checksums", "errors", "files", "options", "processors", "shell", "signals"}
+GROUND = {"checksums", "errors", "files", "map_methods", "options", "processors", "shell", "signals"}
 """Modules beside the rooms that every room may use: standard library only."""
 
 

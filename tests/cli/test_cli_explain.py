@@ -364,12 +364,13 @@ def test_a_class_for_a_method_without_classes_is_said(small_bundle, photographs,
     assert "rollout does not depend on the class" in capsys.readouterr().err
 
 
-def test_the_methods_of_the_command_are_those_there_are():
-    from vit.cli import explain, parser
-    from vit.explain.methods import CLASS_SPECIFIC, METHODS
+def test_the_table_of_methods_is_that_of_the_functions_and_the_tab():
+    """The table has a line for each function, and the Attention tab has the table."""
+    from vit.explain.methods import METHODS
+    from vit.map_methods import MAP_METHODS, SCRIPT, script
 
-    assert set(parser.METHODS) == set(METHODS)
-    assert set(explain._BY_CLASS) == set(CLASS_SPECIFIC)
+    assert list(MAP_METHODS) == list(METHODS)
+    assert SCRIPT.read_text("utf-8") == script(), "run python -m vit.map_methods"
 
 
 @pytest.mark.parametrize(

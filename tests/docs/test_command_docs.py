@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vit.cli import main
-from vit.cli.parser import METHODS
+from vit.map_methods import MAP_METHODS
 
 ROOT = Path(__file__).parents[2]
 EXPLAIN, CLASSIFY = ((ROOT / "docs" / name).read_text("utf-8") for name in ("explain.md", "classify.md"))
@@ -69,7 +69,7 @@ def test_the_python_of_the_page_runs(place, capsys):
 
 def test_the_page_names_every_method_and_option():
     table = EXPLAIN[EXPLAIN.index("## The methods") : EXPLAIN.index("For a first look")]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(METHODS)
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == list(MAP_METHODS)
     help_text = subprocess.run(
         [sys.executable, "-m", "vit", "explain", "--help"],
         cwd=ROOT,

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from vit.explain.methods import CLASS_SPECIFIC, METHODS, Trace, explain, trace
+from vit.explain.methods import METHODS, Trace, explain, trace
+from vit.map_methods import BY_CLASS
 
 
 def _load(path: Path) -> ModuleType:
@@ -231,7 +232,7 @@ def test_maps_depend_on_the_class_where_they_should(pool):
     for method in METHODS:
         maps = [explain(model, images, method, target=k) for k in range(3)]
         differences = [(a - b).abs().amax((1, 2)).min().item() for a, b in pairwise(maps)]
-        assert all((d > 1e-3) == (method in CLASS_SPECIFIC) for d in differences), (method, differences)
+        assert all((d > 1e-3) == (method in BY_CLASS) for d in differences), (method, differences)
 
 
 @every_method
@@ -314,7 +315,7 @@ def by_hand(scale: float = 1.0, gradient: float | None = None, pool: str = "toke
     )
 
 
-by_class = pytest.mark.parametrize("method", sorted(CLASS_SPECIFIC))
+by_class = pytest.mark.parametrize("method", sorted(BY_CLASS))
 
 
 @by_class

@@ -19,11 +19,10 @@ from vit.files import check_folder_name
 from vit.inference.classifier import NO_NUMBER, Classifier, Prepared
 from vit.inference.loading import load_torch
 from vit.inference.sources import expand_sources
+from vit.map_methods import BY_CLASS
 
 if TYPE_CHECKING:
     from vit.explain.maps import Mapper
-
-_BY_CLASS = ("relevance", "gradient_rollout", "legrad")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,10 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
         layer=arguments.layer,
         temperature=description.temperature,
     )
-    if target is not None and arguments.method not in _BY_CLASS:
+    if target is not None and arguments.method not in BY_CLASS:
         print(
             f"vit: {arguments.method} does not depend on the class: its maps are the same for every --target "
-            f"(those of {', '.join(_BY_CLASS)} are not)",
+            f"(those of {', '.join(BY_CLASS)} are not)",
             file=sys.stderr,
         )
     viewer = Viewer(mapper, description.class_names, arguments.model, arguments.index)

@@ -1,4 +1,4 @@
-"""Define the options of the `vit` command.  Imports only argparse; each command is imported when it runs."""
+"""Define the options of the `vit` command.  Imports argparse and a table; each command is imported when it runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from vit.errors import VitError
-
-METHODS = ("rollout", "raw", "relevance", "gradient_rollout", "legrad", "random")
-"""Methods of `vit.explain.methods`, which imports torch; a test compares both."""
+from vit.map_methods import BY_CLASS, MAP_METHODS
 
 MODEL = "run folder, .ckpt, bundle folder, exported .onnx file or name of timm's (vit_small_patch16_224.augreg_in1k)"
 SOURCE = "image file, folder, glob, .txt list with one path a line, or - for paths on standard input"
@@ -120,15 +118,16 @@ def _explain(commands: Any) -> None:
     command.add_argument("--output", metavar="DIR", required=True, help="the folder to write to; made if need be")
     command.add_argument(
         "--method",
-        choices=METHODS,
+        choices=tuple(MAP_METHODS),
         default="rollout",
         metavar="METHOD",
-        help=f"{', '.join(METHODS)} (rollout; docs/explain.md tells them apart)",
+        help=f"{', '.join(MAP_METHODS)} (rollout; docs/explain.md tells them apart)",
     )
     command.add_argument(
         "--target",
         metavar="LABEL",
-        help="the class to explain, by name or number (the predicted one), for relevance, gradient_rollout and legrad",
+        help="the class to explain, by name or number (the predicted one), for "
+        f"{', '.join(BY_CLASS[:-1])} and {BY_CLASS[-1]}",
     )
     command.add_argument(
         "--layer", type=_integer, metavar="N", help="raw: this layer; others: no higher than it; from 0, or -1 the last"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vit.dashboard.format import PAIRS, PROBE, RUN, STEPS, RecordError
+from vit.map_methods import BY_CLASS
 
 _LARGEST_SIDE = 1 << 24
 
@@ -67,7 +68,7 @@ def _check_probe(record: Mapping[str, Any]) -> None:
     if len(record["targets"]) != 2 or record["targets"][0] is None:
         raise RecordError("the record is damaged: targets")
     rows = sum(target is not None for target in record["targets"])
-    for method in ("relevance", "gradient_rollout", "legrad"):
+    for method in BY_CLASS:
         if method in record:
             _require(record, "", **{method: _packed_array(2, rows)})
     if "reduced" in record:

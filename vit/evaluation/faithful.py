@@ -32,7 +32,8 @@ from vit.explain.faithfulness import (
     randomisation,
     rank_correlation,
 )
-from vit.explain.methods import CLASS_SPECIFIC, METHODS, trace
+from vit.explain.methods import METHODS, trace
+from vit.map_methods import BY_CLASS
 
 _BATCH = 32
 _RANDOMISED = 64  # images of the randomisation check
@@ -118,7 +119,7 @@ def _against_boxes(
         if objects == 2:
             both = torch.stack([pointing(each, boxes[:, m], size, _REACH) for m, each in enumerate(maps)])
             _note(found[method], "pointing_each", both.float().mean(dim=0))
-            if method in CLASS_SPECIFIC:
+            if method in BY_CLASS:
                 _note(found[method], "agreement", rank_correlation(maps[0].flatten(1), maps[1].flatten(1)))
     grid = traces[0].grid
     _note(chance, "pointing", pointing_chance(grid, boxes[:, 0], size, _REACH))

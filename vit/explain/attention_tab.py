@@ -19,11 +19,9 @@ from vit.explain.faithfulness import perturb
 from vit.explain.methods import METHODS, Trace, rollout_by_depth, trace
 from vit.explain.record import find
 from vit.explain.rollout import FUSIONS
+from vit.map_methods import BY_CLASS, IN_TAB
 from vit.model.reduction import TokenMap
 
-SHOWN = ("rollout", "raw", "relevance", "gradient_rollout", "legrad")
-"""The methods that the tab offers."""
-_BY_CLASS = ("relevance", "gradient_rollout", "legrad")
 _TOP = 5
 _STAYS = 0xFFFF
 
@@ -59,7 +57,7 @@ def run_info(model: nn.Module, class_names: list[str], name: str) -> dict[str, A
         "layers": len(vit.blocks),
         "heads": first.attn.heads,
         "readout": vit.pool,
-        "methods": list(SHOWN),
+        "methods": list(IN_TAB),
         **({} if vit.reduction is None else {"reduction": vit.reduction.method}),
     }
 
@@ -82,9 +80,9 @@ def summarise(
     first = trace(model, images)
     predicted = first.target.tolist()
     wrong = [i for i, label in enumerate(labels) if label is not None and label != predicted[i]]
-    second = trace(model, images[wrong], torch.tensor([labels[i] for i in wrong]), methods=_BY_CLASS) if wrong else None
-    by_class = {name: _flat(METHODS[name](first)) for name in _BY_CLASS}
-    by_label = {name: _flat(METHODS[name](second)) for name in _BY_CLASS} if second is not None else {}
+    second = trace(model, images[wrong], torch.tensor([labels[i] for i in wrong]), methods=BY_CLASS) if wrong else None
+    by_class = {name: _flat(METHODS[name](first)) for name in BY_CLASS}
+    by_label = {name: _flat(METHODS[name](second)) for name in BY_CLASS} if second is not None else {}
     rollouts = {fusion: _flat(rollout_by_depth(first, fusion=fusion)) for fusion in FUSIONS}
     rows = _class_rows(first)
     probabilities = (first.logits.cpu().double() / temperature).softmax(dim=1)
@@ -103,10 +101,10 @@ def summarise(
                 "sink": {"top_mass": float(top_mass[i]), "outliers": float(outliers[i])},
             }
         )
-        own = {name: by_label[name][wrong.index(i)] for name in _BY_CLASS} if i in wrong else None
+        own = {name: by_label[name][wrong.index(i)] for name in BY_CLASS} if i in wrong else None
         maps = {
             name: np.stack([by_class[name][i]] + ([] if label is None else [own[name] if own else by_class[name][i]]))
-            for name in _BY_CLASS
+            for name in BY_CLASS
         }
         rolled = {fusion: each[:, i] for fusion, each in rollouts.items()}
         probes.append({"rows": rows[i], "rollout": rolled, "targets": [predicted[i], label], **maps})

@@ -21,10 +21,11 @@ from torch import Tensor
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError, did_you_mean
 from vit.explain.attention_tab import measure, summarise
-from vit.explain.methods import CLASS_SPECIFIC, METHODS, Trace, check_method, trace
+from vit.explain.methods import METHODS, Trace, check_method, trace
 from vit.explain.record import find, resolve_layer
 from vit.explain.render import OPACITY, enlarge, overlay, panel, picture
 from vit.files import atomic_write
+from vit.map_methods import BY_CLASS
 
 _MEMORY = 1 << 30  # bytes of attention held at once, about
 _MARK = ("Software", "vit explain")
@@ -138,7 +139,7 @@ class Mapper:
 
         Raises `VitError` when the device has not enough memory.
         """
-        copies = 6 if self.method in CLASS_SPECIFIC else 1
+        copies = 6 if self.method in BY_CLASS else 1
         return [mapped for part in self._parts(images, copies) for mapped in self._maps(self._tensor(part))]
 
     def seen(self, image: np.ndarray) -> np.ndarray:

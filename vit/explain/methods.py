@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from vit.errors import VitError, did_you_mean
 from vit.explain.record import Record, Weights, find, record_attention, resolve_layer
 from vit.explain.rollout import Fusion, attend_mean, propagate, rollout_step, to_map, unmerge
+from vit.map_methods import BY_CLASS
 from vit.model.attention import at_least_float32
 from vit.model.reduction import ReducedTokens, TokenMap, compose_all, to_fractions
 
@@ -123,7 +124,7 @@ def explain(
         images: normalised, (B, C, height, width).
         method: a key of `METHODS`.
         target: the class to explain, one or one an image; None: the predicted one.  Ignored by methods that do not
-            depend on the class (see `CLASS_SPECIFIC`).
+            depend on the class (see `vit.map_methods`).
         layer: `raw`: which layer, None: the last, which of an attention pool is the pool's own; the others: go no
             higher than this one, None: the last; `legrad` takes it and the one below.
         head: this head alone, instead of all; not for `legrad`.
@@ -149,7 +150,7 @@ def trace(
     wanted = set(METHODS if methods is None else methods)
     for method in wanted:
         check_method(method)
-    gradients = bool(wanted & CLASS_SPECIFIC)
+    gradients = bool(wanted & {*BY_CLASS})
     vit = find(model)
     with _undisturbed(model, images.device, gradients), record_attention(model, gradients=gradients) as record:
         # from the images on there is a graph, also where no parameter is trained
@@ -312,8 +313,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "legrad": _legrad,
     "random": _random,
 }
-CLASS_SPECIFIC = frozenset({"relevance", "gradient_rollout", "legrad"})
-"""Methods whose maps depend on the class that is asked about."""
 
 
 def _positive(t: Trace) -> list[Tensor]:

@@ -36,7 +36,7 @@ _COPIES = 4  # weights, their gradients, and what the graph keeps
 _CURVES = 4  # layers that have curves of their own
 
 FIRST = ("relevance", "rollout", "random")
-REST = ("raw", "gradient_rollout", "legrad")
+REST = tuple(name for name in METHODS if name not in FIRST)
 """Methods whose faithfulness is measured: the first always, the rest where there is time."""
 
 

@@ -2,16 +2,9 @@
 
 import {choice, element, segments, setText, show} from "./dom.js";
 import {CLASS_SPECIFIC, METHOD_NAMES} from "./maps.js";
+import {MAP_METHODS} from "./methods.js";
 import {headOptions, layerOptions} from "./patchpanel.js";
 import {otherClass} from "./words.js";
-
-const EXPLAINED = {
-  relevance: "attention and its gradients through all layers, for one class",
-  rollout: "attention followed through the layers, whatever the class",
-  raw: "attention of one layer",
-  gradient_rollout: "rollout weighted by gradients, for one class",
-  legrad: "gradients of the attention, layer by layer, for one class",
-};
 
 export function controls(actions) {
   const method = choice("Method", (value) => actions.choose({method: value}));
@@ -42,7 +35,7 @@ export function controls(actions) {
     if (!infos.length) return;
     const methods = Object.keys(METHOD_NAMES).filter((name) => infos.some((info) => info.methods.includes(name)));
     method.update(methods.map((name) => [name, METHOD_NAMES[name]]), state.method);
-    method.select.title = EXPLAINED[state.method] ?? "";
+    method.select.title = MAP_METHODS[state.method]?.hint ?? "";
     const deepest = infos.reduce((a, b) => (b.layers > a.layers ? b : a));
     const widest = infos.reduce((a, b) => (b.heads > a.heads ? b : a));
     show(target.root, CLASS_SPECIFIC.includes(state.method));

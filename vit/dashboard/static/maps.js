@@ -1,12 +1,11 @@
 // Which numbers a view shows: from a probe's record and the view's settings to a map over the patches.
 
+import {MAP_METHODS} from "./methods.js";
 import {rowOf, columnOf, fused, shares, sumOf} from "./unpack.js";
 
-export const CLASS_SPECIFIC = ["relevance", "gradient_rollout", "legrad"];
-export const METHOD_NAMES = {
-  relevance: "Relevance", rollout: "Rollout", raw: "Raw attention", gradient_rollout: "Gradient rollout",
-  legrad: "LeGrad",
-};
+const NAMES = Object.keys(MAP_METHODS);
+export const CLASS_SPECIFIC = NAMES.filter((name) => MAP_METHODS[name].byClass);
+export const METHOD_NAMES = Object.fromEntries(NAMES.map((name) => [name, MAP_METHODS[name].title]));
 
 // Brightest colour at three times the average patch or at the largest value, whichever is more: a map that is nearly
 // uniform, as before training, looks uniform instead of having its noise blown up.

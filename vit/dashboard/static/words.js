@@ -1,6 +1,7 @@
 // What the page says in words.
 
 import {clamped, CLASS_SPECIFIC, METHOD_NAMES} from "./maps.js";
+import {MAP_METHODS} from "./methods.js";
 
 const READOUTS = {token: "the class token", mean: "the mean of all patches", attention: "the pooling query"};
 // Shares of the probability that say nothing about one image.
@@ -58,11 +59,7 @@ export function meaning(moment, view, map) {
   const name = className(info, isTrue ? label : predicted);
   const other = Number.isInteger(info.asked) ? "asked for" : "true";
   const role = label === predicted ? `predicted, and ${other}` : isTrue ? otherClass(info) : "predicted";
-  const how = {
-    relevance: `through ${all}`,
-    gradient_rollout: `along the attention paths through ${all} that raise its score`,
-    legrad: `judged by how its score reacts to the attention in ${all}`,
-  }[view.method];
+  const how = MAP_METHODS[view.method].sentence.replace("{all}", all);
   return `Brighter patches did more for the class “${name}” (${role}), ${how}.`;
 }
 
