@@ -183,7 +183,6 @@ def test_no_module_waits_for_itself():
 
 
 CIRCLES = [
-    {"model.attention", "model.reduction"},
     {"data.small_sets", "data.torchvision_sets"},
     {"data.decode", "data.filetype"},
     {"data.assemble", "data.catalogue", "data.folder", "data.memory", "data.parquet", "data.run_splits"},
