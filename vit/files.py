@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     start = os.fsdecode(os.fsencode(path.name)[:80])  # a name may have 255 bytes
-    part = path.parent / f".{start}.{secrets.token_hex(4)}.part"  # named before it exists: a signal may come
+    part = path.parent / f".{start}.{os.urandom(4).hex()}.part"  # named before it exists: a signal may come
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

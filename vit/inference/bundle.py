@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +104,7 @@ def replace_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     _check_replaceable(target, os.fspath(folder))
-    part, old = target.parent / f".{target.name[:80]}.{secrets.token_hex(4)}.part", None
+    part, old = target.parent / f".{target.name[:80]}.{os.urandom(4).hex()}.part", None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()

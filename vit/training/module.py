@@ -109,6 +109,8 @@ class TrainingModule(L.LightningModule):
 
     def train_dataloader(self) -> TrainLoader:
         strategy = self.trainer.strategy
+        if self.trainer.world_size > 1:
+            self.halves = None  # DDP averages the gradients of one backward pass
         self.loader = self._make_train_loader(
             rank=self.trainer.global_rank, world_size=self.trainer.world_size, device=strategy.root_device
         )
