@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,16 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="groups of processes, /proc")
 
 
+def started(mark):
+    """The processes that have `mark` for VIT_TEST_RUN in their environment, as those have that torchrun starts."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"VIT_TEST_RUN={mark}\0".encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
 @pytest.fixture
 def two(tmp_path):
     """Run two processes: `two(moment, *overrides)` gives the status, what was printed and said, and the run folder.
@@ -31,6 +43,7 @@ def two(tmp_path):
 
     def run(moment, *overrides, start=()):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VIT_TEST_MOMENT": json.dumps(moment)}
+        environment["VIT_TEST_RUN"] = str(tmp_path)
         environment["PYTHONPATH"] = str(Path(__file__).with_name("moments"))
         command = [
             sys.executable,
@@ -52,12 +65,13 @@ def two(tmp_path):
         try:
             # both pipes end when the last process that writes to them has ended
             out, err = process.communicate(timeout=LIMIT)
+            deadline = time.monotonic() + 10
+            while (left := started(tmp_path)) and time.monotonic() < deadline:
+                time.sleep(0.1)
         finally:
-            left = True
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                left = False
+            for number in started(tmp_path):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
         assert not left, err
         (folder,) = (tmp_path / "runs" / "digits").iterdir()
         assert not list(folder.rglob("*.part"))
