@@ -35,7 +35,7 @@ def test_a_containers_quota_counts(files, expected, tmp_path, monkeypatch) -> No
         (tmp_path / name).write_text(text + "\n")
     monkeypatch.setattr(processors, "_CGROUP", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert processors.available.__wrapped__() == expected
+    assert processors.count_cpus.__wrapped__() == expected
 
 
 @pytest.mark.parametrize("name", WAITING)
@@ -43,7 +43,7 @@ def test_what_the_user_says_about_waiting_holds(name, monkeypatch) -> None:
     for each in WAITING:
         monkeypatch.delenv(each, raising=False)
     monkeypatch.setenv(name, "1")
-    processors.wait_passively()
+    processors.set_passive_waiting()
     assert [each for each in WAITING if each in os.environ] == [name]
 
 
@@ -73,7 +73,7 @@ def test_openmp_is_loaded_passive(program, said, small_bundle, photographs, tmp_
 @pytest.fixture
 def two_threads(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("vit.model.threads.available", lambda: 2)
+    monkeypatch.setattr("vit.model.threads.count_cpus", lambda: 2)
     torch.set_num_threads(2)
 
 
@@ -99,5 +99,5 @@ def test_what_the_user_says_about_threads_holds(two_threads, monkeypatch) -> Non
 
 
 def test_a_container_with_one_processor_gets_one_thread(two_threads, monkeypatch) -> None:
-    monkeypatch.setattr("vit.model.threads.available", lambda: 1)
+    monkeypatch.setattr("vit.model.threads.count_cpus", lambda: 1)
     assert use_threads(architecture(size="tiny", image_size=64, patch_size=8), 64) == 1

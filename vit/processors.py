@@ -1,4 +1,4 @@
-"""How many processors there are for this process, how its threads wait, and whether a GPU may be; without torch."""
+"""Read CPUs, memory and signs of a GPU for this process, and set how threads wait; without torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 @functools.cache
-def available() -> int:
-    """Processors this process may use: its affinity, and the container's quota (cgroup v2 and v1), at least 1."""
+def count_cpus() -> int:
+    """Count the CPUs for this process, by affinity and the container's quota (cgroup v2 and v1); at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
+    quota = _read_cpu_quota()
     return max(1, min(count, math.ceil(quota)) if quota else count)
 
 
-def _quota() -> float | None:
+def _read_cpu_quota() -> float | None:
     try:
         limit, period = (_CGROUP / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
@@ -35,11 +35,11 @@ def _quota() -> float | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of main memory that are free, at most its container's limit; None where that is not known."""
+    """Return the free main memory in bytes, at most the container's limit; None if unknown."""
     try:
         with open("/proc/meminfo") as file:
-            found = [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-        free = found[0] if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            available = [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+        free = available[0] if available else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit
@@ -47,19 +47,19 @@ def free_memory() -> int | None:
     return free
 
 
-def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait for each other, unless the environment says how they are to wait.
+def set_passive_waiting() -> None:
+    """Let OpenMP threads sleep while they wait for each other, unless the environment sets how they wait.
 
-    By default they spin, and beside another busy program they spin for the very processor that the awaited thread
-    needs.  Read when torch, NumPy or scikit-learn load OpenMP, so call it before; processes started later inherit it.
+    By default they spin, and can occupy the CPU that the awaited thread needs.  Call it before torch, NumPy or
+    scikit-learn load OpenMP; child processes inherit the setting.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        # the second is GNU's, tens of microseconds: a sleep costs more than a wait so short
+        # the second is GNU's: spin for tens of microseconds first, as a sleep costs more than that
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
 
-def gpu_possible() -> bool:
-    """Whether a driver of a GPU that torch can use shows itself.  False is sure; True is for torch to confirm."""
+def may_have_gpu() -> bool:
+    """Return whether there are signs of a GPU driver.  False is certain; torch must confirm True."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return False
     signs = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg", "/dev/kfd")

@@ -395,7 +395,7 @@ def test_workers_that_send_nothing_are_not_waited_for_without_end(split, monkeyp
 
 
 def test_how_many_workers(monkeypatch) -> None:
-    monkeypatch.setattr("vit.data.streaming.available", lambda: 12)
+    monkeypatch.setattr("vit.data.streaming.count_cpus", lambda: 12)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert worker_count("auto", 100_000, 1) == 8
     assert worker_count("auto", 100_000, 3) == 4

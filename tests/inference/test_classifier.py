@@ -21,7 +21,7 @@ from vit.data.decode import decode
 from vit.errors import VitError
 from vit.inference.classifier import Classifier, Flush, InvalidInput, softmax
 from vit.inference.loading import load, load_torch
-from vit.processors import available
+from vit.processors import count_cpus
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_many_at_once_answer_as_one_does(small_bundle, onnx, photographs):
         for one, other in zip(results, onnx.classify(inputs), strict=True):
             assert one.index == other.index
             assert abs(one.probability - other.probability) < 1e-6
-    assert most == many._backend.threads == available()
+    assert most == many._backend.threads == count_cpus()
 
 
 def test_rows_come_with_their_pixels(onnx, torch_, photographs, tmp_path):
@@ -232,7 +232,7 @@ def test_memory_is_bounded_whatever_the_stream(onnx, torch_, photographs):
             taken += 1
             yield photographs[taken % 12]
 
-    for classifier, most in ((torch_, 8), (onnx, 4 * (2 * available() + 1))):  # two batches; two a thread and one more
+    for classifier, most in ((torch_, 8), (onnx, 4 * (2 * count_cpus() + 1))):  # two batches; two a thread and one more
         taken, stream = 0, classifier.stream(endless(), batch_size=4)
         for given_ in range(1, 200):
             next(stream)

@@ -198,10 +198,10 @@ def test_a_gpu_is_asked_of_torch_only_where_its_driver_shows(small_bundle, monke
     monkeypatch.setattr(
         "vit.inference.torch_backend.resolve_device", lambda name: asked.append(name) or torch.device("cpu")
     )
-    monkeypatch.setattr(loading, "gpu_possible", lambda: False)
+    monkeypatch.setattr(loading, "may_have_gpu", lambda: False)
     assert load(small_bundle).backend == "onnx"
     assert asked == []
-    monkeypatch.setattr(loading, "gpu_possible", lambda: True)
+    monkeypatch.setattr(loading, "may_have_gpu", lambda: True)
     assert load(small_bundle).backend == "onnx"
     assert asked == ["auto"]
 
@@ -209,13 +209,13 @@ def test_a_gpu_is_asked_of_torch_only_where_its_driver_shows(small_bundle, monke
 def test_hidden_gpus_are_not_there(monkeypatch):
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert not processors.gpu_possible()
+        assert not processors.may_have_gpu()
 
 
 def test_processors_are_at_least_one_and_at_most_what_may_be_used():
-    assert 1 <= processors.available() <= (os.cpu_count() or 1)
+    assert 1 <= processors.count_cpus() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):
-        assert processors.available() <= len(os.sched_getaffinity(0))
+        assert processors.count_cpus() <= len(os.sched_getaffinity(0))
 
 
 def test_a_model_may_be_waited_for_later(small_bundle, photographs, tmp_path):

@@ -76,7 +76,7 @@ def test_threads_change_no_bit(run):
     for threads in (1, 2, 2, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("OMP_NUM_THREADS", raising=False)
-            patch.setattr("vit.training.halves.available", lambda threads=threads: threads)
+            patch.setattr("vit.training.halves.count_cpus", lambda threads=threads: threads)
             result = run(*DIGITS, "model.patch_size=4", "trainer.max_epochs=3", "optim.accumulate=2", "trainer=cpu")
         saved = torch.load(result.folder / "checkpoints" / "last.ckpt", weights_only=True)
         said = (result.folder / "train.log").read_text()
@@ -115,7 +115,7 @@ def one_thread(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("vit.training.halves.available", lambda: 4)
+    monkeypatch.setattr("vit.training.halves.count_cpus", lambda: 4)
     yield
     torch.set_num_threads(before)
 

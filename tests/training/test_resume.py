@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vit import options
 from vit.errors import VitError
 from vit.training.config import Config
-from vit.training.resume import FIXED, checkpoint_of, configuration, folder_of
+from vit.training.resume import FIXED_KEYS, find_checkpoint, find_run_folder, resume_config
 
 HOLDS = frozenset(
     """
@@ -53,7 +53,7 @@ def run_folder(tmp_path):
 
 
 def test_the_runs_own_values_hold(run_folder):
-    values = configuration({**DEFAULTS, "resume": str(run_folder)}, [f"resume={run_folder}"])
+    values = resume_config({**DEFAULTS, "resume": str(run_folder)}, [f"resume={run_folder}"])
     assert values["optim"] == {"name": "adamw", "lr": 1e-4}
     assert values["data"]["name"] == "cifar10"
     assert values["seed"] == 7
@@ -62,14 +62,14 @@ def test_the_runs_own_values_hold(run_folder):
 
 def test_what_is_typed_wins_even_where_it_is_a_default(run_folder):
     typed = {**DEFAULTS, "trainer": {"max_epochs": 300}, "resume": str(run_folder)}
-    values = configuration(typed, ["trainer.max_epochs=300", "optim.lr=2e-3", f"resume={run_folder}"])
+    values = resume_config(typed, ["trainer.max_epochs=300", "optim.lr=2e-3", f"resume={run_folder}"])
     assert values["trainer"]["max_epochs"] == 300
     assert values["optim"] == {"name": "adamw", "lr": 2e-3}
 
 
 def test_a_group_replaces_the_whole_group(run_folder):
     composed = {**DEFAULTS, "optim": {"name": "adamw", "lr": 5e-4}}
-    values = configuration({**composed, "resume": str(run_folder)}, ["optim=adamw"])
+    values = resume_config({**composed, "resume": str(run_folder)}, ["optim=adamw"])
     assert values["optim"] == composed["optim"]
     assert values["data"]["name"] == "cifar10"
 
@@ -79,17 +79,17 @@ def test_what_cannot_hold_is_refused_and_named(run_folder, override):
     with pytest.raises(
         VitError, match=r"(optim\.name|data\.name|seed|data\.batch_size)=.* cannot hold in a run that has"
     ):
-        configuration({**DEFAULTS, "resume": str(run_folder)}, [override])
+        resume_config({**DEFAULTS, "resume": str(run_folder)}, [override])
 
 
 def test_every_key_holds_or_is_refused_beside_resume():
     """A new key has to be put into one of the two: `FIXED` of `vit.training.resume`, or `HOLDS` here."""
     keys = {key.name for key in options.list_keys(Config)}
-    assert not FIXED & HOLDS
-    assert keys - FIXED - HOLDS == set()
+    assert not FIXED_KEYS & HOLDS
+    assert keys - FIXED_KEYS - HOLDS == set()
 
 
-KEYS = sorted(FIXED | HOLDS)
+KEYS = sorted(FIXED_KEYS | HOLDS)
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-3, 300), st.floats(0, 1), st.sampled_from(["auto", "adamw"]))
 
 
@@ -102,14 +102,14 @@ def test_what_is_typed_is_in_the_result_or_named_in_the_refusal(run_folder, type
     typed["resume"] = str(run_folder)
     for key, value in typed.items():
         put(values, key, value)
-    refused = [key for key in FIXED & typed.keys() if differ(key, find(saved, key), typed[key])]
+    refused = [key for key in FIXED_KEYS & typed.keys() if differ(key, find(saved, key), typed[key])]
     overrides = [f"{key}={value}" for key, value in typed.items()]
     if refused:
         with pytest.raises(VitError) as caught:
-            configuration(values, overrides)
+            resume_config(values, overrides)
         assert any(f": {key}=" in str(caught.value) for key in refused)
     else:
-        result = configuration(values, overrides)
+        result = resume_config(values, overrides)
         assert {key: find(result, key) for key in KEYS} == {key: find(values, key) for key in KEYS}
 
 
@@ -139,7 +139,7 @@ def find(values, key):
 
 def test_a_key_that_is_newer_than_the_run_has_its_default(run_folder):
     newer = {**DEFAULTS, "optim": {**DEFAULTS["optim"], "clip": None}, "logging": {"every": 10}}
-    values = configuration({**newer, "resume": str(run_folder)}, [])
+    values = resume_config({**newer, "resume": str(run_folder)}, [])
     assert values["optim"] == {"name": "adamw", "lr": 1e-4, "clip": None}
     assert values["logging"] == {"every": 10}
 
@@ -147,26 +147,26 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(run_folder):
 @pytest.mark.parametrize("override", ["experiment=cifar10", "debug=fast"])
 def test_another_recipe_is_refused(run_folder, override):
     with pytest.raises(VitError, match="leave out"):
-        configuration({**DEFAULTS, "resume": str(run_folder)}, [override])
+        resume_config({**DEFAULTS, "resume": str(run_folder)}, [override])
 
 
 def test_a_checkpoint_outside_a_run_folder_takes_what_is_composed(tmp_path):
     path = tmp_path / "moved.ckpt"
     path.write_bytes(b"")
-    assert folder_of(path) is None
+    assert find_run_folder(path) is None
     typed = {**DEFAULTS, "resume": str(path)}
-    assert configuration(typed, []) == typed
+    assert resume_config(typed, []) == typed
 
 
 def test_a_damaged_configuration_is_named(run_folder):
     (run_folder / "config.yaml").write_text("a: [")
     with pytest.raises(VitError, match=r"config\.yaml"):
-        configuration({**DEFAULTS, "resume": str(run_folder)}, [])
+        resume_config({**DEFAULTS, "resume": str(run_folder)}, [])
 
 
 def test_nothing_to_resume_says_what_is_expected(tmp_path):
     with pytest.raises(VitError, match=r"last\.ckpt"):
-        checkpoint_of(str(tmp_path))
+        find_checkpoint(str(tmp_path))
     (tmp_path / "config.yaml").write_text("seed: 0")
     with pytest.raises(VitError, match="ended before its first checkpoint"):
-        checkpoint_of(str(tmp_path))
+        find_checkpoint(str(tmp_path))

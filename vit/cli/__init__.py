@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vit.errors import VitError, printable
-from vit.processors import wait_passively
+from vit.processors import set_passive_waiting
 from vit.signals import interruptible
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on import, NumPy's OpenBLAS starts a thread for each processor, which is half of NumPy's start-up, and no command
     # multiplies matrices with NumPy
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    wait_passively()
+    set_passive_waiting()
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on its CPU
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a class name may not fit the locale

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
-from vit.processors import available
+from vit.processors import count_cpus
 
 _CHUNK = 64  # images a task: long enough to hide the cost of handing it out
 
@@ -46,7 +46,7 @@ def for_each(work: Callable[[int], object], indices: Iterable[int], total: int, 
             work(index)
         return len(part)
 
-    workers = min(32, available() + 1)
+    workers = min(32, count_cpus() + 1)
     with progress(label, total) as advance:
         if total <= _CHUNK or workers == 1:
             while part := chunk():

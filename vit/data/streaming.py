@@ -37,7 +37,7 @@ from vit.data.decode import ImageError
 from vit.data.preprocess import Preprocessing, scaled
 from vit.data.random import Stream, uniform
 from vit.errors import VitError
-from vit.processors import available
+from vit.processors import count_cpus
 
 _MOST_WORKERS = 8
 _BOXES_PER_CALL = 8  # images whose crops are drawn in one call, which costs as much as for one
@@ -301,4 +301,4 @@ def worker_count(workers: int | str, samples: int | None, world_size: int) -> in
         return 0
     here = os.environ.get("LOCAL_WORLD_SIZE", "")
     processes = int(here) if here.isdecimal() and int(here) else world_size
-    return max(1, min(available() // processes, _MOST_WORKERS))
+    return max(1, min(count_cpus() // processes, _MOST_WORKERS))

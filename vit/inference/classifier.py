@@ -30,7 +30,7 @@ import numpy as np
 
 from vit.errors import VitError, printable
 from vit.inference.description import Description
-from vit.processors import available
+from vit.processors import count_cpus
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -290,7 +290,7 @@ class Classifier:
         Each row is the path (None for an image in memory) with the resized image uint8 (H, W, C) before normalisation,
         or with the reason why there is none.
         """
-        workers = available()
+        workers = count_cpus()
         size = min(batch_size, workers)
         waiting: deque[tuple[str | None, Future[np.ndarray | str]]] = deque()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")

@@ -20,7 +20,7 @@ from vit.checksums import read_config
 from vit.errors import VitError, command_name, did_you_mean, printable
 from vit.inference.bundle import CONFIG, ONNX, WEIGHTS, is_bundle, read_bundle
 from vit.inference.classifier import Classifier
-from vit.processors import gpu_possible
+from vit.processors import may_have_gpu
 
 if TYPE_CHECKING:
     from vit.inference.description import Description
@@ -287,7 +287,7 @@ def _find_runs(folder: Path, limit: int = 200) -> list[Path]:
 
 
 def _has_gpu() -> bool:
-    if not gpu_possible():
+    if not may_have_gpu():
         return False
     from vit.inference.torch_backend import resolve_device
 

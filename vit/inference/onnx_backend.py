@@ -23,7 +23,7 @@ from vit.checksums import check_onnx
 from vit.errors import VitError
 from vit.inference.description import Description
 from vit.inference.onnx_file import check_graph, read_outline
-from vit.processors import available, free_memory
+from vit.processors import count_cpus, free_memory
 
 if TYPE_CHECKING:
     from vit.model import VisionTransformer
@@ -67,7 +67,7 @@ def open_session(path: str | os.PathLike[str]) -> Any:
     """Open an `onnxruntime.InferenceSession` of the file.  Raises `VitError` when it is missing or no ONNX model."""
     path = _check_file(path)
     outline = _try_outline(path)
-    return _session(path, outline[0] if outline else None, available())
+    return _session(path, outline[0] if outline else None, count_cpus())
 
 
 def _check_file(path: str | os.PathLike[str]) -> Path:
@@ -160,8 +160,8 @@ class OnnxBackend:
     ) -> None:
         """Start to build the session; with `throughput`, one processor computes each image."""
         self._path, self._throughput = _check_file(path), throughput
-        threads = 1 if throughput else available()
-        self.threads = available() if throughput else min(4, available())
+        threads = 1 if throughput else count_cpus()
+        self.threads = count_cpus() if throughput else min(4, count_cpus())
         outline = _try_outline(self._path)
         if outline is None:  # the runtime may read files that `read_outline` cannot
             session = _session(self._path, None, threads)

@@ -20,7 +20,7 @@ from vit.data.decode import ImageError, decode
 from vit.data.preprocess import Preprocessing
 from vit.errors import VitError
 from vit.inference.description import Description
-from vit.processors import available
+from vit.processors import count_cpus
 
 COMPARED = 8
 """Largest number of images for the comparison of an exported file with torch."""
@@ -168,5 +168,5 @@ def _read(items: Sequence[str | tuple[Split, int]], preprocessing: Preprocessing
         except ImageError:
             return None
 
-    with ThreadPoolExecutor(available(), thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(count_cpus(), thread_name_prefix="decode") as pool:
         return list(pool.map(read_one, items))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vit.model.cost import flops
-from vit.processors import available
+from vit.processors import count_cpus
 
 ENOUGH = 3e8
 """Floating point operations of a batch's forward pass in one block (`vit.model.cost.flops`)."""
@@ -31,7 +31,7 @@ def use_threads(architecture: Mapping[str, Any], batch_size: int, wanted: int | 
     if wanted is not None:
         torch.set_num_threads(wanted)
     elif "OMP_NUM_THREADS" not in os.environ:
-        threads = 1 if is_small(architecture, batch_size) else min(torch.get_num_threads(), available())
+        threads = 1 if is_small(architecture, batch_size) else min(torch.get_num_threads(), count_cpus())
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 

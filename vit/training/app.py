@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from vit import __version__, options
 from vit.errors import VitError, one_line
 from vit.files import ensure_home
-from vit.processors import wait_passively
+from vit.processors import set_passive_waiting
 from vit.shell import quote_for_hydra
 from vit.signals import Interruption, interruptible
 from vit.training import resume, sweep
@@ -54,7 +54,7 @@ def start_training(values: dict[str, Any], overrides: list[str], call: Call | No
     """Check the composed `values` and train; `call` is given by `vit.train`.  Raises `VitError`."""
     if values.get("resume"):
         options.convert("resume", values["resume"], str | None, options.Rule())
-        values = resume.configuration(values, overrides)
+        values = resume.resume_config(values, overrides)
     for text in overrides:
         key, _, value = text.lstrip("+").partition("=")
         if key == "data.name":
@@ -87,7 +87,7 @@ def launch(
     Returns:
         The exit status: 0; 2 for a mistake of the user; 1 for a bug; 130 when interrupted.
     """
-    wait_passively()
+    set_passive_waiting()
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on the CPU
     ensure_home()  # before libraries read it
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -97,7 +97,7 @@ class AttentionLog(L.Callback):
         if not trainer.global_step:
             self._done = dict.fromkeys(("steps", "shows", "pairs"), 0)
             self._log(trainer.global_step, pl_module, shows=True, pairs=self._plan.pairs > 1)
-            self.maps.started()
+            self.maps.end_startup()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._probes is None or trainer.global_step == self._logged:
@@ -108,7 +108,7 @@ class AttentionLog(L.Callback):
             for budget in (self.maps, self.faithfulness):
                 budget.start(pl_module.progress)
         end = self._look.seconds + self._show.seconds
-        spare = self.maps.left(pl_module.progress, reserve=end) - self._look.seconds
+        spare = self.maps.remaining(pl_module.progress, reserve=end) - self._look.seconds
         shows, pairs = (due[kind] > self._done[kind] for kind in ("shows", "pairs"))
         if due["steps"] <= self._done["steps"] or spare < shows * self._show.seconds or _ends(trainer):
             return
@@ -166,7 +166,7 @@ class AttentionLog(L.Callback):
             if records is not None:
                 self.events.write(records, step)
                 self.events.scalars(seen.scalars, step)
-        self._look.note(took + self.maps.last)
+        self._look.add(took + self.maps.last)
         with self.maps.spend():
             for summary in self._guarded(lambda: self._pairs(step, seen)) or ():
                 self.events.write(summary, step)
@@ -175,7 +175,7 @@ class AttentionLog(L.Callback):
                 self.events.image(tag, picture, step)
             self.events.flush(every=_FLUSH_EVERY)
         if shows:
-            self._show.note(self.maps.last)
+            self._show.add(self.maps.last)
 
     def _measure(self, module: Any, seen: Observation, last: bool) -> None:
         """Faithfulness, of as many methods as there is time for."""
@@ -183,16 +183,18 @@ class AttentionLog(L.Callback):
 
         def left() -> float:
             if not last:
-                return budget.left(module.progress)
-            spare = self.maps.left(1.0) - self._look.seconds - self._show.seconds  # what the maps have left over, too
-            return max(budget.left(1.0) + max(0.0, spare), _LEAST - budget.spent)
+                return budget.remaining(module.progress)
+            spare = (
+                self.maps.remaining(1.0) - self._look.seconds - self._show.seconds
+            )  # what the maps have left over, too
+            return max(budget.remaining(1.0) + max(0.0, spare), _LEAST - budget.spent)
 
         if not self._method.seconds:  # not known yet: a pass forward for each count of patches, in two orders
             if left() < _PERTURBATIONS / 2 * self.maps.last:  # explaining took half a dozen passes, so that is too much
                 return
             with budget.spend():
                 _forward(model, self._images)
-            self._method.note(budget.last * 2 * (_PERTURBATIONS + 1))
+            self._method.add(budget.last * 2 * (_PERTURBATIONS + 1))
         for methods in (FIRST, REST):
             price = self._method.seconds * len(methods)
             if left() < price + (0 if last else self._method.seconds * len(FIRST)):
@@ -201,7 +203,7 @@ class AttentionLog(L.Callback):
                 for method in methods:
                     maps = {method: seen.maps[method]}
                     measure(model, self._images, seen.steps, maps, seen.predicted, counts=_PERTURBATIONS)
-            self._method.note(budget.last / len(methods))
+            self._method.add(budget.last / len(methods))
 
     def _records(self, step: int, seen: Observation) -> Summary:
         merged = Summary()

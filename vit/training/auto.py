@@ -16,7 +16,7 @@ import yaml
 
 from vit.data.augment_config import AugmentConfig
 from vit.data.dataset import ImageData
-from vit.processors import available
+from vit.processors import count_cpus
 from vit.training.config import CONF, Config, check_config
 
 log = logging.getLogger("vit")
@@ -68,7 +68,7 @@ def estimate_passes(config: Config, images: int, classes: int) -> float:
         flops_per_second = (
             GPU_FLOPS * (min(gpus, t.devices) if isinstance(t.devices, int) else gpus)
             if gpus
-            else CPU_CORE_FLOPS * available()
+            else CPU_CORE_FLOPS * count_cpus()
         )
         passes.append(t.max_seconds * flops_per_second * t.num_nodes / flops_per_image / max(1, images))
     return min(passes)

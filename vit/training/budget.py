@@ -1,4 +1,4 @@
-"""How often something may be done that costs time, so that all of it stays a given share of a whole training."""
+"""Limit the time of optional work to a fraction of the training time."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from collections.abc import Iterator
 
 
 class CostEstimate:
-    """What something takes, in seconds: the middle of the last five times, since now and then a machine is busy."""
+    """Estimate a duration by the median of the last five measurements."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=5)
 
-    def note(self, seconds: float) -> None:
-        """It took so long this time."""
+    def add(self, seconds: float) -> None:
+        """Add a measurement."""
         self._last.append(seconds)
 
     @property
     def seconds(self) -> float:
-        """0 where it was never done."""
+        """The estimate; 0 without measurements."""
         return statistics.median(self._last) if self._last else 0.0
 
 
 class Budget:
-    """Seconds spent on one kind of thing, against a share of the seconds that training takes.
+    """Track the seconds spent on one kind of work, against a fraction of the training time.
 
-    What it takes as a whole is told from how far it is.  What is spent at the start, and what is kept for the end,
-    comes off the top; of the rest more is given out at first, when most happens: the square root of what is done, so
-    that a tenth of the way allows a third.
+    The total training time is estimated from progress.  The time spent at startup and a reserve for the end are
+    subtracted first.  The rest becomes available with the square root of progress, because most happens early: a tenth
+    of training allows a third.
 
     Args:
-        share: of the time of a training that runs to its end, at most.
+        fraction: the limit, as a fraction of the total training time.
     """
 
-    def __init__(self, share: float) -> None:
-        self.share = share
+    def __init__(self, fraction: float) -> None:
+        self.fraction = fraction
         self.spent = self.last = 0.0
-        self._began = self._from = self._start = 0.0
+        self._began = self._start_progress = self._startup_seconds = 0.0
 
     def start(self, progress: float = 0.0) -> None:
-        """Training goes on from `progress`, of which 1 is the end."""
-        self._began, self._from = time.monotonic(), progress
+        """Start or resume training at `progress` in [0, 1]."""
+        self._began, self._start_progress = time.monotonic(), progress
 
-    def started(self) -> None:
-        """What was spent up to here belongs to the start."""
-        self._start = self.spent
+    def end_startup(self) -> None:
+        """Count the time spent so far as startup."""
+        self._startup_seconds = self.spent
 
-    def left(self, progress: float, reserve: float = 0.0) -> float:
-        """Seconds that may still be spent by now, with `reserve` kept for the end; below 0 where there was more."""
-        done = max(1e-6, min(1.0, (progress - self._from) / max(1e-6, 1 - self._from)))
-        whole = self.share * (time.monotonic() - self._began) / done
-        return (whole - self._start - reserve) * math.sqrt(done) - (self.spent - self._start)
+    def remaining(self, progress: float, reserve: float = 0.0) -> float:
+        """Return the seconds available at `progress`, less `reserve` for the end; negative if too much was spent."""
+        done = max(1e-6, min(1.0, (progress - self._start_progress) / max(1e-6, 1 - self._start_progress)))
+        total = self.fraction * (time.monotonic() - self._began) / done
+        return (total - self._startup_seconds - reserve) * math.sqrt(done) - (self.spent - self._startup_seconds)
 
     @contextlib.contextmanager
     def spend(self) -> Iterator[None]:
-        """Do something, and put down as `last` what it took."""
-        began = time.monotonic()
+        """Add the duration of the body to `spent`, and set `last` to it."""
+        start = time.monotonic()
         try:
             yield
         finally:
-            self.last = time.monotonic() - began
+            self.last = time.monotonic() - start
             self.spent += self.last

@@ -66,7 +66,7 @@ def build_trainer(config: Config, folder: Path, callbacks: list[L.Callback]) -> 
             deterministic=t.deterministic,
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO(), *([ranks.environment()] if ranks.count(t) > 1 else [])],
+            plugins=[AtomicCheckpointIO(), *([ranks.detect_environment()] if ranks.count_processes(t) > 1 else [])],
             logger=False,
             default_root_dir=folder,
             enable_progress_bar=False,

@@ -21,7 +21,7 @@ from vit.data.run_splits import FILE, write_splits
 from vit.errors import VitError, command_name, printable
 from vit.files import write_text
 from vit.training.config import Config
-from vit.training.resume import folder_of
+from vit.training.resume import find_run_folder
 
 log = logging.getLogger("vit")
 
@@ -43,7 +43,7 @@ class RunResult:
 
 def make_run_folder(config: Config, resume: Path | None) -> Path:
     """Make `root/name/<date>_<time>`, or return the folder of the resumed run."""
-    if resume is not None and (folder := folder_of(resume)) is not None:
+    if resume is not None and (folder := find_run_folder(resume)) is not None:
         return folder
     parent = Path(config.run.root) / config.run.name
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vit.model import VisionTransformer
 from vit.model.threads import is_small
-from vit.processors import available
+from vit.processors import count_cpus
 from vit.training import ranks
 from vit.training.config import Config, device_kind
 
@@ -48,7 +48,7 @@ class Halves:
         generator but not autocast, so models with dropout of any kind or lower precision are excluded.
         """
         trainer, architecture = config.trainer, model.architecture
-        single_process = ranks.count(trainer) == 1 and trainer.strategy == "auto"
+        single_process = ranks.count_processes(trainer) == 1 and trainer.strategy == "auto"
         supported = trainer.precision in ("auto", "32") and not (config.model.compile or config.lora.rank)
         supported = supported and architecture["reduction"] == "none" and config.distill.teacher is None
         small = torch.get_num_threads() == 1 and is_small(architecture, config.data.batch_size)
@@ -56,7 +56,7 @@ class Halves:
         if device_kind(trainer.accelerator) != "cpu" or not (single_process and supported and small) or has_dropout:
             return None
         threads_set = trainer.threads is not None or "OMP_NUM_THREADS" in os.environ
-        return cls(1 if threads_set else min(2, available()))
+        return cls(1 if threads_set else min(2, count_cpus()))
 
     def forward(self, compute: Forward, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Call `compute`, which returns the logits and the mean loss of images and targets, on both halves.

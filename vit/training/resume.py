@@ -1,4 +1,4 @@
-"""Going on with a run: its own configuration, with what is typed now on top."""
+"""Resume a run: read its checkpoint, and apply new overrides to its configuration."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("vit")
 
 
-FIXED = frozenset(
+FIXED_KEYS = frozenset(
     """
     method seed tune run.root run.name
     data.name data.image_size data.channels data.patch_size data.batch_size data.val_fraction data.test_fraction
@@ -42,17 +42,17 @@ FIXED = frozenset(
     optim.name optim.layer_decay optim.head_lr ema.decay finetune.head finetune.freeze lora.rank lora.alpha lora.targets
     """.split()  # noqa: SIM905
 )
-"""Keys that a run keeps for good; what is typed for any other key holds from where the run goes on."""
+"""Keys that cannot change in a resumed run; overrides of other keys apply from there on."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint to go on from.
+class SavedCheckpoint:
+    """A checkpoint to resume from.
 
-    Attributes
+    Attributes:
         path: the file.
-        values: what it holds.
-        splits: the file that says which image is in which split; None where there is none.
+        values: its content.
+        splits: the file with the split of each image, or None.
     """
 
     path: Path
@@ -61,14 +61,14 @@ class Saved:
 
     @property
     def description(self) -> Description:
-        """What it says of its model and data."""
+        """The description of its model and data."""
         from vit.inference.description import Description
 
         return Description.from_dict(self.values["vit"])
 
 
-def checkpoint_of(resume: str) -> Path:
-    """The checkpoint that `resume=` means: a `.ckpt`, or the last one of a run folder.  Raises `VitError`."""
+def find_checkpoint(resume: str) -> Path:
+    """Find the checkpoint for `resume=`: a `.ckpt`, or the last one of a run folder.  Raises `VitError`."""
     path = Path(resume).expanduser()
     with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         for candidate in (path, path / "checkpoints" / "last.ckpt", path / "checkpoints" / "best.ckpt"):
@@ -79,23 +79,24 @@ def checkpoint_of(resume: str) -> Path:
     raise VitError(f"resume={resume}: expected a .ckpt file or a run folder that holds checkpoints/last.ckpt")
 
 
-def read(resume: str) -> Saved:
-    """Read the checkpoint that `resume=` means; of a run folder, the best one where the last is damaged.
+def read_checkpoint(resume: str) -> SavedCheckpoint:
+    """Read the checkpoint for `resume=`; of a run folder, the best one if the last is damaged.  Imports torch.
 
-    Imports torch.  Raises `VitError` when nothing can be read, or what is read holds no training.
+    Raises:
+        VitError: no checkpoint can be read, or it was not written by training.
     """
-    path = checkpoint_of(resume)
+    path = find_checkpoint(resume)
     try:
-        return _read(path)
+        return _read_file(path)
     except VitError as error:
         best = path.with_name("best.ckpt")
         if Path(resume).is_file() or path == best or not best.is_file():
             raise
         log.warning("%s; going on from %s", error, best)
-        return _read(best)
+        return _read_file(best)
 
 
-def _read(path: Path) -> Saved:
+def _read_file(path: Path) -> SavedCheckpoint:
     from vit.pretrained.reading import read_pickled
 
     values = read_pickled(path)
@@ -105,31 +106,31 @@ def _read(path: Path) -> Saved:
             f"resume={path}: it holds no training to go on with: expected a checkpoint that training wrote; to start "
             f"from its weights, model=pretrained model.name={path}"
         )
-    folder = folder_of(path)
+    folder = find_run_folder(path)
     splits = None if folder is None or not (folder / FILE).is_file() else folder / FILE
-    return Saved(path, values, splits)
+    return SavedCheckpoint(path, values, splits)
 
 
-def folder_of(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint lies in, None for one that was moved out of it."""
+def find_run_folder(checkpoint: Path) -> Path | None:
+    """Return the run folder of a checkpoint, None if it is outside of one."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
 
 
-def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of the run that `values["resume"]` names, changed by `overrides` alone.
+def resume_config(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of the run that `values["resume"]` names, changed only by `overrides`.
 
     Args:
-        values: what the command line composes to, from the defaults.
-        overrides: what was typed: `key=value`, or `group=name`, which replaces the whole group.
+        values: the composed configuration of the command line.
+        overrides: the overrides: `key=value`, or `group=name`, which replaces the whole group.
 
     Returns:
-        Nested plain values.  `values` as they are, where the checkpoint lies outside a run folder.
+        Nested plain values; `values` unchanged if the checkpoint is outside a run folder.
 
     Raises:
-        VitError: nothing to resume, an unreadable `config.yaml`, another value for a key that cannot change, or
-            `experiment=`/`debug=`, which would replace the run's own recipe by another.
+        VitError: nothing to resume, an unreadable `config.yaml`, another value for a fixed key, or `experiment=` or
+            `debug=`, which would replace the run's settings.
     """
-    folder = folder_of(checkpoint_of(str(values["resume"])))
+    folder = find_run_folder(find_checkpoint(str(values["resume"])))
     path = None if folder is None else folder / "config.yaml"
     if path is None or not path.is_file():
         return dict(values)
@@ -139,16 +140,16 @@ def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
         raise VitError(f"resume={values['resume']}: cannot read {path}: {error}") from error
     if not isinstance(saved, dict):
         raise VitError(f"resume={values['resume']}: {path} is not a configuration")
-    _fill(saved, values)
-    own = copy.deepcopy(saved)
+    _fill_defaults(saved, values)
+    original = copy.deepcopy(saved)
     for override in [*overrides, "resume="]:
         key = override.split("=", 1)[0].lstrip("+~")
         if key in ("experiment", "debug"):
             raise VitError(f"resume= goes on with the run's own configuration: leave out {override}")
-        _copy(values, saved, key.split("."))
-    for key in sorted(FIXED):
-        before, after = (_value(each, key) for each in (own, saved))
-        # the decay of an average may change, but not whether there is one
+        _copy_key(values, saved, key.split("."))
+    for key in sorted(FIXED_KEYS):
+        before, after = (_get_value(config, key) for config in (original, saved))
+        # the decay of a moving average may change, but not whether there is one
         if str(before) != str(after) and (key != "ema.decay" or None in (before, after)):
             raise VitError(
                 f"resume={values['resume']}: {key}={format_value(after)} cannot hold in a run that has "
@@ -157,68 +158,70 @@ def configuration(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     return saved
 
 
-def check_fits(
-    saved: Saved,
+def check_resumable(
+    saved: SavedCheckpoint,
     weights: Mapping[str, Tensor],
     optimizer: Optimizer,
     class_names: Sequence[str],
     epochs: int | None,
     patience: int | None,
 ) -> None:
-    """Raise `VitError` unless training can go on from `saved`.
+    """Raise `VitError` unless training can be resumed from `saved`.
 
     Args:
-        weights: of all that is trained, as they are before; their names and shapes are compared.
-        optimizer: whose groups are compared.
-        class_names: of the data.
-        epochs: how many there are to be in all; None: no limit.
-        patience: validations without a better one that end the run; None: they never do.
+        weights: the new weights, whose names and shapes are compared.
+        optimizer: the new optimiser, whose groups are compared.
+        class_names: classes of the data.
+        epochs: total number of epochs; None: no limit.
+        patience: validations without improvement that end the run; None: no limit.
     """
     from vit.training.folder import is_finished
 
-    where, values = f"resume={saved.path}", saved.values
+    prefix, values = f"resume={saved.path}", saved.values
     if saved.description.class_names != list(class_names):
         raise VitError(
-            f"{where}: that run learns {quote_names(saved.description.class_names, 5)}, and the data has "
+            f"{prefix}: that run learns {quote_names(saved.description.class_names, 5)}, and the data has "
             f"{quote_names(class_names, 5)}: leave data.* as that run has it"
         )
-    before, now = ({key: tuple(each.shape) for key, each in state.items()} for state in (values["state_dict"], weights))
-    differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    before, after = (
+        {key: tuple(tensor.shape) for key, tensor in state.items()} for state in (values["state_dict"], weights)
+    )
+    differ = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     if differ:
         raise VitError(
-            f"{where}: that run trains other weights ({quote_names(differ)}): leave model.*, lora.*, ema.* and data.* "
+            f"{prefix}: that run trains other weights ({quote_names(differ)}): leave model.*, lora.*, ema.* and data.* "
             "as it has them"
         )
-    if _steps(values["optimizer_states"][0]["param_groups"]) != _steps(optimizer.param_groups):
+    if _optimizer_layout(values["optimizer_states"][0]["param_groups"]) != _optimizer_layout(optimizer.param_groups):
         raise VitError(
-            f"{where}: that run steps its weights otherwise: leave optim.name, optim.layer_decay, optim.head_lr and "
+            f"{prefix}: that run steps its weights otherwise: leave optim.name, optim.layer_decay, optim.head_lr and "
             "finetune.freeze as it has them"
         )
     if epochs is not None and values["epoch"] >= epochs:
-        raise VitError(f"{where}: that run is in epoch {values['epoch'] + 1}: raise trainer.max_epochs={epochs}")
+        raise VitError(f"{prefix}: that run is in epoch {values['epoch'] + 1}: raise trainer.max_epochs={epochs}")
     since = max(state.get("since", 0) for state in values["callbacks"].values())
-    folder = folder_of(saved.path)
+    folder = find_run_folder(saved.path)
     if patience is not None and since >= patience and folder is not None and is_finished(folder):
         raise VitError(
-            f"{where}: that run ended after {since} validations without a better one: raise trainer.patience"
+            f"{prefix}: that run ended after {since} validations without a better one: raise trainer.patience"
         )
 
 
-def _steps(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """What cannot be another when an optimiser goes on: its kind, and which weights are a group."""
+def _optimizer_layout(groups: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return what must not change in a resumed optimiser: its kind and its groups."""
     return [(len(g["params"]), g.get("name"), *(key in g for key in ("muon", "betas", "nesterov"))) for g in groups]
 
 
-def _fill(saved: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Give keys that a run's configuration does not have, since it is older than they are, their defaults."""
+def _fill_defaults(saved: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Add the defaults of keys that are missing in the configuration of an older run."""
     for key, value in values.items():
         if key not in saved:
             saved[key] = copy.deepcopy(value)
         elif isinstance(saved[key], dict) and isinstance(value, Mapping):
-            _fill(saved[key], value)
+            _fill_defaults(saved[key], value)
 
 
-def _value(values: Mapping[str, Any], key: str) -> Any:
+def _get_value(values: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         if not isinstance(values, Mapping):
             return None
@@ -226,8 +229,8 @@ def _value(values: Mapping[str, Any], key: str) -> Any:
     return values
 
 
-def _copy(source: Mapping[str, Any], target: dict[str, Any], keys: list[str]) -> None:
-    """Set `target` at the path `keys` to what `source` has there."""
+def _copy_key(source: Mapping[str, Any], target: dict[str, Any], keys: list[str]) -> None:
+    """Copy the value at the path `keys` from `source` to `target`."""
     *parents, last = keys
     for key in parents:
         if key not in source or not isinstance(target.get(key), dict):

@@ -70,7 +70,7 @@ from vit.training.monitor import Monitor, write_hyperparameters
 from vit.training.optim import HEAD_PREFIXES
 from vit.training.pretrained import fetch_weights
 from vit.training.progress import Progress
-from vit.training.resume import Saved, check_fits, read
+from vit.training.resume import SavedCheckpoint, check_resumable, read_checkpoint
 from vit.training.schedule import Schedule
 from vit.training.start import Start
 
@@ -99,7 +99,7 @@ def train(config: Config, overrides: list[str], call: Call | None = None) -> Run
     command = call.text if call else None
     with (
         logs.show_messages(command) as buffered,
-        ranks.joined(config.trainer) as rank,
+        ranks.join_run(config.trainer) as rank,
         same_threads(),
         workers_watched(),
     ):
@@ -111,7 +111,7 @@ def train(config: Config, overrides: list[str], call: Call | None = None) -> Run
 def _train(
     config: Config, overrides: list[str], is_leader: bool, buffered: MemoryHandler, call: Call | None
 ) -> RunResult | None:
-    saved = read(config.resume) if config.resume else None
+    saved = read_checkpoint(config.resume) if config.resume else None
     # before the data is scanned, which may take a while
     if config.model.name is not None and saved is None:
         fetch_weights(config)
@@ -150,17 +150,17 @@ def _train(
     module = build_module(config, data, model, description)
     if saved is not None:
         optimizer, t = module.configure_optimizers(), config.trainer
-        check_fits(saved, module.state_dict(), optimizer, data.class_names, t.epochs, t.patience)
+        check_resumable(saved, module.state_dict(), optimizer, data.class_names, t.epochs, t.patience)
 
     resume = None if saved is None else saved.path
     saved = None  # frees the weights and the optimiser state
-    folder = make_run_folder(config, resume) if is_leader else Path(os.environ.get(ranks.FOLDER, "."))
+    folder = make_run_folder(config, resume) if is_leader else Path(os.environ.get(ranks.FOLDER_VARIABLE, "."))
     last = folder / "checkpoints" / "last.ckpt"
-    interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, leader=is_leader)
+    interrupt = Interrupt(last, validates=len(data.splits["val"]) > 0, is_leader=is_leader)
     if not is_leader:
-        with interrupt, ranks.faults_in(folder / "train.log"):
+        with interrupt, ranks.log_errors_to(folder / "train.log"):
             return _fit_and_finish(config, data, module, start, folder, resume, interrupt, call)
-    os.environ[ranks.FOLDER] = str(folder)
+    os.environ[ranks.FOLDER_VARIABLE] = str(folder)
     with logs.write_messages(folder / "train.log", buffered), interrupt:
         try:
             write_run_description(folder, config, data)
@@ -173,7 +173,7 @@ def _train(
 
 
 def _reopen_data(
-    config: Config, overrides: list[str], saved: Saved, given: Gathered | None
+    config: Config, overrides: list[str], saved: SavedCheckpoint, given: Gathered | None
 ) -> tuple[Config, ImageData]:
     """Open the data of the resumed run with its splits, in the same folder unless `data.root` is overridden."""
     source = saved.description.data
@@ -272,7 +272,7 @@ def _fit_and_finish(
         callbacks.append(start)
     callbacks += [interrupt, checkpoints.Checkpoints(folder / "checkpoints", monitor, t.patience)]
     trainer = build_trainer(config, folder, callbacks)
-    with ranks.watched(trainer, functools.partial(format_resume_hint, folder)):
+    with ranks.watch_processes(trainer, functools.partial(format_resume_hint, folder)):
         try:
             trainer.fit(module, ckpt_path=resume, weights_only=True)
         except Stopped:
@@ -304,7 +304,7 @@ def _fit_and_finish(
         "versions": library_versions(),
     }
     figures: dict[str, Any] | None = None
-    with contextlib.suppress(KeyboardInterrupt), interrupt.raising():
+    with contextlib.suppress(KeyboardInterrupt), interrupt.raise_on_signal():
         figures = evaluate_and_export(config, data, saved[0], folder / "model", trainer.strategy.root_device)
     if figures is None:
         description = load_checkpoint(saved[0])[1]
