@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmVisionTransf
 from vit.errors import VitError
 from vit.model import VisionTransformer
 from vit.pretrained.architecture import read_architecture
-from vit.training.distill import both_answers
+from vit.training.distill import forward_both_heads
 
 SMALL: dict[str, Any] = dict(img_size=16, patch_size=8, num_classes=3, embed_dim=24, depth=2, num_heads=2)
 
@@ -138,7 +138,7 @@ def test_a_distilled_deit():
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
-        classes, distilled = both_answers(ours, images)
+        classes, distilled = forward_both_heads(ours, images)
         theirs.set_distilled_training(True)
         theirs.train()
         expected = theirs(images)
