@@ -1,1 +1,1 @@
-"""The Attention tab: what training writes for it, how TensorBoard serves it, its web page.  Loads without torch."""
+"""Define the records of the Attention tab, serve them in TensorBoard, build its web page.  Imports no torch."""

@@ -1,12 +1,12 @@
-"""Methods of explanation against measures that they can fail: `python eval.py checkpoint=MODEL faithfulness=true`.
+"""Measure the faithfulness of attention maps: `python eval.py checkpoint=MODEL faithfulness=true`.
 
-Notable:
-- every measure stands beside what random maps get on the same images, and a method counts as better only where the
-  bootstrap interval of its difference from random, image by image, leaves out 0;
-- the class that is explained is the predicted one where patches are removed, and the object's own where the data set
-  knows the boxes of its objects (`data=shapes`).
+Notes:
+- every measure is compared with random maps on the same images; a method is better only if the bootstrap interval of
+  its difference from random, image by image, does not contain 0;
+- the explained class is the predicted one when patches are removed, and the object's class for a data set with boxes of
+  its objects (`data=shapes`).
 
-What each measure is: `vit.explain.faithfulness`.  Imports torch.
+`vit.explain.faithfulness` defines the measures.  Imports torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vit.map_methods import BY_CLASS
 
 _BATCH = 32
 _RANDOMISED = 64  # images of the randomisation check
-_REACH = 0.5  # patches beside the box that "pointing" takes for right: those it reaches into
+_REACH = 0.5  # distance in patches from the box within which "pointing" counts a hit: patches that the box touches
 
 
 def measure_faithfulness(
@@ -53,14 +53,16 @@ def measure_faithfulness(
 
     Args:
         model: a `VisionTransformer`.
-        images: how many, evenly spread over the split; all where it has fewer.
+        split: the images.
+        preprocessing: the preprocessing of the model.
+        images: largest number of images, evenly spread over the split.
         temperature: probabilities are softmax(logits / temperature).
-        seed: of random maps, of ties and of the bootstrap.
+        seed: seed of random maps, ties and the bootstrap.
 
     Returns:
         {"images": n, "methods": {method: {measure: {"mean", "low", "high", "better"}}}, "chance": {measure: mean}}.
         "low" and "high" are a 95% bootstrap interval; "better" says whether the method beats random maps beyond the
-        interval of the difference, None for "random" itself and where there is nothing to compare.
+        interval of the difference; None for "random" itself and without a value of random maps.
     """
     chosen = np.unique(np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(np.int64))
     device = next(model.parameters()).device
@@ -83,11 +85,13 @@ def measure_faithfulness(
                 for name in ("deletion", "insertion", "positive", "negative"):
                     _note(found[method], name, getattr(done, name))
             if boxed:
-                _against_boxes(model, batch, split.subset(rows), preprocessing.image_size, found, chance, seed + start)
+                _measure_boxes(model, batch, split.subset(rows), preprocessing.image_size, found, chance, seed + start)
             advance(len(rows))
-    _randomise(model, split, preprocessing, chosen[:_RANDOMISED], found, device, seed)
+    _measure_randomisation(model, split, preprocessing, chosen[:_RANDOMISED], found, device, seed)
     values = {method: {name: np.concatenate(parts) for name, parts in each.items()} for method, each in found.items()}
-    methods = {method: {name: _row(values, method, name, seed) for name in each} for method, each in values.items()}
+    methods = {
+        method: {name: _summarise(values, method, name, seed) for name in each} for method, each in values.items()
+    }
     return {
         "images": len(chosen),
         "methods": methods,
@@ -95,7 +99,7 @@ def measure_faithfulness(
     }
 
 
-def _against_boxes(
+def _measure_boxes(
     model: nn.Module,
     images: Tensor,
     split: Split,
@@ -104,7 +108,7 @@ def _against_boxes(
     chance: dict[str, list[np.ndarray]],
     seed: int,
 ) -> None:
-    """The pointing game and energy on the object that names the image and, where two are of a class, on each."""
+    """Measure the pointing game and energy on the object that gives the image its class, or on both of two."""
     assert split.boxes is not None
     assert split.object_labels is not None
     boxes = torch.from_numpy(split.boxes).to(images.device)
@@ -127,7 +131,7 @@ def _against_boxes(
     _note(chance, "energy", covered(grid, boxes[:, 0], size).mean(dim=1))
 
 
-def _randomise(
+def _measure_randomisation(
     model: nn.Module,
     split: Split,
     preprocessing: Preprocessing,
@@ -150,12 +154,12 @@ def _note(into: dict[str, list[np.ndarray]], name: str, values: Tensor) -> None:
     into.setdefault(name, []).append(values.detach().cpu().double().numpy())
 
 
-def _row(values: Mapping[str, Mapping[str, np.ndarray]], method: str, name: str, seed: int) -> dict[str, Any]:
-    own = values[method][name]
-    low, high = interval(own, seed=seed)
-    row = {"mean": float(own.mean()), "low": low, "high": high, "better": None}
+def _summarise(values: Mapping[str, Mapping[str, np.ndarray]], method: str, name: str, seed: int) -> dict[str, Any]:
+    method_values = values[method][name]
+    low, high = interval(method_values, seed=seed)
+    row = {"mean": float(method_values.mean()), "low": low, "high": high, "better": None}
     random = values["random"].get(name)
     if method != "random" and random is not None:
-        difference = interval(random - own if name in LOWER_IS_BETTER else own - random, seed=seed)
+        difference = interval(random - method_values if name in LOWER_IS_BETTER else method_values - random, seed=seed)
         row["better"] = difference[0] > 0
     return row

@@ -240,7 +240,7 @@ def as_arrays(logits: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise `VitError` unless `temperature` is a finite number above 0."""
+    """Check that `temperature` is a finite number above 0.  Raises `VitError`."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise VitError(f"temperature={temperature}: expected a finite number above 0")
 

@@ -240,7 +240,7 @@ class Classifier:
     def classify_batches(
         self, inputs: Iterable[Input | InvalidInput | Flush], top_k: int = 5, batch_size: int | None = None
     ) -> Generator[tuple[list[Prepared], list[Result]], None, None]:
-        """The inputs in batches, in their order, as `prepare_batches` gives them, with their results."""
+        """Classify in batches, in order; yield the rows of `prepare_batches` and their results."""
         if self._backend.threads:
             yield from self._classify_in_threads(inputs, top_k, batch_size or self._batch_per_thread())
             return

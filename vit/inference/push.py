@@ -179,7 +179,7 @@ def _read_onnx(file: Path) -> bytes:
 
 
 def _raise_error(error: Exception, repo: str, token: str) -> NoReturn:
-    """Raise `VitError` with a message that says what to do, without the token."""
+    """Report an error of the hub as a `VitError` that says what to do, without the token."""
     from huggingface_hub import errors
 
     while not isinstance(error, errors.HfHubHTTPError) and isinstance(error.__cause__, Exception):

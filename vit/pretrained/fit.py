@@ -91,7 +91,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; of what was loaded, the number."""
+        """Convert the report to plain JSON types, with the number of loaded tensors."""
         return {
             "source": self.source,
             "loaded": len(self.loaded),

@@ -116,7 +116,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _raise_error(repo: str, revision: str | None, names: Sequence[str], error: Exception) -> NoReturn:
-    """Raise `VitError` with a message that says what to do."""
+    """Report an error of the hub as a `VitError` that says what to do."""
     from huggingface_hub import errors
 
     repository = f"{repo}@{revision}" if revision else repo

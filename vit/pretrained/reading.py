@@ -30,7 +30,7 @@ from torch import Tensor
 from vit.checksums import check_safetensors
 from vit.errors import VitError
 
-_MOST_IN_TUPLE = 1_000_000
+_MAX_IN_TUPLE = 1_000_000
 """Tuples inside a tuple, each counted wherever it is."""
 _MAX_SHARING = 8
 """Tensors may share memory (tied weights), but in total they are at most this many times larger than the file."""
@@ -164,26 +164,26 @@ _NO_PICKLE = (ValueError, LookupError, AttributeError, EOFError, RuntimeError, z
 
 
 def _check_tuples(path: Path, zipped: bool) -> None:
-    """Raise `VitError` where a pickle makes a tuple of tuples that are shared at many levels.
+    """Refuse a pickle with a tuple of tuples that are shared at many levels.  Raises `VitError`.
 
-    Forty tuples of the one before, twice, are a key of 2^40 parts, and reading the key into a dictionary never ends.
+    Forty tuples that each hold the previous one twice are a key of 2^40 parts, and hashing the key never ends.
     """
     with contextlib.ExitStack() as files:
         file: IO[bytes] = files.enter_context(open(path, "rb"))
         parts = [file] * 5  # torch's format before 1.6: three numbers, the content, the names of storages
-        # what cannot be followed is for torch to refuse
+        # torch refuses pickles that cannot be read here
         files.enter_context(contextlib.suppress(*_NO_PICKLE))
         if zipped:
             archive = files.enter_context(zipfile.ZipFile(file))
-            found = [part for part in archive.infolist() if part.filename.endswith("data.pkl")]
-            parts = [files.enter_context(archive.open(part)) for part in found]
+            pickles = [part for part in archive.infolist() if part.filename.endswith("data.pkl")]
+            parts = [files.enter_context(archive.open(part)) for part in pickles]
         for part in parts:
-            if _largest_tuple(part) > _MOST_IN_TUPLE:
-                raise VitError(f"{path} was refused: it holds a tuple of over {_MOST_IN_TUPLE} tuples, level by level")
+            if _largest_tuple(part) > _MAX_IN_TUPLE:
+                raise VitError(f"{path} was refused: it holds a tuple of over {_MAX_IN_TUPLE} tuples, level by level")
 
 
 def _largest_tuple(file: IO[bytes]) -> int:
-    """How many tuples the largest tuple of the next pickle holds, read off its instructions without obeying any."""
+    """Count the tuples in the largest tuple of the next pickle, by reading its instructions without running them."""
     memory: dict[Any, int] = {}
     stack: list[int | None] = []  # tuples in each value; None is a mark
     largest = 0
@@ -197,18 +197,18 @@ def _largest_tuple(file: IO[bytes]) -> int:
         elif code.name == "DUP":
             stack.append(stack[-1])
         else:
-            taken, single = 0, len(code.stack_before)
+            tuples, single = 0, len(code.stack_before)
             if pickletools.stackslice in code.stack_before:
                 single -= 2
                 while (value := stack.pop()) is not None:
-                    taken += value
+                    tuples += value
             for _ in range(single):
-                taken += stack.pop() or 0
-            made = 1 + taken if "TUPLE" in code.name else 0
-            largest = max(largest, made)
-            if largest > _MOST_IN_TUPLE:
+                tuples += stack.pop() or 0
+            result = 1 + tuples if "TUPLE" in code.name else 0
+            largest = max(largest, result)
+            if largest > _MAX_IN_TUPLE:
                 return largest
-            stack += [made] * len(code.stack_after)
+            stack += [result] * len(code.stack_after)
     return largest
 
 
