@@ -87,10 +87,10 @@ def test_threads_change_no_bit(run):
 
 
 def test_two_halves_are_computed_at_once():
-    meet = threading.Barrier(2, timeout=30)
+    meet = threading.Barrier(2)
 
     def compute(images, targets):
-        meet.wait()  # never over where one half waits for the other
+        meet.wait(30)  # fails where one half waits for the other
         return images, images.sum()
 
     images = torch.ones(4, 1, requires_grad=True)
