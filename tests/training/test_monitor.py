@@ -191,8 +191,8 @@ def test_pictures_come_again_after_a_while(small: ModuleType, tmp_path: Path, mo
 
 def test_drawing_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.monotonic", lambda: 100.0)
-    assert monitors._next_drawing_time(began=99.9) == pytest.approx(130.0)
-    assert monitors._next_drawing_time(began=95.0) == pytest.approx(600.0)
+    assert monitors._next_drawing_time(start=99.9) == pytest.approx(130.0)
+    assert monitors._next_drawing_time(start=95.0) == pytest.approx(600.0)
 
 
 def test_without_images_there_are_figures_only(small: ModuleType, tmp_path: Path) -> None:
