@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAIRS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And, ast.Or), (ast.Lt, ast.LtE), (ast.Gt, ast.GtE)]
 PAIRS += [(ast.Eq, ast.NotEq), (ast.In, ast.NotIn), (ast.Is, ast.IsNot), (ast.Mod, ast.FloorDiv)]
 OPERATORS = {ast.Pow: ast.Mult, **dict(PAIRS), **{after: before for before, after in PAIRS}}
+SYMMETRIC = re.compile(r"\b(max|min|maximum|minimum|gcd|isclose|allclose|equal|logical_\w+)$")
 FOR_PEOPLE = ("Error", "log.", "print", "warn")
 """Parts of the names of calls whose arguments are messages."""
 
@@ -146,10 +147,8 @@ def changes(node: ast.expr) -> Iterator[ast.expr]:
     elif isinstance(new, ast.UnaryOp) and isinstance(new.op, ast.Not | ast.USub):
         yield new.operand
     elif isinstance(new, ast.Constant) and isinstance(new.value, int | float):
-        value = new.value
-        yield ast.Constant(
-            not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 1.2 * value
-        )
-    elif isinstance(new, ast.Call) and len(new.args) > 1:
+        other = {bool: not new.value, int: new.value + 1, float: 1.2 * new.value or 0.1}
+        yield ast.Constant(other[type(new.value)])
+    elif isinstance(new, ast.Call) and len(new.args) > 1 and not SYMMETRIC.search(ast.unparse(new.func)):
         new.args[:2] = new.args[1::-1]
         yield new

@@ -23,7 +23,7 @@ def clamp(x: int = 3, *, low: float = 0.5) -> "float":
     if x < low and not x == 7:
         raise ValueError(f"{x + 1}" + "a" % 3)
     log.info("%s", x + 1)
-    return max(x, -low) + x ** 2
+    return max(x, clip(-low, x)) + x ** 2
 
 
 def other():
@@ -41,8 +41,8 @@ def test_each_fault_changes_one_place_that_computes() -> None:
         ("not x == 7", "(x == 7)"),
         ("x == 7", "(x != 7)"),
         ("7", "(8)"),
-        ("max(x, -low) + x ** 2", "(max(x, -low) - x ** 2)"),
-        ("max(x, -low)", "(max(-low, x))"),
+        ("max(x, clip(-low, x)) + x ** 2", "(max(x, clip(-low, x)) - x ** 2)"),
+        ("clip(-low, x)", "(clip(x, -low))"),
         ("-low", "(low)"),
         ("x ** 2", "(x * 2)"),
         ("2", "(3)"),

@@ -37,8 +37,20 @@ def test_every_schedule_stays_between_nothing_and_the_peak(p, name, warmup, cool
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_a_schedule_ends_at_its_final_share(name):
-    assert lr_factor(1.0, name=name, warmup=0.05, final=0.01) == pytest.approx(0.01)
+@pytest.mark.parametrize("warmup", [0.05, 1.0])
+def test_a_schedule_ends_at_its_final_share(name, warmup):
+    assert lr_factor(1.0, name=name, warmup=warmup, final=0.01) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_progress_outside_of_training_counts_as_its_start_or_end(name):
+    options = {"name": name, "warmup": 0.1, "cooldown": 0.2, "final": 0.3}
+    assert lr_factor(1.5, **options) == lr_factor(1.0, **options)
+    assert lr_factor(-0.5, **options) == lr_factor(0.0, **options)
+
+
+def test_wsd_without_a_cooldown_stays():
+    assert lr_factor(0.5, name="wsd") == lr_factor(1.0, name="wsd", final=0.5) == 1.0
 
 
 def test_an_unknown_schedule_names_the_nearest():
