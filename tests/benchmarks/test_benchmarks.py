@@ -36,7 +36,7 @@ def test_recording(tmp_path: Path) -> None:
     assert written["machine"]["torch"]
     assert written["command"].startswith("python -m benchmarks recording --sizes nano")
     assert {name: len(each) for name, each in written["figures"]["nano"].items()} == dict.fromkeys(
-        ("forward", "recorded", "recorded_row", "rollout"), 3
+        ("forward", "recorded", "rollout"), 3
     )
 
 

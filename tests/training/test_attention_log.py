@@ -42,7 +42,7 @@ CTX = RequestContext()
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is no object."""
-    monkeypatch.setattr(budget.Budget, "left", lambda self, progress, reserve=0.0: math.inf)
+    monkeypatch.setattr(budget.Budget, "remaining", lambda self, progress, reserve=0.0: math.inf)
 
 
 def prepare(small: ModuleType, folder: Path, *overrides: str, count: int = 4, **options: Any) -> Any:
