@@ -26,7 +26,7 @@ class Interruption:
             raise KeyboardInterrupt
 
     def handle_signal(self, number: int, frame: Any) -> NoReturn:
-        """Handle a signal."""
+        """Remember the request and raise `KeyboardInterrupt`."""
         self.requested = True
         raise KeyboardInterrupt
 

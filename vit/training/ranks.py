@@ -154,7 +154,7 @@ def watch_processes(trainer: L.Trainer, resume_hint: Callable[[], str]) -> Itera
     """Report the loss of another process in the body in one line.
 
     Args:
-        go_on: returns how to continue, as the end of a sentence.
+        resume_hint: returns how to continue, as the end of a sentence.
 
     Raises:
         LostProcess: after a connection error; without one, the process exits.
